@@ -1,0 +1,1 @@
+"""Scores over evaluation sets, inference on images, and reports."""

@@ -1,0 +1,19 @@
+"""Tells AI-generated and manipulated images from real ones, and says why."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llava.model.builder import load_pretrained_model
+    from llava.report import ForgeryReport
+
+__all__ = ["ForgeryReport", "load_pretrained_model"]
+_HOMES = {"ForgeryReport": "llava.report", "load_pretrained_model": "llava.model.builder"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name on its first use, so that ``import llava`` costs no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'llava' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

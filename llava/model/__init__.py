@@ -1,0 +1,1 @@
+"""The model: encoders, projectors, fusion, language model, probability mapper."""

@@ -1,0 +1,70 @@
+"""ForgeryReport: what a system says about one image. Imports no torch."""
+
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ScoreSource = Literal["verdict", "forced", "prompt", "detector"]
+
+
+@dataclass
+class ForgeryReport:
+    """The verdict on one image and the reasons for it.
+
+    Attributes:
+        label: ``"real"`` or ``"fake"`` as the text says; None when the text says neither.
+        fake_probability: P(fake) in 0..1, or None for a system without a score.
+        score_source: Where the probability was read: ``verdict``, before the verdict word of the model's own answer;
+            ``forced``, after the missing tags and the verdict's opening were appended for one forward; ``prompt``,
+            without an answer; ``detector``, from a system's own head.
+        stages: Text of each stage of the answer, in the answer's order.
+        attributes: Sentence of each attribute that the reasoning names.
+        text: The answer as decoded.
+        system: Name of the system that answered.
+        attention: Where the model looked, ``[height, width]`` over the picture's own shape, or None.
+        mask: Which pixels are forged, ``[height, width]`` in 0..1, or None.
+    """
+
+    label: str | None
+    fake_probability: float | None
+    score_source: ScoreSource | None
+    stages: dict[str, str] = field(default_factory=dict)
+    attributes: dict[str, str] = field(default_factory=dict)
+    text: str = ""
+    system: str = ""
+    attention: "np.ndarray | None" = None
+    mask: "np.ndarray | None" = None
+
+    @property
+    def agrees(self) -> bool | None:
+        """Whether the score says what the text says; None when either says nothing."""
+        if self.label is None or self.fake_probability is None:
+            return None
+        return (self.fake_probability >= 0.5) == (self.label == "fake")
+
+    @property
+    def summary(self) -> str:
+        """Text of the SUMMARY stage, or an empty string."""
+        return self.stages.get("SUMMARY", "")
+
+    @property
+    def caption(self) -> str:
+        """Text of the CAPTION stage, or an empty string."""
+        return self.stages.get("CAPTION", "")
+
+    @property
+    def reasoning(self) -> str:
+        """Text of the REASONING stage, or an empty string."""
+        return self.stages.get("REASONING", "")
+
+    @property
+    def conclusion(self) -> str:
+        """Text of the CONCLUSION stage, or an empty string."""
+        return self.stages.get("CONCLUSION", "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything but the two pictures as plain JSON values."""
+        plain = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("attention", "mask")}
+        return {**plain, "agrees": self.agrees}

@@ -1,0 +1,1 @@
+"""Published systems, one package each; ``base`` is what they have in common."""

@@ -1,0 +1,1 @@
+"""FakeReasoning (arXiv 2503.21210)."""

@@ -1,0 +1,230 @@
+"""Everything of FakeReasoning that is words: question, tags, verdicts, attributes, and the answer's one parser.
+
+This module imports neither torch nor anything else of the model, so that the data pipeline can use it alone.
+Facts come from arXiv 2503.21210 and its published data.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Label = Literal["real", "fake"]
+Form = Literal["cot", "reasoning", "verdict"]
+
+LABELS: tuple[Label, Label] = ("real", "fake")
+"""Class names by their number: real = 0, fake = 1."""
+REAL, FAKE = 0, 1
+
+QUESTION = (
+    "Is this image real or fake? Please describe the image, reasoning step-by-step and conclude with "
+    "'this image is real' or 'this image is fake'."
+)
+SUMMARY = (
+    "I will determine if the image is real or fake by analyzing its content and identifying forgery attributes from "
+    "both low-level and high-level perspectives. I will then conclude by stating either 'this image is real' or "
+    "'this image is fake' based on my analysis."
+)
+"""The sentence that the SUMMARY stage of every published training answer holds."""
+
+STAGES = ("SUMMARY", "CAPTION", "REASONING", "CONCLUSION")
+FORM_STAGES: dict[Form, tuple[str, ...]] = {
+    "cot": STAGES,
+    "reasoning": ("REASONING", "CONCLUSION"),
+    "verdict": ("CONCLUSION",),
+}
+"""Stages of each form of answer; ``verdict`` is the paper's "answer only" ablation."""
+
+LOW_LEVEL_PREFIX = "From low-level perspective:"
+HIGH_LEVEL_PREFIX = "From high-level perspective:"
+
+VERDICT_PREFIX = "<CONCLUSION> This image is"
+"""What stands before the verdict word; the probability mapper looks for it (arXiv 2503.21210, section on CPM)."""
+VERDICT_WORDS = LABELS
+
+FORGERY_ATTRIBUTES = (
+    "Inconsistent Lighting and Shadows",
+    "Irregular Image Edges",
+    "Anomalous Image Texture",
+    "Low Image Quality",
+    "Semantic Irrationality",
+)
+AUTHENTIC_ATTRIBUTES = (
+    "Consistent Lighting and Shadows",
+    "Smooth and Natural Image Edges",
+    "Natural and Consistent Image Texture",
+    "High Image Quality",
+    "Semantic Rationality",
+)
+"""Attribute names in their fixed order; the i-th authentic one is the opposite of the i-th forgery one."""
+ATTRIBUTES: dict[Label, tuple[str, ...]] = {"real": AUTHENTIC_ATTRIBUTES, "fake": FORGERY_ATTRIBUTES}
+HIGH_LEVEL_ATTRIBUTES = frozenset({"Semantic Irrationality", "Semantic Rationality"})
+
+_SPELLING = {name.lower(): name for name in (*FORGERY_ATTRIBUTES, *AUTHENTIC_ATTRIBUTES)}
+_TAG = re.compile(rf"<(/?)({'|'.join(STAGES)})>")
+_ATTRIBUTE_HEADING = re.compile(rf"(?<!\w)({'|'.join(re.escape(name) for name in _SPELLING)})\s*:", flags=re.IGNORECASE)
+_PERSPECTIVE = re.compile(rf"{re.escape(LOW_LEVEL_PREFIX)}|{re.escape(HIGH_LEVEL_PREFIX)}", flags=re.IGNORECASE)
+_STRICT_VERDICT = {f"This image is {word}.": word for word in VERDICT_WORDS}
+_TOLERANT_VERDICT = re.compile(
+    r"(?:(?:therefore|thus|hence|overall|so|in conclusion|based on (?:my|this|the) analysis),?\s+)?"
+    r"(?:(?:this|the) (?:image|picture|photo) is(?: an?)? (?P<word>real|fake)(?: (?:image|picture|photo))?"
+    r"|this is an? (?P<noun>real|fake) (?:image|picture|photo))"
+    r"[.!]?",
+    flags=re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class ParsedAnswer:
+    """What an answer says.
+
+    Attributes:
+        stages: Text of each stage without its tags, in the order of the answer.
+        verdict: ``"real"`` or ``"fake"``; None when the answer says neither.
+        attributes: Sentence of each attribute that the reasoning names as ``<name>: <sentence>``.
+        problem: Why there is no verdict; empty when there is one.
+    """
+
+    stages: dict[str, str] = field(default_factory=dict)
+    verdict: Label | None = None
+    attributes: dict[str, str] = field(default_factory=dict)
+    problem: str = ""
+
+
+def attribute_name(name: str) -> str | None:
+    """Returns the one spelling of an attribute name given in any case and spacing, or None if there is none."""
+    return _SPELLING.get(" ".join(name.split()).lower())
+
+
+def write_reasoning(label: Label, sentences: Mapping[str, str | None]) -> str:
+    """Writes the REASONING stage's text from attribute sentences, low-level attributes first.
+
+    Args:
+        label: Class of the image; it decides which attributes may occur.
+        sentences: Sentence of each attribute; None or an empty sentence means that the attribute is not there.
+
+    Raises:
+        ValueError: An attribute does not belong to the label, or no sentence is given.
+    """
+    unknown = sorted(set(sentences) - set(ATTRIBUTES[label]))
+    if unknown:
+        raise ValueError(
+            f"no attribute of a {label} image: {', '.join(unknown)}; known: {', '.join(ATTRIBUTES[label])}"
+        )
+    present = [(name, " ".join((sentences.get(name) or "").split())) for name in ATTRIBUTES[label]]
+    parts = []
+    for prefix, high_level in ((LOW_LEVEL_PREFIX, False), (HIGH_LEVEL_PREFIX, True)):
+        named = [f"{name}: {text}" for name, text in present if text and (name in HIGH_LEVEL_ATTRIBUTES) == high_level]
+        if named:
+            parts.append(" ".join([prefix, *named]))
+    if not parts:
+        raise ValueError("no attribute has a sentence, so there is nothing to reason from")
+    return " ".join(parts)
+
+
+def write_answer(label: Label, *, reasoning: str = "", caption: str = "", form: Form = "cot") -> str:
+    """Writes an answer in the published format.
+
+    Args:
+        label: The verdict.
+        reasoning: Text of the REASONING stage; needed unless ``form`` is ``"verdict"``.
+        caption: Text of the CAPTION stage; needed if ``form`` is ``"cot"``.
+        form: Which stages the answer has, see ``FORM_STAGES``.
+
+    Returns:
+        The stages in order, each as ``<TAG> text </TAG>``, separated by an empty line.
+
+    Raises:
+        ValueError: An unknown label or form, an empty stage, or a text that itself holds a stage's tag.
+    """
+    if label not in LABELS:
+        raise ValueError(f"unknown label {label!r}; it must be one of {', '.join(LABELS)}")
+    if form not in FORM_STAGES:
+        raise ValueError(f"unknown form {form!r}; it must be one of {', '.join(FORM_STAGES)}")
+    texts = {
+        "SUMMARY": SUMMARY,
+        "CAPTION": caption.strip(),
+        "REASONING": reasoning.strip(),
+        "CONCLUSION": f"This image is {label}.",
+    }
+    for stage in FORM_STAGES[form]:
+        if not texts[stage]:
+            raise ValueError(f"the {stage} stage is empty")
+        if _TAG.search(texts[stage]):
+            raise ValueError(f"the {stage} stage holds a stage's tag: {texts[stage]!r}")
+    return "\n\n".join(f"<{stage}> {texts[stage]} </{stage}>" for stage in FORM_STAGES[form])
+
+
+def parse_answer(text: str, *, tolerant: bool = False) -> ParsedAnswer:
+    """Reads an answer: its stages, its verdict and the attributes it names.
+
+    A verdict is read from the CONCLUSION stage alone. By default that stage must stand once, be closed, and say
+    exactly ``This image is real.`` or ``This image is fake.``, as the published format does.
+
+    Args:
+        text: The answer.
+        tolerant: Also accept a CONCLUSION that is not closed because the text ends, another case, a missing full
+            stop, and plain variants such as "The image is fake" or "This is a fake image". Anything that says
+            more than one plain sentence ("not fake", "unrealistic", "real or fake") is never a verdict.
+    """
+    stages, problems = _split_stages(text, tolerant=tolerant)
+    reasoning = stages.get("REASONING", "")
+    verdict, problem = _read_verdict(stages, problems, tolerant=tolerant)
+    return ParsedAnswer(stages, verdict, parse_attributes(reasoning), problem)
+
+
+def parse_attributes(reasoning: str) -> dict[str, str]:
+    """Returns the sentence after each ``<attribute name>:`` of a reasoning; the first one counts."""
+    headings = list(_ATTRIBUTE_HEADING.finditer(reasoning))
+    ends = [following.start() for following in headings[1:]] + [len(reasoning)]
+    found: dict[str, str] = {}
+    for heading, end in zip(headings, ends, strict=False):
+        sentence = _PERSPECTIVE.sub(" ", reasoning[heading.end() : end])
+        found.setdefault(_SPELLING[heading.group(1).lower()], " ".join(sentence.split()))
+    return {name: sentence for name, sentence in found.items() if sentence}
+
+
+def _split_stages(text: str, *, tolerant: bool) -> tuple[dict[str, str], dict[str, str]]:
+    """Splits an answer at its tags; returns the stages and what is wrong with a stage."""
+    stages: dict[str, str] = {}
+    problems: dict[str, str] = {}
+    name, start = None, 0
+    for tag in _TAG.finditer(text):
+        closing, stage = bool(tag.group(1)), tag.group(2)
+        if not closing:
+            if name is not None:
+                problems.setdefault(name, f"<{name}> is not closed before <{stage}>")
+            name, start = stage, tag.end()
+            continue
+        if stage != name:
+            problems.setdefault(stage, f"</{stage}> closes a stage that is not open")
+            continue
+        content = text[start : tag.start()].strip()
+        if stage in stages and not (tolerant and stages[stage] == content):
+            problems.setdefault(stage, f"<{stage}> stands more than once")
+        stages.setdefault(stage, content)
+        name = None
+    if name is not None:
+        if tolerant and name not in stages:
+            stages[name] = text[start:].strip()
+        else:
+            problems.setdefault(name, f"<{name}> is not closed")
+    return stages, problems
+
+
+def _read_verdict(
+    stages: Mapping[str, str], problems: Mapping[str, str], *, tolerant: bool
+) -> tuple[Label | None, str]:
+    if "CONCLUSION" in problems:
+        return None, problems["CONCLUSION"]
+    if "CONCLUSION" not in stages:
+        return None, "there is no <CONCLUSION>"
+    said = stages["CONCLUSION"]
+    if said in _STRICT_VERDICT:
+        return _STRICT_VERDICT[said], ""
+    if tolerant:
+        match = _TOLERANT_VERDICT.fullmatch(" ".join(said.split()))
+        if match:
+            word = (match["word"] or match["noun"]).lower()
+            return LABELS[VERDICT_WORDS.index(word)], ""
+    return None, f"the conclusion is neither 'This image is real.' nor 'This image is fake.': {said[:80]!r}"

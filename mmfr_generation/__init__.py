@@ -1,0 +1,1 @@
+"""Annotation of images, download and building of data sets."""
