@@ -1,0 +1,1 @@
+"""Training data: conversations to ids, labels and batches."""

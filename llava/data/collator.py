@@ -1,0 +1,47 @@
+"""From samples to a batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from llava.constants import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation with its image.
+
+    Attributes:
+        input_ids: ``[T]``.
+        labels: ``[T]``.
+        image: Shared pixels ``[3, S, S]``; zeros for a text-only sample.
+        forgery_label: Real = 0, fake = 1, -100 if the answer has no verdict.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    image: Tensor
+    forgery_label: int
+
+
+def collate(samples: Sequence[Sample], pad_token_id: int, max_length: int) -> dict[str, Tensor]:
+    """Pads samples on the right and cuts them to ``max_length``.
+
+    Returns:
+        ``input_ids``, ``labels``, ``attention_mask`` ``[B, T]``, ``images`` ``[B, 3, S, S]``, ``forgery_labels``
+        ``[B]``.
+    """
+    lengths = torch.tensor([len(sample.input_ids) for sample in samples]).clamp(max=max_length)
+    ids = [sample.input_ids for sample in samples]
+    labels = [sample.labels for sample in samples]
+    input_ids = pad_sequence(ids, batch_first=True, padding_value=pad_token_id)[:, :max_length]
+    return {
+        "input_ids": input_ids,
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)[:, :max_length],
+        "attention_mask": torch.arange(input_ids.shape[1]) < lengths[:, None],
+        "images": torch.stack([sample.image for sample in samples]),
+        "forgery_labels": torch.tensor([sample.forgery_label for sample in samples]),
+    }

@@ -1,0 +1,106 @@
+"""From a picture file to shared pixels, and from a prompt with ``<image>`` to ids. Names are LLaVA's."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+def load_image(file: str | os.PathLike[str], *, apply_orientation: bool = True) -> Image.Image:
+    """Opens a picture as 8-bit RGB.
+
+    The first frame of an animation is taken; its EXIF orientation is applied unless the authors' protocol, which
+    ignores it, is to be followed.
+
+    Raises:
+        OSError: The file is missing, no picture, or damaged.
+    """
+    with Image.open(file) as image:
+        image.seek(0)
+        image.load()
+        return to_rgb(ImageOps.exif_transpose(image) if apply_orientation else image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts any picture to 8-bit RGB: alpha is dropped, 16 bits are scaled to 8."""
+    if image.mode in _SIXTEEN_BIT_MODES:
+        values = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def expand2square(image: Image.Image, background_color: tuple[int, int, int]) -> Image.Image:
+    """Pads a picture to a square, itself in the middle."""
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    square = Image.new(image.mode, (side, side), background_color)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def process_images(images: list[Image.Image], image_processor: Any, model_cfg: Any) -> torch.Tensor:
+    """Turns pictures into shared pixels.
+
+    Args:
+        images: Pictures of any mode and size.
+        image_processor: The model's.
+        model_cfg: The model's config; ``image_aspect_ratio`` ``pad`` pads with the processor's mean colour, anything
+            else lets the processor resize and crop.
+
+    Returns:
+        ``[N, 3, S, S]``.
+
+    Raises:
+        ValueError: There are no images.
+    """
+    if not images:
+        raise ValueError("there are no images to process")
+    pictures = [to_rgb(image) for image in images]
+    if getattr(model_cfg, "image_aspect_ratio", None) == "pad":
+        red, green, blue = (int(value * 255) for value in image_processor.image_mean)
+        pictures = [expand2square(picture, (red, green, blue)) for picture in pictures]
+    return image_processor.preprocess(pictures, return_tensors="pt")["pixel_values"]
+
+
+def tokenizer_image_token(
+    prompt: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    image_token_index: int = IMAGE_TOKEN_INDEX,
+    return_tensors: str | None = None,
+) -> Any:
+    """Tokenises a prompt, ``image_token_index`` standing for each ``<image>``.
+
+    Returns:
+        A list of ids, or a tensor ``[T]`` for ``return_tensors="pt"``.
+
+    Raises:
+        ValueError: Another kind of tensor is asked for.
+    """
+    if return_tensors not in (None, "pt"):
+        raise ValueError(f"unsupported return_tensors {return_tensors!r}; it must be None or 'pt'")
+    ids: list[int] = []
+    for index, chunk in enumerate(prompt.split(DEFAULT_IMAGE_TOKEN)):
+        chunk_ids = tokenizer(chunk).input_ids
+        opens = chunk_ids[:1] == [tokenizer.bos_token_id]
+        if index > 0:
+            ids.append(image_token_index)
+        ids += chunk_ids[1:] if opens and index > 0 else chunk_ids
+    return torch.tensor(ids, dtype=torch.long) if return_tensors == "pt" else ids
+
+
+def get_model_name_from_path(model_path: str) -> str:
+    """Returns a name for a model folder; a ``checkpoint-<step>`` folder is named after its parent as well."""
+    path = Path(model_path)
+    return f"{path.parent.name}_{path.name}" if path.name.startswith("checkpoint-") else path.name

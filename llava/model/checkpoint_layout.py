@@ -1,0 +1,136 @@
+"""Key maps between a published checkpoint's tensor names and ours, both ways.
+
+A map is a list of rules. Names in rules are templates: ``{n}`` stands for a number, ``{name}`` for one part of a dotted
+name, ``{rest*}`` for any number of parts. What no rule knows keeps its name.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from llava.model.checkpoint_files import CheckpointError, Rows, TensorLike
+
+_FIELD = re.compile(r"\{(\w+)(\*?)\}")
+
+
+@dataclass(frozen=True)
+class Template:
+    """A tensor name with fields."""
+
+    text: str
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        parts, end = [], 0
+        for part in _FIELD.finditer(self.text):
+            inside = ".+" if part[2] else (r"\d+" if part[1] == "n" else r"[^.]+")
+            parts += [re.escape(self.text[end : part.start()]), f"(?P<{part[1]}>{inside})"]
+            end = part.end()
+        return re.compile("".join([*parts, re.escape(self.text[end:])]))
+
+    def read(self, name: str) -> dict[str, str] | None:
+        """Returns the fields of a name of this form, or None for another name."""
+        match = self._pattern.fullmatch(name)
+        return match.groupdict() if match else None
+
+    def write(self, fields: Mapping[str, str]) -> str:
+        """Returns the name with these fields."""
+        return _FIELD.sub(lambda part: fields[part[1]], self.text)
+
+
+@dataclass(frozen=True)
+class Rename:
+    """One tensor under another name."""
+
+    theirs: str
+    ours: str
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """One of theirs is several of ours, of equal size, one after the other along the first dimension."""
+
+    theirs: str
+    ours: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """One of theirs that repeats another of theirs; left out of ours."""
+
+    theirs: str
+    of: str
+
+
+Rule = Rename | Stacked | Duplicate
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """How a published layout's names correspond to ours."""
+
+    rules: tuple[Rule, ...]
+    _templates: dict[str, Template] = field(default_factory=dict, repr=False, compare=False)
+
+    def _template(self, text: str) -> Template:
+        return self._templates.setdefault(text, Template(text))
+
+    def to_ours(self, tensors: Mapping[str, TensorLike]) -> dict[str, TensorLike]:
+        """Renames and splits their tensors; nothing is read."""
+        ours: dict[str, TensorLike] = {}
+        for name, tensor in tensors.items():
+            for new_name, part in self._one_to_ours(name, tensor):
+                if new_name in ours:
+                    raise CheckpointError(f"{name} and another tensor both stand for {new_name}")
+                ours[new_name] = part
+        return ours
+
+    def _one_to_ours(self, name: str, tensor: TensorLike) -> Iterable[tuple[str, TensorLike]]:
+        for rule in self.rules:
+            fields = self._template(rule.theirs).read(name)
+            if fields is None:
+                continue
+            if isinstance(rule, Duplicate):
+                return []
+            if isinstance(rule, Rename):
+                return [(self._template(rule.ours).write(fields), tensor)]
+            rows, left = divmod(tensor.shape[0], len(rule.ours))
+            if left:
+                raise CheckpointError(f"{name} has {tensor.shape[0]} rows, which cannot be {len(rule.ours)} tensors")
+            return [
+                (self._template(target).write(fields), Rows(tensor, index * rows, (index + 1) * rows))
+                for index, target in enumerate(rule.ours)
+            ]
+        return [(name, tensor)]
+
+    def to_theirs(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Renames, joins and repeats our tensors as their layout has them; the inverse of ``to_ours``."""
+        theirs: dict[str, torch.Tensor] = {}
+        for name in tensors:
+            theirs.update(self._one_to_theirs(name, tensors))
+        for rule in self.rules:
+            if isinstance(rule, Duplicate):
+                of = self._template(rule.of)
+                fields_of = [(name, of.read(name)) for name in theirs]
+                theirs |= {self._template(rule.theirs).write(found): theirs[n] for n, found in fields_of if found}
+        return theirs
+
+    def _one_to_theirs(self, name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for rule in self.rules:
+            if isinstance(rule, Rename):
+                fields = self._template(rule.ours).read(name)
+                if fields is not None:
+                    return {self._template(rule.theirs).write(fields): tensors[name]}
+            elif isinstance(rule, Stacked):
+                for part in rule.ours:
+                    fields = self._template(part).read(name)
+                    if fields is None:
+                        continue
+                    if part != rule.ours[0]:
+                        return {}
+                    parts = [tensors[self._template(target).write(fields)] for target in rule.ours]
+                    return {self._template(rule.theirs).write(fields): torch.cat(parts)}
+        return {name: tensors[name]}

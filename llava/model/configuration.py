@@ -1,0 +1,69 @@
+"""The model's config."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig
+
+
+@strict
+class LlavaConfig(LlamaConfig):
+    """Everything that changes what the model answers.
+
+    The ``mm_*``, ``image_aspect_ratio`` and ``tokenizer_*`` fields are LLaVA's. Ours:
+
+    Attributes:
+        vision_tower_config: First tower, see ``multimodal_encoder``; None for a model without images.
+        dino_tower_config: Second tower.
+        mm_image_processor: Settings of the image processor that makes the pixels which the towers share.
+        mm_fusion_type: Name in the registry of fusions.
+        mm_fusion_config: The fusion's own settings.
+        cpm_search: Where the probability mapper looks for the verdict in training. A config file without this field
+            means ``predictions``, the authors' way; ours are written with it.
+        cpm_temperature: tau of the probability mapper.
+        cpm_weight: Weight of the mapper's loss.
+        cpm_tokens: How the tokenizer spells the verdict, see ``VerdictTokens``.
+    """
+
+    model_type = "llava_llama"
+
+    mm_vision_tower: str | None = None
+    mm_hidden_size: int | None = None
+    mm_projector_type: str = "mlp2x_gelu"
+    mm_vision_select_layer: int = -2
+    mm_vision_select_feature: str = "patch"
+    mm_patch_merge_type: str = "flat"
+    mm_use_im_start_end: bool = False
+    mm_use_im_patch_token: bool = False
+    image_aspect_ratio: str | None = "pad"
+    tokenizer_model_max_length: int | None = 2048
+    tokenizer_padding_side: str = "right"
+    vision_tower_config: dict[str, Any] | None = None
+    dino_tower_config: dict[str, Any] | None = None
+    mm_image_processor: dict[str, Any] | None = None
+    mm_fusion_type: str = "forgery_aware"
+    mm_fusion_config: dict[str, Any] | None = None
+    cpm_search: str = "labels"
+    cpm_temperature: float = 10.0
+    cpm_weight: float = 1.0
+    cpm_tokens: dict[str, Any] | None = None
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Reads a config file's contents; see ``cpm_search`` for a file without that field."""
+        return super().from_dict({"cpm_search": "predictions", **config_dict}, **kwargs)
+
+    def pixel_format(self) -> dict[str, Any]:
+        """Returns side, mean and standard deviation of the shared pixels.
+
+        Raises:
+            ValueError: The config has towers but no image processor.
+        """
+        if self.mm_image_processor is None:
+            raise ValueError("the config has a vision tower but no mm_image_processor")
+        processor = self.mm_image_processor
+        return {
+            "size": processor["crop_size"]["height"],
+            "mean": tuple(processor["image_mean"]),
+            "std": tuple(processor["image_std"]),
+        }

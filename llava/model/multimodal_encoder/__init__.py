@@ -1,0 +1,1 @@
+"""Vision towers; ``builder`` has the registry."""

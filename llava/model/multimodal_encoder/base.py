@@ -1,0 +1,141 @@
+"""What every vision tower takes and gives.
+
+All towers of a model get one shared pixel tensor, made by the model's image processor. What a tower makes of it
+(another size, another normalisation) is its own business and is recorded in its config.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llava.model.checkpoint_files import TensorLike
+
+
+@dataclass(frozen=True)
+class PixelFormat:
+    """How the shared pixels are made: side length in pixels, and mean and standard deviation of each channel."""
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class TowerOutput:
+    """What a tower sees in B images.
+
+    Attributes:
+        features: Patch features ``[B, P, C]``.
+        attention: Softmax attention of the last block ``[B, G, N, N]`` with the prefix tokens (CLS, registers) first,
+            N = prefix + P; None unless asked for.
+    """
+
+    features: Tensor
+    attention: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TowerSource:
+    """A tower as found outside the model's own checkpoint.
+
+    Attributes:
+        config: What ``vision_tower_config`` or ``dino_tower_config`` will hold.
+        tensors: Weights by their names within the tower.
+        origin: Where they were found, for messages.
+        image_processor: Settings of the image processor that comes with them, if any.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, TensorLike]
+    origin: str
+    image_processor: dict[str, Any] | None = None
+
+
+class VisionTower(nn.Module, ABC):
+    """A frozen encoder from the shared pixels to patch features.
+
+    Args:
+        config: The tower's own settings, ``type`` being its name in the registry. ``image_size`` is the side that it
+            wants (default: as shared); ``pixel_mean`` and ``pixel_std`` its normalisation (default: as shared).
+        shared: Format of the shared pixels.
+    """
+
+    tower_type: ClassVar[str]
+
+    def __init__(self, config: Mapping[str, Any], shared: PixelFormat) -> None:
+        super().__init__()
+        self.config = dict(config)
+        self.shared = shared
+        self.image_size: int = self.config.get("image_size") or shared.size
+
+    @classmethod
+    @abstractmethod
+    def opens(cls, source: str) -> bool:
+        """Whether ``source`` (a path, a hub id, or a name with the tower's own prefix) is such a tower."""
+
+    @classmethod
+    @abstractmethod
+    def read(cls, source: str) -> TowerSource:
+        """Reads config and weights of a tower.
+
+        Raises:
+            CheckpointError: The source is not to be had or is no such tower.
+        """
+
+    @property
+    @abstractmethod
+    def hidden_size(self) -> int:
+        """Width C of the features."""
+
+    @property
+    @abstractmethod
+    def num_heads(self) -> int:
+        """Number of attention heads G."""
+
+    @property
+    @abstractmethod
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+
+    @property
+    def num_patches(self) -> int:
+        """Number of patches P."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches in the attention."""
+        return 1
+
+    @abstractmethod
+    def encode(self, pixels: Tensor, *, with_attention: bool) -> TowerOutput:
+        """Encodes the tower's own pixels."""
+
+    def forward(self, shared_pixels: Tensor, *, with_attention: bool = False) -> TowerOutput:
+        """Encodes shared pixels ``[B, 3, S, S]``."""
+        parameter = next(self.parameters())
+        pixels = self.own_pixels(shared_pixels).to(parameter.dtype)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and parameter.requires_grad):
+            return self.encode(pixels, with_attention=with_attention)
+
+    def own_pixels(self, shared_pixels: Tensor) -> Tensor:
+        """Turns shared pixels into the tower's size and normalisation."""
+        pixels = shared_pixels
+        if self.config.get("pixel_mean") is not None:
+            mean, std = self.config["pixel_mean"], self.config["pixel_std"]
+            pixels = (pixels * _per_channel(pixels, self.shared.std) + _per_channel(pixels, self.shared.mean)).sub(
+                _per_channel(pixels, mean)
+            ) / _per_channel(pixels, std)
+        if pixels.shape[-1] != self.image_size:
+            size = (self.image_size, self.image_size)
+            pixels = F.interpolate(pixels.float(), size=size, mode="bicubic", antialias=True).to(pixels.dtype)
+        return pixels
+
+
+def _per_channel(pixels: Tensor, values: "tuple[float, ...] | list[float]") -> Tensor:
+    return torch.tensor(values, dtype=pixels.dtype, device=pixels.device).view(1, -1, 1, 1)

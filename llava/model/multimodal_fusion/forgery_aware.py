@@ -1,0 +1,47 @@
+"""Forgery-Aware Feature Fusion (arXiv 2503.21210): cross-attention led by the DINO tower's own attention."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from llava.model.multimodal_fusion.cross_attention import CrossAttentionFusion, block_settings
+
+_LOG_FLOOR = 1e-6
+"""Added to the attention before its logarithm; the published weights were trained with it."""
+
+
+class ForgeryAwareFusion(CrossAttentionFusion):
+    """Cross-attention whose scores get a bias computed from the DINO tower's last attention map.
+
+    ``bias = Conv1x1(GELU(Conv1x1(log(attention + 1e-6))))``, from the tower's G heads to the fusion's H heads.
+
+    Args:
+        hidden_size: Width D of the tokens.
+        dino_heads: Number of heads G of the DINO tower.
+        bias_hidden_channels: Channels between the two convolutions; published: 32.
+        **block: Settings of ``CrossAttentionFusion``.
+    """
+
+    uses_dino_attention: ClassVar[bool] = True
+    equal_grids: ClassVar[bool] = True
+
+    def __init__(self, hidden_size: int, dino_heads: int, bias_hidden_channels: int, **block: Any) -> None:
+        super().__init__(hidden_size, **block)
+        self.attention_mlp = nn.Sequential(
+            nn.Conv2d(dino_heads, bias_hidden_channels, kernel_size=1),
+            nn.GELU(),
+            nn.Conv2d(bias_hidden_channels, self.num_heads, kernel_size=1),
+        )
+
+    @classmethod
+    def from_config(cls, hidden_size: int, dino_heads: int, config: dict[str, Any]) -> "ForgeryAwareFusion":
+        """Builds it; ``bias_hidden_channels`` (published: 32) beside the fields of ``block_settings``."""
+        channels = config.get("bias_hidden_channels", 32)
+        return cls(hidden_size, dino_heads, channels, **block_settings(hidden_size, config))
+
+    def attention_bias(self, dino_attention_BGPP: Tensor | None) -> Tensor:
+        """Returns the bias ``[B, H, P, P]`` from the DINO tower's attention ``[B, G, P, P]``."""
+        assert dino_attention_BGPP is not None
+        log_attention = torch.log(dino_attention_BGPP.float() + _LOG_FLOOR)
+        return self.attention_mlp(log_attention.to(self.attention_mlp[0].weight.dtype))

@@ -1,0 +1,1 @@
+"""Projectors from a tower's width to the language model's."""

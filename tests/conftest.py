@@ -1,0 +1,19 @@
+"""What tests share: no network, one thread a worker, and the reference folder."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest  # noqa: E402
+
+from tests.reference import Reference  # noqa: E402
+
+GOLDENS = Path(__file__).parent / "data" / "goldens"
+
+
+@pytest.fixture(scope="session")
+def bundled() -> Reference:
+    """The reference folder that the repository has."""
+    return Reference(GOLDENS)
