@@ -6,9 +6,9 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import pytest  # noqa: E402
+import pytest
 
-from tests.reference import Reference  # noqa: E402
+from tests.reference import Reference
 
 GOLDENS = Path(__file__).parent / "data" / "goldens"
 

@@ -172,6 +172,8 @@ class Comparer:
 
 
 def _difference(actual: Any, expected: Any, tolerance: dict[str, float]) -> str:
+    if actual is None:
+        return "there is nothing"
     if not isinstance(expected, Tensor) and isinstance(expected, list):
         return "" if list(actual) == expected else f"{actual} instead of {expected}"
     actual, expected = (torch.as_tensor(value).detach() for value in (actual, expected))

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
 
 from llava.model.checkpoint_files import CheckpointError, Rows, TensorLike
 
@@ -134,3 +136,26 @@ class KeyMap:
                     parts = [tensors[self._template(target).write(fields)] for target in rule.ours]
                     return {self._template(rule.theirs).write(fields): torch.cat(parts)}
         return {name: tensors[name]}
+
+
+_STORED_PREFIXES = {"CLIPVisionModel": "vision_model.", "Dinov2Model": ""}
+"""Towers of transformers' own that a model may hold, and what stands before their stored names."""
+
+
+def stored_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns a module's tensors by the names under which checkpoints hold them.
+
+    Transformers keeps some towers under other names in memory, and which ones depends on its version; stored names do
+    not change.
+    """
+    tensors = dict(module.state_dict())
+    for path, tower in module.named_modules():
+        kind = type(tower).__name__
+        if kind not in _STORED_PREFIXES:
+            continue
+        inside = f"{path}." if path else ""
+        stored = revert_weight_conversion(tower, {name: tensors.pop(f"{inside}{name}") for name in tower.state_dict()})
+        for name, tensor in stored.items():
+            bare = name.removeprefix(_STORED_PREFIXES[kind])
+            tensors[f"{inside}{_STORED_PREFIXES[kind]}{bare}"] = tensor
+    return tensors

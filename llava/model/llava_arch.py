@@ -22,7 +22,7 @@ class SplicedBatch:
     Attributes:
         inputs_embeds: ``[B, L, D]``, padded with zeros.
         attention_mask: ``[B, L]``, True where there is something.
-        position_ids: ``[B, L]``, counted from each row's first valid place.
+        position_ids: ``[B, L]``, counted from each row's first valid place (0 before it).
         labels: ``[B, L]`` with -100 at spliced and padded places, or None.
     """
 
@@ -191,5 +191,7 @@ def splice(
         pad(rows, batch_first=True, padding_side=padding_side),
         mask,
         (places - first[:, None]).clamp(min=0),
-        pad(row_labels, batch_first=True, padding_value=IGNORE_INDEX, padding_side=padding_side) if row_labels else None,
+        pad(row_labels, batch_first=True, padding_value=IGNORE_INDEX, padding_side=padding_side)
+        if row_labels
+        else None,
     )

@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
 
     config_class = LlavaConfig
     config: LlavaConfig
-    _no_split_modules = (
+    _no_split_modules: ClassVar[list[str]] = [
         "LlamaDecoderLayer",
         "CLIPVisionTower",
         "DinoVisionTower",
@@ -66,7 +66,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         "ForgeryAwareFusion",
         "CrossAttentionFusion",
         "Sequential",
-    )
+    ]
 
     def __init__(self, config: LlavaConfig) -> None:
         super(LlamaForCausalLM, self).__init__(config)
@@ -149,7 +149,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             padding_side=padding_side or self.config.tokenizer_padding_side,
         )
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -232,7 +232,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         )
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         input_ids: Tensor | None = None,
         images: Tensor | None = None,
@@ -259,13 +259,13 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         batch = self.prepare_inputs_labels_for_multimodal(
             input_ids, images, attention_mask=attention_mask, padding_side="left"
         )
-        return super().generate(
-            inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask.long(), **kwargs
-        )
+        return super().generate(inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask.long(), **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Saves everything that ``load_pretrained_model`` needs: weights, towers, config, tokenizer, pixels."""
         super().save_pretrained(save_directory, *args, **kwargs)
+        if not kwargs.get("is_main_process", True):
+            return
         if self.image_processor is not None:
             self.image_processor.save_pretrained(save_directory)
         if self.tokenizer is not None:

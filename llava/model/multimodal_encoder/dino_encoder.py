@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
 
@@ -221,13 +221,13 @@ class DinoVisionTower(VisionTower):
             handle.remove()
         return TowerOutput(hidden[:, 1:], seen[0] if with_attention else None)
 
-    def _last_attention(self) -> nn.Module:
+    def _last_attention(self) -> Any:
         """The module that computes the last block's softmax; transformers before 5.18 nests it one deeper."""
         attention = self.vision_tower.encoder.layer[-1].attention
         return getattr(attention, "attention", attention)
 
 
-def _keep_attention(attention: nn.Module) -> None:
+def _keep_attention(attention: Any) -> None:
     """Makes one attention module, and no other, compute its softmax openly and return it."""
     attention.config = copy.copy(attention.config)
     attention.config._attn_implementation = "eager"

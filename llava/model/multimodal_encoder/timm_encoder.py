@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava.model.checkpoint_files import CheckpointError
 from llava.model.multimodal_encoder.base import PixelFormat, TowerOutput, TowerSource, VisionTower
@@ -96,7 +96,7 @@ def _create(name: str, **options: Any) -> Any:
     return model
 
 
-def _last_attention(model: Any, name: str) -> nn.Module:
+def _last_attention(model: Any, name: str) -> Any:
     """Makes the last block compute its softmax openly, so that a hook on ``attn_drop`` sees it."""
     attention = getattr(model.blocks[-1], "attn", None)
     if attention is None or not hasattr(attention, "fused_attn"):

@@ -44,4 +44,4 @@ class ForgeryAwareFusion(CrossAttentionFusion):
         """Returns the bias ``[B, H, P, P]`` from the DINO tower's attention ``[B, G, P, P]``."""
         assert dino_attention_BGPP is not None
         log_attention = torch.log(dino_attention_BGPP.float() + _LOG_FLOOR)
-        return self.attention_mlp(log_attention.to(self.attention_mlp[0].weight.dtype))
+        return self.attention_mlp(log_attention.to(next(self.attention_mlp.parameters()).dtype))

@@ -34,9 +34,7 @@ KEY_MAP = KeyMap(
         Rename(f"{_THEIRS}norm.1.a_2", f"{_OURS}ffn_norm.weight"),
         Rename(f"{_THEIRS}norm.1.b_2", f"{_OURS}ffn_norm.bias"),
         *original_rules("model.dino_tower.vision_tower.", "model.dino_tower.vision_tower."),
-        Duplicate(
-            "model.dino_tower.clip_vision_tower.{rest*}", of="model.vision_tower.vision_tower.{rest*}"
-        ),
+        Duplicate("model.dino_tower.clip_vision_tower.{rest*}", of="model.vision_tower.vision_tower.{rest*}"),
     )
 )
 

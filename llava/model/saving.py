@@ -1,0 +1,96 @@
+"""Writes checkpoints in a published layout; ``model.save_pretrained`` writes our own."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+
+from llava.model.checkpoint_files import written_whole
+from llava.model.checkpoint_layout import stored_state_dict
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.systems.fakereasoning import layout
+
+MAX_SHARD_SIZE = "5GB"
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
+_OUR_FIELDS = (
+    "vision_tower_config",
+    "dino_tower_config",
+    "mm_image_processor",
+    "mm_fusion_type",
+    "mm_fusion_config",
+    "cpm_search",
+    "cpm_temperature",
+    "cpm_weight",
+    "cpm_tokens",
+)
+"""Config fields that the published layout does not have."""
+
+
+def save_published(
+    model: LlavaLlamaForCausalLM, folder: Path, config: Mapping[str, Any], tokenizer_folder: Path
+) -> None:
+    """Writes a merged model with the published names, for the authors' code.
+
+    Args:
+        model: A model without adapters, its towers CLIP and DINOv2.
+        folder: New folder, which appears only when all is written.
+        config: ``config.json`` of the checkpoint that the model was opened from.
+        tokenizer_folder: Folder whose tokenizer files are copied as they are.
+
+    Raises:
+        ValueError: The model has adapters or towers that the published layout cannot hold.
+        FileExistsError: The folder exists and is not empty.
+    """
+    towers = (model.config.vision_tower_config, model.config.dino_tower_config)
+    for tower, kind in zip(towers, ("clip", "dinov2"), strict=True):
+        if tower is not None and tower["type"] != kind:
+            raise ValueError(f"the published layout holds a {kind} tower, but this model has {tower['type']!r}")
+    stored = stored_state_dict(model)
+    adapters = [name for name in stored if "lora_" in name]
+    if adapters:
+        raise ValueError(f"the model has adapters that are not merged: {adapters[0]}, …")
+    with written_whole(folder) as partial:
+        save_sharded(layout.KEY_MAP.to_theirs(stored), partial)
+        values = published_config(config, model)
+        (partial / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for name in TOKENIZER_FILES:
+            if (tokenizer_folder / name).is_file():
+                shutil.copyfile(tokenizer_folder / name, partial / name)
+
+
+def published_config(config: Mapping[str, Any], model: LlavaLlamaForCausalLM) -> dict[str, Any]:
+    """Returns a config that transformers 4 and the authors' code read, without the fields that only we have."""
+    values = {name: value for name, value in config.items() if name not in _OUR_FIELDS}
+    rope = values.pop("rope_parameters", None)
+    if rope is not None:
+        values |= {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": None}
+    values.pop("dtype", None)
+    values["torch_dtype"] = str(model.dtype).removeprefix("torch.")
+    return values
+
+
+def save_sharded(tensors: Mapping[str, torch.Tensor], folder: Path, max_shard_size: str = MAX_SHARD_SIZE) -> None:
+    """Writes tensors as safetensors, with an index if there are several files; names are kept one for one."""
+    plan = split_torch_state_dict_into_shards(
+        # Stand-ins without memory, so that a tensor that is stored twice is planned for twice.
+        {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()},
+        max_shard_size=max_shard_size,
+    )
+    for file, names in plan.filename_to_tensors.items():
+        # Cloned, since safetensors refuses tensors that share memory, as a repeated tower does.
+        save_file({name: tensors[name].detach().cpu().clone() for name in names}, folder / file, {"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
