@@ -19,7 +19,14 @@ from llava.systems.fakereasoning import layout
 from llava.systems.fakereasoning.text import VERDICT_PREFIX, VERDICT_WORDS
 
 DEFAULT_CONTEXT_LENGTH = 2048
-_FULL_PRECISION_PARTS = ["vision_tower", "dino_tower", "mm_projector", "dino_mm_projector", "fusion", "lm_head"]
+_FULL_PRECISION_PARTS = [
+    "model.vision_tower",
+    "model.dino_tower",
+    "model.mm_projector",
+    "model.dino_mm_projector",
+    "model.fusion",
+    "lm_head",
+]
 """What stays as it is when the language model is quantised."""
 
 

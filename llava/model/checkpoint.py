@@ -69,9 +69,12 @@ def open_checkpoint(model_path: str | os.PathLike[str], model_base: str | os.Pat
             raise CheckpointError(
                 f"a base model is given, but {folder} has no adapter_config.json: it is no LoRA folder"
             )
-        tensors = layout.KEY_MAP.to_ours(read_tensors(folder))
+        config = read_json(folder / "config.json")
+        tensors = read_tensors(folder)
+        if not _is_ours(config):
+            tensors = layout.KEY_MAP.to_ours(tensors)
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(_BUFFERS)}
-        return Checkpoint(folder, read_json(folder / "config.json"), tensors, folder)
+        return Checkpoint(folder, config, tensors, folder)
     base = model_base or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if not base:
         raise CheckpointError(f"{folder} is a LoRA folder that does not name its base model; pass model_base")
@@ -84,6 +87,10 @@ def open_checkpoint(model_path: str | os.PathLike[str], model_base: str | os.Pat
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else opened.config
     tokenizer_folder = folder if has_tokenizer(folder) else opened.tokenizer_folder
     return Checkpoint(folder, config, tensors, tokenizer_folder, adapter_folder=folder)
+
+
+def _is_ours(config: Mapping[str, Any]) -> bool:
+    return config.get("vision_tower_config") is not None
 
 
 def complete_config(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from llava.model.checkpoint_files import CheckpointError
@@ -23,7 +24,7 @@ class TimmVisionTower(VisionTower):
     def __init__(self, config: Mapping[str, Any], shared: PixelFormat) -> None:
         super().__init__(config, shared)
         self.vision_tower = _create(self.config["name"], img_size=self.image_size)
-        self._attention = _last_attention(self.vision_tower, self.config["name"])
+        self._last_attention().fused_attn = False
 
     @classmethod
     def opens(cls, source: str) -> bool:
@@ -35,10 +36,10 @@ class TimmVisionTower(VisionTower):
         """Reads timm's pretrained weights of a model, or a weight file in that model's layout."""
         name, _, file = source.removeprefix(_PREFIX).partition(":")
         weights = {"pretrained_cfg_overlay": {"file": file}} if file else {}
+        with torch.device("meta"):
+            _create(name)
         try:
             model = _create(name, pretrained=True, **weights)
-        except CheckpointError:
-            raise
         except Exception as error:
             raise CheckpointError(f"{source}: timm could not load it: {type(error).__name__}: {error}") from error
         config = {
@@ -59,7 +60,7 @@ class TimmVisionTower(VisionTower):
     @property
     def num_heads(self) -> int:
         """Number of attention heads."""
-        return self._attention.num_heads
+        return self._last_attention().num_heads
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -75,7 +76,9 @@ class TimmVisionTower(VisionTower):
     def encode(self, pixels: Tensor, *, with_attention: bool) -> TowerOutput:
         """Returns the last block's output before the final norm, prefix tokens dropped, and that block's attention."""
         seen: list[Tensor] = []
-        handle = self._attention.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        handle = self._last_attention().attn_drop.register_forward_hook(
+            lambda module, inputs, output: seen.append(output)
+        )
         try:
             features = self.vision_tower.forward_intermediates(
                 pixels, indices=1, norm=False, output_fmt="NLC", intermediates_only=True
@@ -84,22 +87,22 @@ class TimmVisionTower(VisionTower):
             handle.remove()
         return TowerOutput(features, seen[0] if with_attention else None)
 
+    def _last_attention(self) -> Any:
+        """The last block's attention, whose softmax is computed openly so that a hook on ``attn_drop`` sees it."""
+        attention = getattr(self.vision_tower.blocks[-1], "attn", None)
+        if not hasattr(attention, "fused_attn"):
+            raise CheckpointError(f"timm:{self.config['name']} does not show its last attention")
+        return attention
+
 
 def _create(name: str, **options: Any) -> Any:
     try:
         import timm
     except ImportError as error:
         raise CheckpointError(f"the tower timm:{name} needs timm: pip install 'fakereasoning[timm]'") from error
+    if not timm.is_model(name):
+        raise CheckpointError(f"timm has no model {name!r}")
     model = timm.create_model(name, num_classes=0, **options)
     if not isinstance(model, timm.models.VisionTransformer):
         raise CheckpointError(f"timm:{name} is a {type(model).__name__}, but a vision transformer is needed")
     return model
-
-
-def _last_attention(model: Any, name: str) -> Any:
-    """Makes the last block compute its softmax openly, so that a hook on ``attn_drop`` sees it."""
-    attention = getattr(model.blocks[-1], "attn", None)
-    if attention is None or not hasattr(attention, "fused_attn"):
-        raise CheckpointError(f"timm:{name} does not show its last attention")
-    attention.fused_attn = False
-    return attention
