@@ -142,19 +142,26 @@ _STORED_PREFIXES = {"CLIPVisionModel": "vision_model.", "Dinov2Model": ""}
 """Towers of transformers' own that a model may hold, and what stands before their stored names."""
 
 
-def stored_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
+def stored_state_dict(
+    module: nn.Module, state_dict: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
     """Returns a module's tensors by the names under which checkpoints hold them.
 
     Transformers keeps some towers under other names in memory, and which ones depends on its version; stored names do
     not change.
+
+    Args:
+        module: The module.
+        state_dict: Its tensors by their names in memory; default: ``module.state_dict()``.
     """
-    tensors = dict(module.state_dict())
+    tensors = dict(module.state_dict() if state_dict is None else state_dict)
     for path, tower in module.named_modules():
         kind = type(tower).__name__
         if kind not in _STORED_PREFIXES:
             continue
         inside = f"{path}." if path else ""
-        stored = revert_weight_conversion(tower, {name: tensors.pop(f"{inside}{name}") for name in tower.state_dict()})
+        names = [name for name in tower.state_dict() if f"{inside}{name}" in tensors]
+        stored = revert_weight_conversion(tower, {name: tensors.pop(f"{inside}{name}") for name in names})
         for name, tensor in stored.items():
             bare = name.removeprefix(_STORED_PREFIXES[kind])
             tensors[f"{inside}{_STORED_PREFIXES[kind]}{bare}"] = tensor

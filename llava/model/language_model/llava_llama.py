@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava.constants import IMAGE_TOKEN_INDEX
+from llava.model.checkpoint_layout import stored_state_dict
 from llava.model.configuration import LlavaConfig
 from llava.model.llava_arch import LlavaMetaModel, SplicedBatch, features_by_row, splice
 from llava.model.multimodal_encoder.base import VisionTower
@@ -261,9 +262,18 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         )
         return super().generate(inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask.long(), **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Saves everything that ``load_pretrained_model`` needs: weights, towers, config, tokenizer, pixels."""
-        super().save_pretrained(save_directory, *args, **kwargs)
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
+        """Saves everything that ``load_pretrained_model`` needs: weights, towers, config, tokenizer, pixels.
+
+        Args:
+            save_directory: Folder to write.
+            state_dict: Tensors by their names in memory, where the model's own are not to be taken.
+            **kwargs: As for transformers' ``save_pretrained``.
+        """
+        stored = stored_state_dict(self, state_dict)
+        super().save_pretrained(save_directory, state_dict=stored, **{"save_original_format": False, **kwargs})
         if not kwargs.get("is_main_process", True):
             return
         if self.image_processor is not None:
