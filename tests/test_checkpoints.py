@@ -12,12 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llava import load_pretrained_model
+from llava.mm_utils import process_images
 from llava.model.builder import resolve_attention, resolve_dtype
 from llava.model.checkpoint import open_checkpoint
 from llava.model.checkpoint_files import CheckpointError, written_whole
-from llava.model.saving import save_sharded
+from llava.model.checkpoint_layout import KeyMap, stored_state_dict
+from llava.model.multimodal_encoder.dino_encoder import original_rules
+from llava.model.saving import save_published, save_sharded
 from llava.systems.fakereasoning import layout
 from tests.conftest import GOLDENS
+from tests.small_models import DINO_CONFIG, small_model
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "merge_lora_weights.py"
 CLIP, DINO = GOLDENS / "clip", GOLDENS / "dino.pth"
@@ -361,3 +365,47 @@ def test_towers_are_frozen_and_nothing_stays_on_the_meta_device(bundled):
     tensors = [*model.parameters(), *model.buffers()]
     assert not any(tensor.is_meta for tensor in tensors)
     assert not model.training
+
+
+def test_old_preprocessor_files_give_sizes_as_numbers(bundled, tmp_path):
+    shutil.copytree(CLIP, tmp_path / "clip")
+    file = tmp_path / "clip" / "preprocessor_config.json"
+    settings = json.loads(file.read_text())
+    settings |= {"size": 70, "crop_size": 70, "feature_extractor_type": "CLIPFeatureExtractor"}
+    file.write_text(json.dumps({name: value for name, value in settings.items() if "rescale" not in name}))
+    _, model, processor, _ = load_pretrained_model(
+        GOLDENS / "base", vision_tower=tmp_path / "clip", dino_weights=DINO, device="cpu"
+    )
+    pixels = process_images(bundled.images, processor, model.config)
+    assert torch.equal(pixels, bundled.tensors["pixel_values"])
+    assert model.get_model().vision_tower.shared.size == 70
+
+
+@pytest.mark.parametrize("in_checkpoint", [True, False])
+def test_a_published_layout_of_any_size_is_opened(bundled, tmp_path, in_checkpoint):
+    """Unlike widths, grouped-query attention, an odd feed-forward ratio, 3 DINO heads and 4 fusion heads."""
+    dino = {**DINO_CONFIG, "mlp_ratio": 2.5}
+    model = small_model(vocab_size=800, dino_tower_config=dino, cpm_search="predictions")
+    model.get_model().vision_tower.vision_tower.save_pretrained(tmp_path / "clip")
+    model.image_processor.save_pretrained(tmp_path / "clip")
+    original = stored_state_dict(model.get_model().dino_tower)
+    rules = KeyMap(original_rules("", "vision_tower."))
+    torch.save(rules.to_theirs(original), tmp_path / "dino.pth")
+    config = {**json.loads((GOLDENS / "base/config.json").read_text()), **model.config.to_dict()}
+    config["mm_vision_tower"] = str(tmp_path / "clip")
+    save_published(model, tmp_path / "published", config, GOLDENS / "base")
+    written = json.loads((tmp_path / "published/config.json").read_text())
+    assert not {"vision_tower_config", "dino_tower_config", "mm_fusion_config"} & written.keys()
+    towers = {} if in_checkpoint else {"vision_tower": tmp_path / "clip", "dino_weights": tmp_path / "dino.pth"}
+    _, again, _, _ = load_pretrained_model(tmp_path / "published", device="cpu", **towers)
+    assert stored_state_dict(again).keys() == stored_state_dict(model).keys()
+    ids, pixels = torch.tensor([[1, -200, 5]]), torch.randn(1, 3, 28, 28)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids, images=pixels).logits, model(input_ids=ids, images=pixels).logits)
+
+
+def test_an_interrupted_or_foreign_layout_is_not_written(bundled, tmp_path):
+    adapted = bundled.load("lora", merge_lora=False)[1]
+    with pytest.raises(ValueError, match="not merged"):
+        save_published(adapted, tmp_path / "out", {}, GOLDENS / "base")
+    assert not (tmp_path / "out").exists()

@@ -62,8 +62,11 @@ class LlavaConfig(LlamaConfig):
         if self.mm_image_processor is None:
             raise ValueError("the config has a vision tower but no mm_image_processor")
         processor = self.mm_image_processor
+        size = processor["crop_size"] if processor.get("do_center_crop", True) else processor["size"]
+        if size.get("height") != size.get("width") or size.get("height") is None:
+            raise ValueError(f"the image processor gives pixels of size {size}, but towers take squares")
         return {
-            "size": processor["crop_size"]["height"],
+            "size": size["height"],
             "mean": tuple(processor["image_mean"]),
             "std": tuple(processor["image_std"]),
         }

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava.model.checkpoint_files import CheckpointError, TensorLike, read_json, read_tensors, resolve_folder
 from llava.model.multimodal_encoder.base import PixelFormat, TowerOutput, TowerSource, VisionTower
@@ -63,7 +64,8 @@ class CLIPVisionTower(VisionTower):
         if config.get("model_type", "clip_vision_model") != "clip_vision_model":
             raise CheckpointError(f"{folder} holds a {config['model_type']} model, but a CLIP vision tower is needed")
         processor_file = folder / "preprocessor_config.json"
-        processor = read_json(processor_file) if processor_file.is_file() else None
+        # Old files give sizes as plain numbers; the processor itself knows what they mean.
+        processor = CLIPImageProcessorPil(**read_json(processor_file)).to_dict() if processor_file.is_file() else None
         own = CLIPVisionConfig(**{name: config[name] for name in _MODEL_FIELDS if name in config})
         return TowerSource(
             config={"type": cls.tower_type, **{name: getattr(own, name) for name in _MODEL_FIELDS}},
