@@ -3,11 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llava.detector import ForgeryDetector
     from llava.model.builder import load_pretrained_model
     from llava.report import ForgeryReport
 
-__all__ = ["ForgeryReport", "load_pretrained_model"]
-_HOMES = {"ForgeryReport": "llava.report", "load_pretrained_model": "llava.model.builder"}
+__all__ = ["ForgeryDetector", "ForgeryReport", "load_pretrained_model"]
+_HOMES = {
+    "ForgeryDetector": "llava.detector",
+    "ForgeryReport": "llava.report",
+    "load_pretrained_model": "llava.model.builder",
+}
 
 
 def __getattr__(name: str) -> Any:

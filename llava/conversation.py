@@ -58,8 +58,3 @@ conv_templates: dict[str, Conversation] = {
     "llava_v1": Conversation(f"A chat between a curious human and an {_ASSISTANT} human's questions."),
 }
 conv_templates["vicuna_v1"] = conv_templates["v1"]
-
-TRAINING_TEMPLATE = "v1"
-"""What the published weights were trained with."""
-INFERENCE_TEMPLATE = "llava_v1"
-"""What the published weights are asked with."""

@@ -13,7 +13,16 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LONGEST_SIDE = 8192
+"""Larger pictures are first shrunk by a whole factor: padding them to a square would take gigabytes."""
+MOST_OBLONG = 100
+"""Ratio of sides up to which a picture that is not padded can be resized by its shorter side."""
+
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+class ImageReadError(OSError):
+    """A picture cannot be read; the message names the file and the reason."""
 
 
 def load_image(file: str | os.PathLike[str], *, apply_orientation: bool = True) -> Image.Image:
@@ -23,12 +32,26 @@ def load_image(file: str | os.PathLike[str], *, apply_orientation: bool = True) 
     ignores it, is to be followed.
 
     Raises:
-        OSError: The file is missing, no picture, or damaged.
+        ImageReadError: The file is missing, may not be read, is no picture, is damaged, or holds so many pixels that
+            it must be taken for a decompression bomb.
     """
-    with Image.open(file) as image:
-        image.seek(0)
-        image.load()
-        return to_rgb(ImageOps.exif_transpose(image) if apply_orientation else image)
+    try:
+        if Path(file).is_file() and Path(file).stat().st_size == 0:
+            raise ImageReadError(f"{file}: the file is empty")
+        with Image.open(file) as image:
+            image.seek(0)
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image) if apply_orientation else image)
+    except ImageReadError:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise ImageReadError(f"{file}: no picture in a known format") from error
+    except OSError as error:
+        raise ImageReadError(f"{file}: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise ImageReadError(f"{file}: not enough memory for its pixels") from error
+    except Exception as error:  # Pillow's plugins raise many kinds for damaged files
+        raise ImageReadError(f"{file}: {type(error).__name__}: {error}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -67,11 +90,55 @@ def process_images(images: list[Image.Image], image_processor: Any, model_cfg: A
     """
     if not images:
         raise ValueError("there are no images to process")
-    pictures = [to_rgb(image) for image in images]
+    pictures = [_of_handy_size(to_rgb(image)) for image in images]
     if getattr(model_cfg, "image_aspect_ratio", None) == "pad":
         red, green, blue = (int(value * 255) for value in image_processor.image_mean)
         pictures = [expand2square(picture, (red, green, blue)) for picture in pictures]
+    else:
+        _refuse_oblong(pictures)
     return image_processor.preprocess(pictures, return_tensors="pt")["pixel_values"]
+
+
+def _of_handy_size(picture: Image.Image) -> Image.Image:
+    factor = -(-max(picture.size) // LONGEST_SIDE)
+    return picture if factor == 1 else picture.reduce((min(factor, picture.width), min(factor, picture.height)))
+
+
+def _refuse_oblong(pictures: list[Image.Image]) -> None:
+    for picture in pictures:
+        if max(picture.size) > MOST_OBLONG * min(picture.size):
+            raise ValueError(
+                f"a picture of {picture.width}x{picture.height} pixels is too oblong for a model that crops; "
+                "crop it, or use a model with image_aspect_ratio 'pad'"
+            )
+
+
+def grid_over_picture(grid: np.ndarray, size: tuple[int, int], image_aspect_ratio: str | None) -> np.ndarray:
+    """Lays values of patches over the picture that they were computed from.
+
+    Args:
+        grid: ``[rows, columns]`` over the square that the model saw.
+        size: Width and height of the picture.
+        image_aspect_ratio: The model's; ``pad``: the square is the picture with padding, which is cut off; else it is
+            the picture's middle, and what the model did not see is 0.
+
+    Returns:
+        ``[height, width]``, float32, bilinear between patches.
+    """
+    width, height = size
+    rows, columns = grid.shape
+    square = Image.fromarray(np.ascontiguousarray(grid, dtype=np.float32))
+    if image_aspect_ratio == "pad":
+        side = max(width, height)
+        left, top = (side - width) // 2 / side, (side - height) // 2 / side
+        box = (left * columns, top * rows, (left + width / side) * columns, (top + height / side) * rows)
+        return np.asarray(square.resize(size, Image.Resampling.BILINEAR, box=box))
+    side = min(width, height)
+    seen = np.zeros((height, width), dtype=np.float32)
+    left, top = (width - side) // 2, (height - side) // 2
+    middle = square.resize((side, side), Image.Resampling.BILINEAR)
+    seen[top : top + side, left : left + side] = np.asarray(middle)
+    return seen
 
 
 def tokenizer_image_token(

@@ -14,8 +14,9 @@ class ForgeryReport:
     """The verdict on one image and the reasons for it.
 
     Attributes:
-        label: ``"real"`` or ``"fake"`` as the text says; None when the text says neither.
-        fake_probability: P(fake) in 0..1, or None for a system without a score.
+        label: ``"real"`` or ``"fake"`` as the text says; None when the text says neither. Where only a score was asked
+            for (``score_source`` is ``prompt``) there is no text, and the label is what the score says.
+        fake_probability: P(fake) in 0..1; None for a system without a score and for an image that cannot be read.
         score_source: Where the probability was read: ``verdict``, before the verdict word of the model's own answer;
             ``forced``, after the missing tags and the verdict's opening were appended for one forward; ``prompt``,
             without an answer; ``detector``, from a system's own head.
@@ -25,6 +26,10 @@ class ForgeryReport:
         system: Name of the system that answered.
         attention: Where the model looked, ``[height, width]`` over the picture's own shape, or None.
         mask: Which pixels are forged, ``[height, width]`` in 0..1, or None.
+        probabilities: P(fake) of each answer where several were sampled; ``fake_probability`` is their mean and the
+            text is the first one's.
+        off_distribution: Whether the score was asked for in a way that the model was not trained for.
+        error: Why the image could not be judged; empty if it was.
     """
 
     label: str | None
@@ -36,6 +41,9 @@ class ForgeryReport:
     system: str = ""
     attention: "np.ndarray | None" = None
     mask: "np.ndarray | None" = None
+    probabilities: list[float] = field(default_factory=list)
+    off_distribution: bool = False
+    error: str = ""
 
     @property
     def agrees(self) -> bool | None:

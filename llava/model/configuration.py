@@ -23,6 +23,9 @@ class LlavaConfig(LlamaConfig):
         cpm_temperature: tau of the probability mapper.
         cpm_weight: Weight of the mapper's loss.
         cpm_tokens: How the tokenizer spells the verdict, see ``VerdictTokens``.
+        conv_mode: Prompt template that the model is asked with.
+        verdict_only_share: Share of training answers that were only a CONCLUSION, so that asking for the score alone
+            is what the model was trained for; 0 for the published weights.
     """
 
     model_type = "llava_llama"
@@ -47,6 +50,8 @@ class LlavaConfig(LlamaConfig):
     cpm_temperature: float = 10.0
     cpm_weight: float = 1.0
     cpm_tokens: dict[str, Any] | None = None
+    conv_mode: str = "llava_v1"
+    verdict_only_share: float = 0.0
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

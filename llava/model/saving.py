@@ -34,6 +34,8 @@ _OUR_FIELDS = (
     "cpm_temperature",
     "cpm_weight",
     "cpm_tokens",
+    "conv_mode",
+    "verdict_only_share",
 )
 """Config fields that the published layout does not have."""
 

@@ -17,13 +17,63 @@ class CheckpointFiles:
 
     Attributes:
         folder: Where the files lie.
-        config: Contents of ``config.json``; empty if there is none.
-        keys: Names of the stored tensors.
+        config: Contents of ``config.json``.
     """
 
     folder: Path
     config: dict[str, Any]
-    keys: frozenset[str]
+
+
+@dataclass(frozen=True)
+class AnalyzeOptions:
+    """How images are to be judged.
+
+    Attributes:
+        question: What is asked in the place of the system's own question.
+        conv_mode: Prompt template in the place of the one in the model's config.
+        assistant_prefix: Beginning of the answer, which the model then goes on from.
+        score_only: No answer, only P(fake), from one forward.
+        max_new_tokens: Longest answer, in tokens.
+        temperature: 0 decodes greedily; above, answers are sampled.
+        top_p: Sample from the smallest set of words that has this probability; None means all.
+        num_beams: Above 1, beam search.
+        seed: Of sampling; an image's answer depends on it and on the image's place, not on the batch.
+        samples: Number of answers an image; above 1 they are sampled and P(fake) is their mean.
+        tolerant: Also read verdicts that are not in the strict published format.
+        attention: Also say where the model looked.
+    """
+
+    question: str | None = None
+    conv_mode: str | None = None
+    assistant_prefix: str = ""
+    score_only: bool = False
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float | None = None
+    num_beams: int = 1
+    seed: int = 0
+    samples: int = 1
+    tolerant: bool = False
+    attention: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be.
+
+        Raises:
+            ValueError: A value is out of range, or two exclude each other.
+        """
+        least = {"max_new_tokens": 1, "num_beams": 1, "samples": 1, "temperature": 0}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name} must be at least {value}, not {getattr(self, name)}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("samples above 1 need a temperature above 0, or all answers would be the same")
+        if self.num_beams > 1 and self.temperature > 0:
+            raise ValueError("beam search and sampling exclude each other: set num_beams to 1 or temperature to 0")
+        if self.score_only and (self.samples > 1 or self.assistant_prefix):
+            raise ValueError("score_only asks for no answer, so samples and assistant_prefix have no meaning")
 
 
 @runtime_checkable
@@ -42,6 +92,19 @@ class System(Protocol):
         """Opens the checkpoint; ``options`` are those of ``load_pretrained_model``."""
         ...
 
-    def analyze_batch(self, images: "Sequence[Image.Image]", options: Any) -> "list[ForgeryReport]":
-        """Judges a batch of images; one report an image, in order."""
+    def prepare(self, image: "Image.Image", index: int) -> Any:
+        """Turns a picture into what ``analyze_batch`` takes; runs beside the model, in another thread.
+
+        Args:
+            image: The picture.
+            index: Its place among the images of a call.
+        """
+        ...
+
+    def batch_size(self, options: AnalyzeOptions) -> int:
+        """A batch that fits and is fast on this device."""
+        ...
+
+    def analyze_batch(self, prepared: Sequence[Any], options: AnalyzeOptions) -> "list[ForgeryReport]":
+        """Judges a batch; one report an image, in order."""
         ...

@@ -26,6 +26,8 @@ SUMMARY = (
     "'this image is fake' based on my analysis."
 )
 """The sentence that the SUMMARY stage of every published training answer holds."""
+FORCED_SUMMARY = f"<SUMMARY> {SUMMARY} </SUMMARY>\n\n"
+"""Beginning of every published training answer; given as ``assistant_prefix`` it need not be decoded."""
 
 STAGES = ("SUMMARY", "CAPTION", "REASONING", "CONCLUSION")
 FORM_STAGES: dict[Form, tuple[str, ...]] = {
@@ -171,6 +173,27 @@ def parse_answer(text: str, *, tolerant: bool = False) -> ParsedAnswer:
     reasoning = stages.get("REASONING", "")
     verdict, problem = _read_verdict(stages, problems, tolerant=tolerant)
     return ParsedAnswer(stages, verdict, parse_attributes(reasoning), problem)
+
+
+def complete_to_verdict(answer: str) -> str:
+    """Brings any answer to the point where only the verdict word is missing.
+
+    An answer that has opened its CONCLUSION is cut back to there; else its open stage is closed and a CONCLUSION
+    opened.
+
+    Returns:
+        A text that ends in ``VERDICT_PREFIX``.
+    """
+    tag, rest = VERDICT_PREFIX.split(" ", 1)
+    before, opened, _ = answer.partition(tag)
+    if opened:
+        return f"{before}{tag} {rest}"
+    open_stage = None
+    for found in _TAG.finditer(answer):
+        open_stage = None if found.group(1) else found.group(2)
+    closing = f" </{open_stage}>" if open_stage else ""
+    written = f"{answer.rstrip()}{closing}"
+    return f"{written}\n\n{VERDICT_PREFIX}" if written else VERDICT_PREFIX
 
 
 def parse_attributes(reasoning: str) -> dict[str, str]:

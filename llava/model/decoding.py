@@ -1,0 +1,164 @@
+"""Batched decoding that keeps, of all logits, only those of a few words.
+
+Suffixes: B rows, L positions of the prompt, D width, V words, W words that are kept, T new tokens.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+
+_ROOM = 128
+"""Positions by which a cache grows at a time."""
+_LEAVING_SHARE = 8
+"""Finished rows leave once they are one in so many: leaving copies the cache of all that stay."""
+
+
+class RoomyLayer(DynamicLayer):
+    """A cache layer that grows by chunks, so that a step writes its own position and does not copy all earlier ones."""
+
+    keys: Tensor
+    values: Tensor
+    _keys: Tensor | None = None
+    _values: Tensor | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Appends keys and values ``[B, heads, new, width]``; returns all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length = self.get_seq_length()
+        end = length + key_states.shape[-2]
+        if self._keys is None or self._values is None or end > self._keys.shape[-2]:
+            self._keys = self._with_room(self.keys, key_states, length, end)
+            self._values = self._with_room(self.values, value_states, length, end)
+        self._keys[..., length:end, :] = key_states
+        self._values[..., length:end, :] = value_states
+        self.keys, self.values = self._keys[..., :end, :], self._values[..., :end, :]
+        return self.keys, self.values
+
+    @staticmethod
+    def _with_room(old: Tensor, new: Tensor, length: int, end: int) -> Tensor:
+        roomy = new.new_empty((*new.shape[:-2], -(-end // _ROOM) * _ROOM, new.shape[-1]))
+        if length:
+            roomy[..., :length, :] = old
+        return roomy
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row."""
+        super().batch_repeat_interleave(repeats)
+        self._keys = self._values = None
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps only these rows."""
+        super().batch_select_indices(indices)
+        self._keys = self._values = None
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One answer.
+
+    Attributes:
+        ids: New ids, the closing one included.
+        kept_logits: Raw logits of the kept words at each step, ``[T, W]``, float32, on the CPU.
+    """
+
+    ids: list[int]
+    kept_logits: Tensor
+
+
+class Sampler:
+    """Chooses the next ids; each row draws from a random stream of its own, whatever batch it is in.
+
+    Args:
+        temperature: 0 chooses the likeliest word.
+        top_p: Sample from the smallest set of words that has this probability; None means all.
+        seeds: What each row's stream is made from.
+    """
+
+    def __init__(self, temperature: float, top_p: float | None, seeds: Sequence[str]) -> None:
+        self.temperature = temperature
+        self.top_p = top_p
+        self._streams = [random.Random(seed) for seed in seeds]
+
+    def choose(self, logits_BV: Tensor, rows: Sequence[int]) -> Tensor:
+        """Returns the next id of each row, ``[B]``; ``rows`` are the rows' numbers."""
+        if self.temperature == 0:
+            return logits_BV.argmax(dim=-1)
+        scaled_BV = logits_BV.float() / self.temperature
+        probabilities_BV, words_BV = scaled_BV.softmax(dim=-1).sort(dim=-1, descending=True)
+        if self.top_p is not None:
+            before_BV = probabilities_BV.cumsum(dim=-1) - probabilities_BV
+            probabilities_BV = probabilities_BV.masked_fill(before_BV >= self.top_p, 0.0)
+        reached_BV = probabilities_BV.cumsum(dim=-1)
+        draws = [self._streams[row].random() for row in rows]
+        targets_B1 = torch.tensor(draws, device=logits_BV.device)[:, None] * reached_BV[:, -1:]
+        places_B1 = torch.searchsorted(reached_BV, targets_B1, right=True)
+        last_B1 = (probabilities_BV > 0).sum(dim=-1, keepdim=True) - 1
+        return words_BV.gather(1, torch.minimum(places_B1, last_B1)).squeeze(1)
+
+
+@torch.no_grad()
+def decode(
+    model: LlavaLlamaForCausalLM,
+    prompts_BLD: Tensor,
+    *,
+    sampler: Sampler,
+    max_new_tokens: int,
+    kept_words: Sequence[int],
+    is_complete: Callable[[list[int]], bool],
+    samples: int = 1,
+) -> list[Decoded]:
+    """Continues prompts of equal length until each is complete.
+
+    Args:
+        model: The model.
+        prompts_BLD: Embedded prompts without padding.
+        sampler: How words are chosen; it has one stream for each of the B × samples answers.
+        max_new_tokens: Longest answer.
+        kept_words: Ids whose raw logits are kept at every step.
+        is_complete: Whether an answer ends with its last id.
+        samples: Answers a prompt; the prompt is read once.
+
+    Returns:
+        B × samples answers, those of one prompt side by side.
+    """
+    layers = [RoomyLayer() for _ in range(model.config.num_hidden_layers)]
+    cache = Cache(layers=layers)
+    output = model(inputs_embeds=prompts_BLD, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    logits_BV = output.logits[:, -1]
+    if samples > 1:
+        cache.batch_repeat_interleave(samples)
+        logits_BV = logits_BV.repeat_interleave(samples, dim=0)
+    number = logits_BV.shape[0]
+    answers: list[list[int]] = [[] for _ in range(number)]
+    kept_BTW = torch.zeros(number, max_new_tokens, len(kept_words), device=logits_BV.device)
+    words = torch.tensor(kept_words, device=logits_BV.device)
+    rows = list(range(number))
+    finished: set[int] = set()
+    for step in range(max_new_tokens):
+        kept_BTW[rows, step] = logits_BV[:, words].float()
+        ids_B = sampler.choose(logits_BV, rows)
+        for row, chosen in zip(rows, ids_B.tolist(), strict=True):
+            if row not in finished:
+                answers[row].append(chosen)
+                if is_complete(answers[row]):
+                    finished.add(row)
+        if len(finished) == number or step + 1 == max_new_tokens:
+            break
+        staying = [place for place, row in enumerate(rows) if row not in finished]
+        if (len(rows) - len(staying)) * _LEAVING_SHARE >= len(rows):
+            indices = torch.tensor(staying, device=ids_B.device)
+            cache.batch_select_indices(indices)
+            ids_B = ids_B[indices]
+            rows = [rows[place] for place in staying]
+        output = model(input_ids=ids_B[:, None], past_key_values=cache, use_cache=True)
+        logits_BV = output.logits[:, -1]
+    kept = kept_BTW.cpu()
+    return [Decoded(ids, kept[row, : len(ids)]) for row, ids in enumerate(answers)]

@@ -1,0 +1,273 @@
+"""FakeReasoning at work: opens a checkpoint, and turns batches of pictures into reports."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.conversation import conv_templates
+from llava.mm_utils import grid_over_picture, process_images, tokenizer_image_token
+from llava.model.builder import load_pretrained_model
+from llava.model.decoding import Decoded, Sampler, decode
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.llava_arch import splice
+from llava.model.multimodal_fusion.builder import fusion_class
+from llava.report import ForgeryReport, ScoreSource
+from llava.systems.base import AnalyzeOptions, CheckpointFiles
+from llava.systems.fakereasoning.text import QUESTION, VERDICT_PREFIX, complete_to_verdict, parse_answer
+
+_CLOSING = "</CONCLUSION>"
+_CLOSING_TAIL = 24
+"""Ids at an answer's end in which its closing tag is looked for."""
+_CPU_BATCH = 8
+_LARGEST_BATCH = 64
+_PROMPT_POSITIONS = 1280
+"""Room for a prompt with its image in the estimate of what a row takes."""
+_MEMORY_SHARE = 0.6
+"""Share of the free GPU memory that caches may take; the rest is for activations."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A picture as the model takes it: shared pixels ``[3, S, S]``, its own width and height, its place in the call."""
+
+    pixels: Tensor
+    size: tuple[int, int]
+    index: int
+
+
+class FakeReasoning:
+    """The published system (arXiv 2503.21210): an answer in four stages, and P(fake) at its verdict."""
+
+    name = "FakeReasoning"
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        model: LlavaLlamaForCausalLM,
+        image_processor: Any,
+        context_length: int,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.model = model
+        self.image_processor = image_processor
+        self.context_length = context_length
+        self._closing_ids = {index for piece, index in tokenizer.get_vocab().items() if _CLOSING[-1] in piece}
+
+    @classmethod
+    def opens(cls, files: CheckpointFiles) -> bool:
+        """Whether it is a LLaVA-Llama checkpoint, merged or as LoRA."""
+        return files.config.get("model_type") == "llava_llama"
+
+    @classmethod
+    def load(cls, path: str, **options: Any) -> "FakeReasoning":
+        """Opens a checkpoint; ``options`` are those of ``load_pretrained_model``."""
+        return cls(*load_pretrained_model(path, **options))
+
+    def prepare(self, image: Image.Image, index: int) -> Prepared:
+        """Pads, resizes and normalises a picture."""
+        pixels = process_images([image], self.image_processor, self.model.config)[0]
+        return Prepared(pixels, image.size, index)
+
+    def batch_size(self, options: AnalyzeOptions) -> int:
+        """On a GPU as many images as their caches fit into free memory; on a CPU what was fastest."""
+        if self.model.device.type != "cuda":
+            return max(1, _CPU_BATCH // options.samples)
+        config = self.model.config
+        width = config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+        answer = 0 if options.score_only else options.max_new_tokens
+        positions = min(self.context_length, _PROMPT_POSITIONS + answer)
+        row = 2 * width * self.model.dtype.itemsize * positions * options.samples
+        free, _ = torch.cuda.mem_get_info(self.model.device)
+        return max(1, min(_LARGEST_BATCH // options.samples, int(free * _MEMORY_SHARE) // row))
+
+    @torch.no_grad()
+    def analyze_batch(self, prepared: Sequence[Prepared], options: AnalyzeOptions) -> list[ForgeryReport]:
+        """Judges a batch.
+
+        Raises:
+            ValueError: The options cannot be met, for example an attention that the fusion does not have, or a prompt
+                that is longer than the model's context.
+        """
+        fusion = self.model.config.mm_fusion_type
+        if options.attention and not fusion_class(fusion).has_attention:
+            raise ValueError(f"the fusion {fusion!r} has no attention, so it cannot say where the model looked")
+        pixels = torch.stack([item.pixels for item in prepared]).to(self.model.device, self.model.dtype)
+        seen = self.model.encode_images(pixels, return_attention=options.attention)
+        prompt = self._prompt(options)
+        if options.score_only:
+            texts = [f"{prompt} {VERDICT_PREFIX}"] * len(prepared)
+            reports = [self._score_report(chance) for chance in self._score_texts(texts, seen.tokens)]
+        else:
+            reports = self._answer(prompt, prepared, seen.tokens, options)
+        if seen.attention is None:
+            return reports
+        maps = self._attention_maps(seen.attention, prepared)
+        return [replace(report, attention=grid) for report, grid in zip(reports, maps, strict=True)]
+
+    def _prompt(self, options: AnalyzeOptions) -> str:
+        mode = options.conv_mode or self.model.config.conv_mode
+        if mode not in conv_templates:
+            raise ValueError(f"unknown conv_mode {mode!r}; known: {', '.join(conv_templates)}")
+        conversation = conv_templates[mode].copy()
+        conversation.append_message(conversation.roles[0], f"<image>\n{options.question or QUESTION}")
+        conversation.append_message(conversation.roles[1], None)
+        return conversation.get_prompt()
+
+    def _score_report(self, chance: float) -> ForgeryReport:
+        return ForgeryReport(
+            label="fake" if chance >= 0.5 else "real",
+            fake_probability=chance,
+            score_source="prompt",
+            system=self.name,
+            off_distribution=self.model.config.verdict_only_share == 0,
+        )
+
+    def _answer(
+        self, prompt: str, prepared: Sequence[Prepared], tokens_BPD: Tensor, options: AnalyzeOptions
+    ) -> list[ForgeryReport]:
+        prompt_ids = tokenizer_image_token(prompt, self.tokenizer)
+        begun = prompt
+        if options.assistant_prefix:
+            begun = f"{prompt} {options.assistant_prefix}".rstrip(" ")
+        begun_ids = tokenizer_image_token(begun, self.tokenizer)
+        prefix_ids = begun_ids[len(prompt_ids) :]
+        length = len(begun_ids) - 1 + tokens_BPD.shape[1]
+        if length >= self.context_length:
+            raise ValueError(f"the prompt takes {length} tokens, but the model's context has {self.context_length}")
+        embeds = self._embed([begun_ids] * len(prepared), tokens_BPD).inputs_embeds
+        budget = min(options.max_new_tokens, self.context_length - length)
+        decoded = self._decode(embeds, prefix_ids, prepared, options, budget)
+        answers = [[*prefix_ids, *one.ids] for one in decoded]
+        texts = [self.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
+        chances, sources = self._scores(prompt, prefix_ids, decoded, texts, tokens_BPD)
+        reports = []
+        for start in range(0, len(decoded), options.samples):
+            own = chances[start : start + options.samples]
+            parsed = parse_answer(texts[start], tolerant=options.tolerant)
+            reports.append(
+                ForgeryReport(
+                    label=parsed.verdict,
+                    fake_probability=sum(own) / len(own),
+                    score_source=sources[start],
+                    stages=parsed.stages,
+                    attributes=parsed.attributes,
+                    text=texts[start],
+                    system=self.name,
+                    probabilities=own if options.samples > 1 else [],
+                )
+            )
+        return reports
+
+    def _decode(
+        self,
+        embeds_BLD: Tensor,
+        prefix_ids: list[int],
+        prepared: Sequence[Prepared],
+        options: AnalyzeOptions,
+        budget: int,
+    ) -> list[Decoded]:
+        if options.num_beams > 1:
+            return self._beam_search(embeds_BLD, options.num_beams, budget)
+        verdict = self.model.probability_mapper.tokens
+        streams = [f"{options.seed}/{item.index}/{sample}" for item in prepared for sample in range(options.samples)]
+        return decode(
+            self.model,
+            embeds_BLD,
+            sampler=Sampler(options.temperature, options.top_p, streams),
+            max_new_tokens=budget,
+            kept_words=(verdict.real, verdict.fake),
+            is_complete=lambda ids: self._is_complete(prefix_ids, ids),
+            samples=options.samples,
+        )
+
+    def _beam_search(self, embeds_BLD: Tensor, num_beams: int, budget: int) -> list[Decoded]:
+        """Lets transformers search; no logits are kept, so scores are computed on the finished texts."""
+        mask = torch.ones(embeds_BLD.shape[:2], dtype=torch.long, device=embeds_BLD.device)
+        answers = self.model.generate(
+            inputs_embeds=embeds_BLD,
+            attention_mask=mask,
+            num_beams=num_beams,
+            do_sample=False,
+            max_new_tokens=budget,
+        ).tolist()
+        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        cut = [ids[: ids.index(eos)] if eos in ids else ids for ids in answers]
+        return [Decoded([i for i in ids if i != pad], torch.empty(0, 2)) for ids in cut]
+
+    def _is_complete(self, prefix_ids: list[int], ids: list[int]) -> bool:
+        if ids[-1] == self.tokenizer.eos_token_id:
+            return True
+        if ids[-1] not in self._closing_ids:
+            return False
+        tail = [*prefix_ids[-_CLOSING_TAIL:], *ids][-_CLOSING_TAIL:]
+        return _CLOSING in self.tokenizer.decode(tail, skip_special_tokens=True)
+
+    def _scores(
+        self, prompt: str, prefix_ids: list[int], decoded: Sequence[Decoded], texts: Sequence[str], tokens_BPD: Tensor
+    ) -> tuple[list[float], list[ScoreSource]]:
+        """P(fake) of each answer, read where its verdict was predicted, or after the answer was brought to there."""
+        mapper = self.model.probability_mapper
+        samples = len(decoded) // len(tokens_BPD)
+        chances: list[float] = [0.0] * len(decoded)
+        sources: list[ScoreSource] = ["verdict"] * len(decoded)
+        forced = []
+        for row, one in enumerate(decoded):
+            place = self._verdict_place(prefix_ids, one)
+            if place is None:
+                forced.append(row)
+            else:
+                pair = one.kept_logits[place] / mapper.temperature
+                chances[row] = float(pair.softmax(dim=-1)[1])
+        if forced:
+            completed = [f"{prompt} {complete_to_verdict(texts[row])}" for row in forced]
+            found = self._score_texts(completed, tokens_BPD[[row // samples for row in forced]])
+            for row, chance in zip(forced, found, strict=True):
+                chances[row] = chance
+                sources[row] = "verdict" if self._says_verdict(texts[row]) else "forced"
+        return chances, sources
+
+    def _verdict_place(self, prefix_ids: list[int], one: Decoded) -> int | None:
+        """Step at which an answer's verdict word was chosen, or None if it has none or no logits were kept."""
+        ids = torch.tensor([[*prefix_ids, *one.ids]])
+        place = int(self.model.probability_mapper.find(ids, ids.shape[1])) - len(prefix_ids)
+        return place if 0 <= place < len(one.kept_logits) else None
+
+    @staticmethod
+    def _says_verdict(text: str) -> bool:
+        return text.partition(VERDICT_PREFIX)[2].strip() != ""
+
+    def _score_texts(self, texts: Sequence[str], tokens_BPD: Tensor) -> list[float]:
+        """P(fake) where each text ends, in one forward."""
+        batch = self._embed([tokenizer_image_token(text, self.tokenizer) for text in texts], tokens_BPD)
+        output = self.model(
+            inputs_embeds=batch.inputs_embeds,
+            attention_mask=None if bool(batch.attention_mask.all()) else batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            logits_to_keep=1,
+        )
+        return self.model.probability_mapper.fake_probability(output.logits[:, -1]).tolist()
+
+    def _embed(self, rows: Sequence[list[int]], tokens_BPD: Tensor) -> Any:
+        """Prompts with their images spliced in, padded on the left."""
+        ids = [torch.tensor(row) for row in rows]
+        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_side="left").to(tokens_BPD.device)
+        lengths = torch.tensor([len(row) for row in rows], device=padded.device)
+        mask = torch.arange(padded.shape[1], device=padded.device) >= padded.shape[1] - lengths[:, None]
+        images = [[tokens] for tokens in tokens_BPD]
+        embed = self.model.get_input_embeddings()
+        return splice(padded, embed, {IMAGE_TOKEN_INDEX: images}, attention_mask=mask, padding_side="left")
+
+    def _attention_maps(self, attention_BHPP: Tensor, prepared: Sequence[Prepared]) -> list[Any]:
+        """Mean over heads and queries, laid over each picture."""
+        dino = self.model.get_model().dino_tower
+        assert dino is not None
+        grids = attention_BHPP.float().mean(dim=(1, 2)).unflatten(1, dino.grid).cpu().numpy()
+        mode = self.model.config.image_aspect_ratio
+        return [grid_over_picture(grid, item.size, mode) for grid, item in zip(grids, prepared, strict=True)]
