@@ -12,17 +12,20 @@ class OptionParser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **options})
 
-    def _parse_optional(self, arg_string: str) -> Any:
-        return super()._parse_optional(self._known_spelling(arg_string))
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parses arguments after giving every long option the spelling that it was declared with."""
+        given = sys.argv[1:] if args is None else args
+        declared = {_folded(option): option for option in self._option_string_actions if option.startswith("--")}
+        return super().parse_known_args([_respelled(argument, declared) for argument in given], namespace)
 
-    def _known_spelling(self, argument: str) -> str:
-        name, equals, value = argument.partition("=")
-        if not name.startswith("--") or name in self._option_string_actions:
-            return argument
-        for spelling in (name.replace("_", "-"), name.replace("-", "_")):
-            if spelling in self._option_string_actions:
-                return f"{spelling}{equals}{value}"
-        return argument
+
+def _folded(option: str) -> str:
+    return option.replace("_", "-")
+
+
+def _respelled(argument: str, declared: dict[str, str]) -> str:
+    name, equals, value = argument.partition("=")
+    return f"{declared.get(_folded(name), name)}{equals}{value}" if name.startswith("--") else argument
 
 
 def run_or_explain(command: Callable[[], None]) -> int:

@@ -1,0 +1,74 @@
+"""A JSONL file of answers, one line an image, written as they come and continued after an interruption."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class AnswersFile:
+    """Answers on disk.
+
+    Every line names the run that wrote it: a digest of model and settings. A line that was cut by a kill is removed.
+
+    Args:
+        path: The file; it is made if need be.
+        settings: What the answers depend on.
+
+    Raises:
+        ValueError: The file holds answers of another run, or is no such file.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path = path
+        self.run = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        self.done: set[str] = set()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            self._read()
+        self._stream = path.open("a", encoding="utf-8")
+
+    def _read(self) -> None:
+        whole = 0
+        with self.path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    entry = json.loads(line)
+                    run, image = entry["run"], entry["image"]
+                except (ValueError, KeyError, TypeError):
+                    raise ValueError(
+                        f"{self.path}, line {number}: this is no line of answers; name another file"
+                    ) from None
+                if run != self.run:
+                    raise ValueError(
+                        f"{self.path} holds answers of another model or other settings (line {number}); "
+                        "name another file or remove it"
+                    )
+                self.done.add(image)
+                whole += len(line)
+        if whole != self.path.stat().st_size:
+            os.truncate(self.path, whole)
+
+    def write(self, image: str, answer: dict[str, Any]) -> None:
+        """Adds a line, and hands it to the system before it returns."""
+        self._stream.write(json.dumps({"image": image, **answer, "run": self.run}, ensure_ascii=False) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._stream.close()
+
+
+def model_fingerprint(path: str | None) -> list[tuple[str, int, int]] | str | None:
+    """Returns what tells a model apart from another in the same place: its files' names, sizes and times of change.
+
+    A hub id stands for itself.
+    """
+    folder = Path(path).expanduser() if path else None
+    if folder is None or not folder.is_dir():
+        return path
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return [(str(folder.resolve()), 0, 0)] + [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
