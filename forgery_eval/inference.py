@@ -192,9 +192,12 @@ def overlay_path(file: Path, root: Path, folder: Path) -> Path:
 
     The pictures of a list keep their whole path, so that no two overlays have one name.
     """
-    inside = (
-        file.relative_to(root) if root.is_dir() else Path(*file.absolute().parts[1:]) if root != file else file.name
-    )
+    if file == root:
+        inside = Path(file.name)
+    elif root.is_dir():
+        inside = file.relative_to(root)
+    else:
+        inside = Path(*file.absolute().parts[1:])
     return folder / f"{inside}.attention.png"
 
 

@@ -72,7 +72,7 @@ class ForgeryDetector:
             ValueError: The options cannot be met.
         """
         wanted = AnalyzeOptions(**options)
-        return self.system.analyze_batch([self._prepare(image, 0)], wanted)[0]
+        return self.system.analyze_batch([self._prepare(image)], wanted)[0]
 
     def analyze_many(
         self, images: Iterable[ImageLike], *, batch_size: int | str = "auto", **options: Any
@@ -97,12 +97,11 @@ class ForgeryDetector:
         return self._analyze_many(iter(images), size, wanted)
 
     def _analyze_many(self, images: Iterator[ImageLike], size: int, options: AnalyzeOptions) -> Iterator[ForgeryReport]:
-        numbered = enumerate(images)
         with ThreadPoolExecutor(_LOADERS) as loaders:
             waiting: deque[list[Future[Any]]] = deque()
             while True:
                 while len(waiting) < 2:
-                    batch = [loaders.submit(self._prepare, image, index) for index, image in islice(numbered, size)]
+                    batch = [loaders.submit(self._prepare, image) for image in islice(images, size)]
                     if not batch:
                         break
                     waiting.append(batch)
@@ -136,9 +135,9 @@ class ForgeryDetector:
         half = len(prepared) // 2
         return self._judge(prepared[:half], options) + self._judge(prepared[half:], options)
 
-    def _prepare(self, image: ImageLike, index: int) -> Any:
+    def _prepare(self, image: ImageLike) -> Any:
         picture = image if isinstance(image, Image.Image) else load_image(image)
-        return self.system.prepare(picture, index)
+        return self.system.prepare(picture)
 
     def _failed(self, error: str) -> ForgeryReport:
         return ForgeryReport(label=None, fake_probability=None, score_source=None, system=self.system.name, error=error)

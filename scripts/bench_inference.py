@@ -69,13 +69,10 @@ def build_system(size: dict[str, int], device: Any, dtype: Any) -> Any:
     corpus = [text.QUESTION, text.write_answer("real", caption="c", reasoning="r"), "This image is fake."]
     corpus += [template.system for template in conv_templates.values()]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<unk>", "<s>", "</s>"]
-    raw.train_from_iterator(
-        corpus, trainers.BpeTrainer(vocab_size=700, special_tokens=special, initial_alphabet=alphabet)
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
-    )
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=["<unk>"], initial_alphabet=alphabet)
+    raw.train_from_iterator(corpus, trainer)
+    # Without an end token no answer ends early, so that all are equally long.
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", pad_token="<unk>")
     tower = {"num_hidden_layers": size["tower_layers"], "hidden_size": size["tower"], "patch_size": 14}
     heads = max(1, size["tower"] // 64)
     config = LlavaConfig(
@@ -131,7 +128,7 @@ def measure_batch(system: Any, pictures: list[Any], size: int, new_tokens: int) 
     model, device = system.model, system.model.device
     options = AnalyzeOptions(max_new_tokens=new_tokens)
     many = (pictures * (1 + size // len(pictures)))[: max(len(pictures), size)]
-    prepared = [system.prepare(picture, index) for index, picture in enumerate(many[:size])]
+    prepared = [system.prepare(picture) for picture in many[:size]]
     pixels = torch.stack([item.pixels for item in prepared]).to(device, model.dtype)
     ids = system.tokenizer(system._prompt(options).replace("<image>", "")).input_ids
     words = (model.probability_mapper.tokens.real, model.probability_mapper.tokens.fake)
@@ -213,7 +210,7 @@ def bench(arguments: argparse.Namespace) -> None:
     rng = np.random.default_rng(0)
     noise = [rng.integers(0, 256, (480, 640, 3), dtype=np.uint8) for _ in range(arguments.images)]
     pictures = [Image.fromarray(values) for values in noise]
-    preprocess = seconds(lambda: [system.prepare(picture, 0) for picture in pictures], device) / len(pictures)
+    preprocess = seconds(lambda: [system.prepare(picture) for picture in pictures], device) / len(pictures)
     batches = {}
     for size in tqdm(arguments.batch_sizes, unit=" batch sizes"):
         batches[size] = measure_batch(system, pictures, size, arguments.new_tokens)
@@ -223,9 +220,8 @@ def bench(arguments: argparse.Namespace) -> None:
     peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     result = {
         "size": arguments.size,
-        "machine": torch.cuda.get_device_name()
-        if gpu
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "machine": torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "dtype": wanted,
         "parameters": sum(p.numel() for p in system.model.parameters()),

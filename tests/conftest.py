@@ -10,6 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # small models lose more by waiting for a s
 import pytest
 
 from tests.reference import Reference
+from tests.trained import trained_folder
 
 GOLDENS = Path(__file__).parent / "data" / "goldens"
 
@@ -18,3 +19,9 @@ GOLDENS = Path(__file__).parent / "data" / "goldens"
 def bundled() -> Reference:
     """The reference folder that the repository has."""
     return Reference(GOLDENS)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """A folder with a small model that answers in the published format."""
+    return trained_folder(tmp_path_factory.mktemp("trained") / "model", GOLDENS / "base")

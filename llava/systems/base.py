@@ -37,7 +37,7 @@ class AnalyzeOptions:
         temperature: 0 decodes greedily; above, answers are sampled.
         top_p: Sample from the smallest set of words that has this probability; None means all.
         num_beams: Above 1, beam search.
-        seed: Of sampling; an image's answer depends on it and on the image's place, not on the batch.
+        seed: Of sampling; an image's answer depends on it and on the picture, not on its place or batch.
         samples: Number of answers an image; above 1 they are sampled and P(fake) is their mean.
         tolerant: Also read verdicts that are not in the strict published format.
         attention: Also say where the model looked.
@@ -92,13 +92,8 @@ class System(Protocol):
         """Opens the checkpoint; ``options`` are those of ``load_pretrained_model``."""
         ...
 
-    def prepare(self, image: "Image.Image", index: int) -> Any:
-        """Turns a picture into what ``analyze_batch`` takes; runs beside the model, in another thread.
-
-        Args:
-            image: The picture.
-            index: Its place among the images of a call.
-        """
+    def prepare(self, image: "Image.Image") -> Any:
+        """Turns a picture into what ``analyze_batch`` takes; runs beside the model, in another thread."""
         ...
 
     def batch_size(self, options: AnalyzeOptions) -> int:

@@ -1,5 +1,6 @@
 """FakeReasoning at work: opens a checkpoint, and turns batches of pictures into reports."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,11 +35,11 @@ _MEMORY_SHARE = 0.6
 
 @dataclass(frozen=True)
 class Prepared:
-    """A picture as the model takes it: shared pixels ``[3, S, S]``, its own width and height, its place in the call."""
+    """A picture as the model takes it: shared pixels ``[3, S, S]``, own width and height, a digest of the pixels."""
 
     pixels: Tensor
     size: tuple[int, int]
-    index: int
+    digest: str
 
 
 class FakeReasoning:
@@ -69,10 +70,10 @@ class FakeReasoning:
         """Opens a checkpoint; ``options`` are those of ``load_pretrained_model``."""
         return cls(*load_pretrained_model(path, **options))
 
-    def prepare(self, image: Image.Image, index: int) -> Prepared:
+    def prepare(self, image: Image.Image) -> Prepared:
         """Pads, resizes and normalises a picture."""
         pixels = process_images([image], self.image_processor, self.model.config)[0]
-        return Prepared(pixels, image.size, index)
+        return Prepared(pixels, image.size, hashlib.blake2b(pixels.numpy().tobytes(), digest_size=16).hexdigest())
 
     def batch_size(self, options: AnalyzeOptions) -> int:
         """On a GPU as many images as their caches fit into free memory; on a CPU what was fastest."""
@@ -145,7 +146,7 @@ class FakeReasoning:
         decoded = self._decode(embeds, prefix_ids, prepared, options, budget)
         answers = [[*prefix_ids, *one.ids] for one in decoded]
         texts = [self.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
-        chances, sources = self._scores(prompt, prefix_ids, decoded, texts, tokens_BPD)
+        chances, sources = self._scores(prompt, answers, decoded, texts, tokens_BPD)
         reports = []
         for start in range(0, len(decoded), options.samples):
             own = chances[start : start + options.samples]
@@ -175,7 +176,7 @@ class FakeReasoning:
         if options.num_beams > 1:
             return self._beam_search(embeds_BLD, options.num_beams, budget)
         verdict = self.model.probability_mapper.tokens
-        streams = [f"{options.seed}/{item.index}/{sample}" for item in prepared for sample in range(options.samples)]
+        streams = [f"{options.seed}/{item.digest}/{sample}" for item in prepared for sample in range(options.samples)]
         return decode(
             self.model,
             embeds_BLD,
@@ -209,38 +210,45 @@ class FakeReasoning:
         return _CLOSING in self.tokenizer.decode(tail, skip_special_tokens=True)
 
     def _scores(
-        self, prompt: str, prefix_ids: list[int], decoded: Sequence[Decoded], texts: Sequence[str], tokens_BPD: Tensor
+        self,
+        prompt: str,
+        answers: Sequence[list[int]],
+        decoded: Sequence[Decoded],
+        texts: Sequence[str],
+        tokens_BPD: Tensor,
     ) -> tuple[list[float], list[ScoreSource]]:
-        """P(fake) of each answer, read where its verdict was predicted, or after the answer was brought to there."""
+        """P(fake) of each answer, read where its text's verdict is predicted, or after the text was brought to there.
+
+        The logits of decoding are used where the text's own ids are those that were decoded. Else (rare words are cut
+        in several ways, beam search keeps no logits) the text is read once more, so that a score always belongs to
+        its text.
+        """
         mapper = self.model.probability_mapper
         samples = len(decoded) // len(tokens_BPD)
         chances: list[float] = [0.0] * len(decoded)
         sources: list[ScoreSource] = ["verdict"] * len(decoded)
-        forced = []
-        for row, one in enumerate(decoded):
-            place = self._verdict_place(prefix_ids, one)
-            if place is None:
-                forced.append(row)
+        unread = []
+        for row, (ids, one, text) in enumerate(zip(answers, decoded, texts, strict=True)):
+            if text.partition(VERDICT_PREFIX)[2].strip() == "":
+                sources[row] = "forced"
+            place = self._verdict_place(prompt, ids, text) if sources[row] == "verdict" else None
+            step = None if place is None else place - (len(ids) - len(one.ids))
+            if step is None or not 0 <= step < len(one.kept_logits):
+                unread.append(row)
             else:
-                pair = one.kept_logits[place] / mapper.temperature
-                chances[row] = float(pair.softmax(dim=-1)[1])
-        if forced:
-            completed = [f"{prompt} {complete_to_verdict(texts[row])}" for row in forced]
-            found = self._score_texts(completed, tokens_BPD[[row // samples for row in forced]])
-            for row, chance in zip(forced, found, strict=True):
+                chances[row] = float((one.kept_logits[step] / mapper.temperature).softmax(dim=-1)[1])
+        if unread:
+            completed = [f"{prompt} {complete_to_verdict(texts[row])}" for row in unread]
+            found = self._score_texts(completed, tokens_BPD[[row // samples for row in unread]])
+            for row, chance in zip(unread, found, strict=True):
                 chances[row] = chance
-                sources[row] = "verdict" if self._says_verdict(texts[row]) else "forced"
         return chances, sources
 
-    def _verdict_place(self, prefix_ids: list[int], one: Decoded) -> int | None:
-        """Step at which an answer's verdict word was chosen, or None if it has none or no logits were kept."""
-        ids = torch.tensor([[*prefix_ids, *one.ids]])
-        place = int(self.model.probability_mapper.find(ids, ids.shape[1])) - len(prefix_ids)
-        return place if 0 <= place < len(one.kept_logits) else None
-
-    @staticmethod
-    def _says_verdict(text: str) -> bool:
-        return text.partition(VERDICT_PREFIX)[2].strip() != ""
+    def _verdict_place(self, prompt: str, ids: list[int], text: str) -> int | None:
+        """Place of the verdict word among an answer's ids, or None if the text's own ids are others up to there."""
+        before = tokenizer_image_token(f"{prompt} {complete_to_verdict(text)}", self.tokenizer)
+        own = before[len(tokenizer_image_token(prompt, self.tokenizer)) :]
+        return len(own) if ids[: len(own)] == own else None
 
     def _score_texts(self, texts: Sequence[str], tokens_BPD: Tensor) -> list[float]:
         """P(fake) where each text ends, in one forward."""

@@ -178,12 +178,15 @@ def parse_answer(text: str, *, tolerant: bool = False) -> ParsedAnswer:
 def complete_to_verdict(answer: str) -> str:
     """Brings any answer to the point where only the verdict word is missing.
 
-    An answer that has opened its CONCLUSION is cut back to there; else its open stage is closed and a CONCLUSION
-    opened.
+    An answer that has a verdict is cut before it, one that has opened its CONCLUSION is cut back to there; else its
+    open stage is closed and a CONCLUSION opened.
 
     Returns:
         A text that ends in ``VERDICT_PREFIX``.
     """
+    before, said, _ = answer.partition(VERDICT_PREFIX)
+    if said:
+        return f"{before}{VERDICT_PREFIX}"
     tag, rest = VERDICT_PREFIX.split(" ", 1)
     before, opened, _ = answer.partition(tag)
     if opened:

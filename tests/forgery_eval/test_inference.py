@@ -1,0 +1,317 @@
+"""The inference command as its user runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from forgery_eval.answers_file import AnswersFile, model_fingerprint
+from forgery_eval.image_files import list_images
+from forgery_eval.inference import SOME_FAILED, overlay_path, parse_arguments, run
+from forgery_eval.overlay import draw_overlay
+from llava.mm_utils import ImageReadError, load_image
+from tests.trained import picture
+
+SCRIPT = Path(__file__).parents[2] / "forgery_eval" / "inference.py"
+
+
+def damaged(file: Path) -> None:
+    picture(3, (200, 200)).save(file)
+    file.write_bytes(file.read_bytes()[:2000])
+
+
+def bomb(file: Path) -> None:
+    Image.new("1", (20_000, 20_000)).save(file)
+
+
+def sixteen_bit(file: Path) -> None:
+    Image.fromarray(np.linspace(0, 65535, 600).astype(np.uint16).reshape(20, 30)).save(file)
+
+
+def turned(file: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(4).save(file, exif=exif)
+
+
+def moving(file: Path) -> None:
+    picture(5).save(file, save_all=True, append_images=[picture(6)])
+
+
+GOOD_FILES = {
+    "plain.jpg": lambda file: picture(1).save(file),
+    "grey.png": lambda file: picture(1).convert("L").save(file),
+    "palette.png": lambda file: picture(1).convert("P").save(file),
+    "alpha.png": lambda file: picture(1).convert("RGBA").save(file),
+    "cmyk.jpg": lambda file: picture(1).convert("CMYK").save(file),
+    "deep.png": sixteen_bit,
+    "turned.jpg": turned,
+    "moving.gif": moving,
+    "moving.webp": moving,
+    "one pixel wide.png": lambda file: picture(2, (1, 300)).save(file),
+    "wide.png": lambda file: Image.new("RGB", (30_000, 40), "green").save(file),
+    "bild_été_图.png": lambda file: picture(7).save(file),
+}
+BAD_FILES = {
+    "empty.png": (lambda file: file.touch(), "empty"),
+    "text.jpg": (lambda file: file.write_text("no picture"), "no picture in a known format"),
+    "cut.png": (damaged, "cut.png: "),
+    "bomb.png": (bomb, "DecompressionBombError"),
+    "folder.png": (lambda file: file.mkdir(), "Is a directory"),
+}
+
+
+@pytest.fixture
+def few(tmp_path) -> Path:
+    folder = tmp_path / "pictures"
+    (folder / "sub").mkdir(parents=True)
+    for index in range(3):
+        picture(index, (60, 20)).save(folder / f"{index}.png")
+    picture(9).save(folder / "sub" / "3.JPG", format="JPEG")
+    (folder / "notes.md").write_text("no picture")
+    return folder
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def arguments(trained: Path, images: Path, *more: object) -> list[str]:
+    return ["--model-path", str(trained), "--img_path", str(images), "--device", "cpu", *map(str, more)]
+
+
+def test_a_folder_is_judged_and_read(trained, few, capsys):
+    assert run(arguments(trained, few)) == 0
+    said = capsys.readouterr().out
+    blocks = said.strip().split("\n\n")
+    assert [block.splitlines()[0] for block in blocks] == [str(file) for file in list_images(few)]
+    for block in blocks:
+        assert "verdict" in block and "P(fake)" in block and "own answer" in block
+        assert all(f"  {stage}" in block for stage in ("summary", "caption", "reasoning", "conclusion"))
+
+
+def test_every_kind_of_picture_is_judged_and_every_bad_one_named(trained, tmp_path, capsys):
+    for name, write in GOOD_FILES.items():
+        write(tmp_path / name)
+    for name, (write, _) in BAD_FILES.items():
+        write(tmp_path / name)
+    names = [*GOOD_FILES, *BAD_FILES, "absent.png"]
+    (tmp_path / "list.txt").write_text("\n".join(names) + "\n\n", encoding="utf-8")
+    out = tmp_path / "out.jsonl"
+    status = run(arguments(trained, tmp_path / "list.txt", "--json", out, "--score-only", "--batch-size", 4))
+    assert status == SOME_FAILED
+    answers = {Path(entry["image"]).name: entry for entry in lines(out)}
+    assert list(answers) == names
+    for name in GOOD_FILES:
+        assert answers[name]["error"] == "" and 0 <= answers[name]["fake_probability"] <= 1, answers[name]
+    errors = capsys.readouterr().err
+    for name, (_, reason) in BAD_FILES.items():
+        assert reason in answers[name]["error"] and name in answers[name]["error"]
+        assert answers[name]["error"] in errors
+    assert "6 pictures could not be judged" in errors
+
+
+def test_a_file_without_permission_is_named(tmp_path, monkeypatch):
+    picture(0).save(tmp_path / "secret.png")
+
+    def refuse(*args, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(ImageReadError, match=r"secret\.png: Permission denied"):
+        load_image(tmp_path / "secret.png")
+
+
+def assert_equal_answers(found: list[dict], wanted: list[dict]) -> None:
+    assert [entry["image"] for entry in found] == [entry["image"] for entry in wanted]
+    assert [entry["text"] for entry in found] == [entry["text"] for entry in wanted]
+    gaps = [abs(a["fake_probability"] - b["fake_probability"]) for a, b in zip(found, wanted, strict=True)]
+    assert max(gaps) < 1e-4
+
+
+@pytest.mark.parametrize("sampled", [[], ["--temperature", "1.2"]], ids=["greedy", "sampled"])
+def test_answers_are_continued_and_nothing_is_done_twice(trained, few, tmp_path, sampled):
+    out = tmp_path / "out.jsonl"
+    assert run(arguments(trained, few, "--json", out, *sampled)) == 0
+    wanted, whole = lines(out), out.read_text()
+    first, second, *_ = whole.splitlines(keepends=True)
+    out.write_text(first + second[:40])
+    assert run(arguments(trained, few, "--json", out, *sampled)) == 0
+    assert_equal_answers(lines(out), wanted)
+    assert run(arguments(trained, few, "--json", out, *sampled)) == 0
+    assert out.read_text().count("\n") == whole.count("\n")
+
+
+def test_answers_of_another_run_are_not_mixed(trained, few, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    assert run(arguments(trained, few, "--json", out, "--score-only")) == 0
+    before = out.read_text()
+    assert run(arguments(trained, few, "--json", out)) == 1
+    assert "another model or other settings" in capsys.readouterr().err
+    assert out.read_text() == before
+    out.write_text("hello\n")
+    assert run(arguments(trained, few, "--json", out)) == 1
+    assert "no line of answers" in capsys.readouterr().err
+
+
+def test_a_replaced_weight_file_makes_another_run(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    first = model_fingerprint(str(tmp_path))
+    assert model_fingerprint(str(tmp_path)) == first
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    os.utime(tmp_path / "model.safetensors", (1, 1))
+    assert model_fingerprint(str(tmp_path)) != first
+    assert model_fingerprint("owner/name") == "owner/name"
+
+
+def test_a_cut_line_is_removed_before_the_next_is_written(tmp_path):
+    file = AnswersFile(tmp_path / "a.jsonl", {"x": 1})
+    file.write("a", {"label": "real"})
+    file.close()
+    with (tmp_path / "a.jsonl").open("a") as stream:
+        stream.write('{"image": "b", "lab')
+    again = AnswersFile(tmp_path / "a.jsonl", {"x": 1})
+    assert again.done == {"a"}
+    again.write("b", {"label": "fake"})
+    again.close()
+    assert [entry["image"] for entry in lines(tmp_path / "a.jsonl")] == ["a", "b"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_ends_the_same(trained, tmp_path):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for index in range(60):
+        picture(index, (50, 40)).save(folder / f"{index:03}.png")
+    command = [sys.executable, str(SCRIPT), *arguments(trained, folder, "--batch-size", "4", "--json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    once = {"check": True, "env": environment, "cwd": "/", "capture_output": True}
+    subprocess.run([*command, str(tmp_path / "whole.jsonl")], **once)
+    kills = 0
+    for wait in (0.0, 0.3, 0.8, 0.2):
+        process = subprocess.Popen(
+            [*command, str(tmp_path / "killed.jsonl")],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        before = (tmp_path / "killed.jsonl").stat().st_size if (tmp_path / "killed.jsonl").exists() else 0
+        while process.poll() is None:
+            file = tmp_path / "killed.jsonl"
+            if file.exists() and file.stat().st_size > before:
+                time.sleep(wait)
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.01)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills >= 2
+    subprocess.run(
+        [*command, str(tmp_path / "killed.jsonl")], check=True, env=environment, cwd="/", capture_output=True
+    )
+    assert_equal_answers(lines(tmp_path / "killed.jsonl"), lines(tmp_path / "whole.jsonl"))
+
+
+def test_overlays_lie_beside_their_pictures(trained, few, tmp_path):
+    maps = tmp_path / "maps"
+    assert run(arguments(trained, few, "--attention-map", maps, "--max_new_tokens", 5)) == 0
+    found = sorted(str(file.relative_to(maps)) for file in maps.rglob("*.png"))
+    assert found == ["0.png.attention.png", "1.png.attention.png", "2.png.attention.png", "sub/3.JPG.attention.png"]
+    assert Image.open(maps / "0.png.attention.png").size == (60, 20)
+
+
+def test_overlays_of_a_list_keep_their_paths():
+    assert overlay_path(Path("/a/x.png"), Path("/a/x.png"), Path("o")) == Path("o/x.png.attention.png")
+    assert overlay_path(Path("/a/b/x.png"), Path("/l.txt"), Path("o")) == Path("o/a/b/x.png.attention.png")
+
+
+def test_an_overlay_lights_the_strongest_place_and_leaves_the_rest():
+    heat = np.zeros((20, 60), dtype=np.float32)
+    heat[5:10, 40:50] = 1
+    grey = Image.new("RGB", (60, 20), (100, 100, 100))
+    drawn = np.asarray(draw_overlay(grey, heat)).astype(int)
+    assert (drawn[15, 5] == 100).all()
+    assert abs(drawn[7, 45] - 100).max() > 80
+    assert (np.asarray(draw_overlay(grey, np.ones((20, 60)))) == 100).all()
+    with pytest.raises(ValueError, match="shape"):
+        draw_overlay(grey, heat.T)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--samples", "2"], "need a temperature"),
+        (["--max_new_tokens", "0"], "at least 1"),
+        (["--dtype", "int8"], "unknown dtype"),
+        (["--conv-mode", "chatml"], "unknown conv_mode"),
+        (["--load-8bit", "--load-4bit"], "exclude each other"),
+        (["--model-base", "/nowhere"], "no LoRA folder"),
+    ],
+)
+def test_wrong_settings_are_one_clear_line(trained, few, capsys, more, message):
+    assert run(arguments(trained, few, *more)) == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1 and message in error[0]
+
+
+@pytest.mark.parametrize("more", [["--batch-size", "0"], ["--batch-size", "many"], ["--no-such-flag"]])
+def test_wrong_flags_end_with_the_usage(trained, few, more):
+    with pytest.raises(SystemExit) as stopped:
+        run(arguments(trained, few, *more))
+    assert stopped.value.code == 2
+
+
+def test_paths_that_hold_nothing_are_explained(trained, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "list.txt").write_text("\n\n")
+    for path, message in (
+        ("nowhere", "no file or folder"),
+        ("empty", "hold no picture"),
+        ("list.txt", "lists no picture"),
+    ):
+        assert run(arguments(trained, tmp_path / path)) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_without_a_model_it_says_how_to_get_one(few, capsys):
+    assert run(["--img_path", str(few)]) == 1
+    assert "AnnaGao/FakeReasoning" in capsys.readouterr().err
+
+
+def test_the_authors_flags_and_both_spellings_are_understood():
+    given = [
+        "--model_path",
+        "m",
+        "--model-base",
+        "b",
+        "--img-path",
+        "i",
+        "--conv_mode",
+        "llava_v1",
+        "--temperature",
+        "0.2",
+    ]
+    parsed = parse_arguments([*given, "--top-p", "0.9", "--num-beams", "1", "--max-new_tokens=512", "--device", "cpu"])
+    assert (parsed.model_path, parsed.img_path, parsed.conv_mode) == ("m", Path("i"), "llava_v1")
+    assert (parsed.temperature, parsed.top_p, parsed.num_beams, parsed.max_new_tokens) == (0.2, 0.9, 1, 512)
+
+
+def test_sampled_answers_are_all_reported(trained, few, capsys):
+    assert run(arguments(trained, few / "0.png", "--temperature", "1", "--samples", "3", "--force_summary")) == 0
+    said = capsys.readouterr().out
+    assert len(next(line for line in said.splitlines() if "of answers" in line).split()) == 2 + 3
+    assert "I will determine if the image is real or fake" in said
+
+
+def test_help_answers_without_a_model_or_torch():
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", str(SCRIPT), "--help"], capture_output=True, text=True, cwd="/", check=True
+    )
+    assert "--attention-map" in done.stdout and "Exit status" in done.stdout
+    assert "| torch\n" not in done.stderr
