@@ -1,0 +1,1 @@
+"""Commands to test, measure and convert."""

@@ -1,0 +1,68 @@
+"""What the README tells its reader to run can be run."""
+
+import ast
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, flags=re.DOTALL)
+LINES = [line.split("#")[0].strip() for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
+COMMANDS = [line for line in LINES if line]
+PYTHON = [block for kind, block in BLOCKS if kind == "python"]
+
+
+def script_commands() -> list[list[str]]:
+    return [shlex.split(command) for command in COMMANDS if command.startswith("python ")]
+
+
+@pytest.mark.parametrize("words", script_commands(), ids=" ".join)
+def test_commands_of_scripts_are_understood(words):
+    script = ROOT / words[1]
+    assert script.is_file()
+    module = importlib.import_module(".".join(script.relative_to(ROOT).with_suffix("").parts))
+    module.parse_arguments(words[2:])
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("bash ")])
+def test_shell_scripts_exist_and_know_their_flags(command):
+    _, script, *flags = shlex.split(command)
+    source = (ROOT / script).read_text(encoding="utf-8")
+    assert all(f'"{flag}"' in source for flag in flags)
+
+
+@pytest.mark.parametrize("block", PYTHON)
+def test_python_imports_what_there_is(block):
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+def test_flags_named_in_the_text_exist():
+    from forgery_eval.inference import parse_arguments
+
+    section = TEXT.split("## Judge pictures")[1].split("\n## ")[0]
+    values = {"--samples": "8", "--temperature": "1", "--seed": "1", "--json": "o", "--attention-map": "m"}
+    values |= {"--img_path": "p", "--model-path": "m"}
+    for flag in sorted(set(re.findall(r"`(--[\w-]+)", section)) - {"--help"}):
+        required = [] if flag == "--img_path" else ["--img_path", "p"]
+        parse_arguments([*required, flag, *([values[flag]] if flag in values else [])])
+
+
+def test_the_tree_names_what_there_is():
+    tree = next(block for kind, block in BLOCKS if kind == "" and "llava/" in block)
+    folder: list[str] = []
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        for name in re.match(r"\s*((?:[\w./]+ ?)+)", line)[1].split():
+            if depth == 0 and not name.endswith("/"):
+                continue
+            if name.endswith("/") or "." in name:
+                assert (ROOT.joinpath(*folder[:depth]) / name).exists(), line
+            if name.endswith("/"):
+                folder[depth:] = [name]
