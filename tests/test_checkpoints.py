@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -409,3 +410,30 @@ def test_an_interrupted_or_foreign_layout_is_not_written(bundled, tmp_path):
     with pytest.raises(ValueError, match="not merged"):
         save_published(adapted, tmp_path / "out", {}, GOLDENS / "base")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_id_is_opened_from_the_cache_without_a_network(bundled, tmp_path, expected):
+    bundled.base[1].save_pretrained(tmp_path / "model")
+    repository = tmp_path / "home/hub/models--someone--small"
+    shutil.copytree(tmp_path / "model", repository / "snapshots/abc")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("abc")
+    script = (
+        "import sys, torch; from llava import load_pretrained_model; from tests.reference import Reference;"
+        "from pathlib import Path; r = Reference(Path(sys.argv[1]));"
+        "model = load_pretrained_model('someone/small', device='cpu')[1];"
+        "ids, pixels = r.tensors['prompt_ids'], r.tensors['pixel_values'][:1];"
+        "print(model(input_ids=ids, images=pixels).logits.sum().item())"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(GOLDENS)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=root,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1]) == pytest.approx(float(expected.sum()), rel=1e-4)
