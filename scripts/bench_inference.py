@@ -42,7 +42,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = OptionParser(description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="tiny", help="default: tiny")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8], help="default: 1 2 4 8")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="default: 1 2 4 8 16")
     parser.add_argument("--images", type=int, default=16, help="images a measurement (at least the batch; default: 16)")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens an answer (default: 64)")
     parser.add_argument("--device", default="auto", help="auto (default), cuda, cpu")
@@ -130,7 +130,7 @@ def measure_batch(system: Any, pictures: list[Any], size: int, new_tokens: int) 
     many = (pictures * (1 + size // len(pictures)))[: max(len(pictures), size)]
     prepared = [system.prepare(picture) for picture in many[:size]]
     pixels = torch.stack([item.pixels for item in prepared]).to(device, model.dtype)
-    ids = system.tokenizer(system._prompt(options).replace("<image>", "")).input_ids
+    ids = system.tokenizer(system.prompt(options).replace("<image>", "")).input_ids
     words = (model.probability_mapper.tokens.real, model.probability_mapper.tokens.fake)
 
     def answer(embeds: Any, length: int) -> None:

@@ -135,6 +135,8 @@ def test_the_score_alone(detector, pictures, monkeypatch):
 def test_another_question_changes_the_prompt(detector, pictures):
     report = detector.analyze(pictures[0], question="real?", score_only=True)
     assert abs(report.fake_probability - forced_probability(detector, pictures[0], VERDICT_PREFIX, "real?")) < 1e-4
+    with pytest.raises(ValueError, match="must not hold <image>"):
+        detector.analyze(pictures[0], question="<image> and?")
     with pytest.raises(ValueError, match="unknown conv_mode 'x'"):
         detector.analyze(pictures[0], conv_mode="x")
     with pytest.raises(ValueError, match="the model's context has 2048"):
@@ -178,6 +180,11 @@ def test_sampled_words_follow_their_probabilities():
         assert torch.allclose(counts, torch.tensor(wanted), atol=0.03)
     warm = Sampler(0.5, None, ["0"] * 1).choose(torch.tensor([[0.0, 100.0]]), [0])
     assert warm.tolist() == [1]
+
+
+def test_an_answer_that_speaks_of_images_is_scored(detector, pictures):
+    report = detector.analyze(pictures[0], assistant_prefix="<SUMMARY> an <image> here", max_new_tokens=5)
+    assert report.score_source == "forced" and 0 <= report.fake_probability <= 1
 
 
 def test_beams_answer_and_are_scored_like_all_others(detector, pictures):

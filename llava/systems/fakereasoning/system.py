@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from llava.constants import IMAGE_TOKEN_INDEX
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
 from llava.mm_utils import grid_over_picture, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
@@ -100,9 +100,9 @@ class FakeReasoning:
             raise ValueError(f"the fusion {fusion!r} has no attention, so it cannot say where the model looked")
         pixels = torch.stack([item.pixels for item in prepared]).to(self.model.device, self.model.dtype)
         seen = self.model.encode_images(pixels, return_attention=options.attention)
-        prompt = self._prompt(options)
+        prompt = self.prompt(options)
         if options.score_only:
-            texts = [f"{prompt} {VERDICT_PREFIX}"] * len(prepared)
+            texts = [_continued(prompt, VERDICT_PREFIX)] * len(prepared)
             reports = [self._score_report(chance) for chance in self._score_texts(texts, seen.tokens)]
         else:
             reports = self._answer(prompt, prepared, seen.tokens, options)
@@ -111,10 +111,13 @@ class FakeReasoning:
         maps = self._attention_maps(seen.attention, prepared)
         return [replace(report, attention=grid) for report, grid in zip(reports, maps, strict=True)]
 
-    def _prompt(self, options: AnalyzeOptions) -> str:
+    def prompt(self, options: AnalyzeOptions) -> str:
+        """Returns what the model is asked, up to where its answer begins."""
         mode = options.conv_mode or self.model.config.conv_mode
         if mode not in conv_templates:
             raise ValueError(f"unknown conv_mode {mode!r}; known: {', '.join(conv_templates)}")
+        if DEFAULT_IMAGE_TOKEN in (options.question or ""):
+            raise ValueError(f"the question must not hold {DEFAULT_IMAGE_TOKEN}: the picture's place is before it")
         conversation = conv_templates[mode].copy()
         conversation.append_message(conversation.roles[0], f"<image>\n{options.question or QUESTION}")
         conversation.append_message(conversation.roles[1], None)
@@ -135,7 +138,7 @@ class FakeReasoning:
         prompt_ids = tokenizer_image_token(prompt, self.tokenizer)
         begun = prompt
         if options.assistant_prefix:
-            begun = f"{prompt} {options.assistant_prefix}".rstrip(" ")
+            begun = _continued(prompt, options.assistant_prefix).rstrip(" ")
         begun_ids = tokenizer_image_token(begun, self.tokenizer)
         prefix_ids = begun_ids[len(prompt_ids) :]
         length = len(begun_ids) - 1 + tokens_BPD.shape[1]
@@ -238,7 +241,7 @@ class FakeReasoning:
             else:
                 chances[row] = float((one.kept_logits[step] / mapper.temperature).softmax(dim=-1)[1])
         if unread:
-            completed = [f"{prompt} {complete_to_verdict(texts[row])}" for row in unread]
+            completed = [_continued(prompt, complete_to_verdict(texts[row])) for row in unread]
             found = self._score_texts(completed, tokens_BPD[[row // samples for row in unread]])
             for row, chance in zip(unread, found, strict=True):
                 chances[row] = chance
@@ -246,7 +249,7 @@ class FakeReasoning:
 
     def _verdict_place(self, prompt: str, ids: list[int], text: str) -> int | None:
         """Place of the verdict word among an answer's ids, or None if the text's own ids are others up to there."""
-        before = tokenizer_image_token(f"{prompt} {complete_to_verdict(text)}", self.tokenizer)
+        before = tokenizer_image_token(_continued(prompt, complete_to_verdict(text)), self.tokenizer)
         own = before[len(tokenizer_image_token(prompt, self.tokenizer)) :]
         return len(own) if ids[: len(own)] == own else None
 
@@ -279,3 +282,8 @@ class FakeReasoning:
         grids = attention_BHPP.float().mean(dim=(1, 2)).unflatten(1, dino.grid).cpu().numpy()
         mode = self.model.config.image_aspect_ratio
         return [grid_over_picture(grid, item.size, mode) for grid, item in zip(grids, prepared, strict=True)]
+
+
+def _continued(prompt: str, answer: str) -> str:
+    """A prompt and an answer; the mark of an image in an answer is only a word and stands for no image."""
+    return f"{prompt} {answer.replace(DEFAULT_IMAGE_TOKEN, '')}"
