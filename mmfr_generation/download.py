@@ -267,7 +267,7 @@ class Unpacker:
         wanted = sorted(wanted)
         with JsonLog(self._members_path) as log:
             members, refused, damage = _account(log.records, frozenset(wanted))
-        lines = [f"files: {len(members)} ({sum(members.values()):,} bytes) in {self._output}"]
+        lines = [f"files: {len(members)} ({sum(size for _, size in members.values()):,} bytes) in {self._output}"]
         cut = []
         for number in wanted:
             part = self._parts.get(number)
@@ -276,7 +276,7 @@ class Unpacker:
             if part and part.tail:
                 cut.append(f"part {number}: {part.tail} is cut; part {part.tail_until + 1} is needed for it")
         unread = [number for number in wanted if number not in self._parts or not self._parts[number].done]
-        missing = sorted(path for path, size in members.items() if not self._is_there(path, size))
+        missing = sorted(path for path, (_, size) in members.items() if not self._is_there(path, size))
         for title, names in (
             ("cut members, not written", cut),
             ("refused members, not written", refused),
@@ -383,12 +383,11 @@ class Unpacker:
 
     def _read_damaged_again(self, log: JsonLog) -> None:
         """Marks parts as not done whose members are not on disk as they were written."""
-        for number, state in self._parts.items():
-            members, _, _ = _account(log.records, frozenset({number}))
-            if not all(self._is_there(path, size) for path, size in members.items()):
-                state.done = False
-                if self._here is not None and self._here[0] == number:
-                    self._here = None
+        members, _, _ = _account(log.records, frozenset(self._parts))
+        for part in {part for path, (part, size) in members.items() if not self._is_there(path, size)}:
+            self._parts[part].done = False
+            if self._here is not None and self._here[0] == part:
+                self._here = None
 
     def _is_there(self, path: str, size: int) -> bool:
         target = self._output / path
@@ -465,8 +464,10 @@ def _copy(reader: PartReader, size: int, target: Path | None) -> int:
     return taken
 
 
-def _account(records: Iterable[dict[str, Any]], wanted: frozenset[int]) -> tuple[dict[str, int], list[str], list[str]]:
-    """Reads the log: sizes of the members that begin in the wanted parts, refused members, damaged places."""
+def _account(
+    records: Iterable[dict[str, Any]], wanted: frozenset[int]
+) -> tuple[dict[str, tuple[int, int]], list[str], list[str]]:
+    """Reads the log: part and size of each member that begins in a wanted part, refused members, damaged places."""
     members: dict[str, tuple[int, int]] = {}
     refused: dict[tuple[int, str], str] = {}
     damage: dict[tuple[int, int], str] = {}
@@ -482,7 +483,7 @@ def _account(records: Iterable[dict[str, Any]], wanted: frozenset[int]) -> tuple
         else:
             members[record["path"]] = (part, record["size"])
     return (
-        {path: size for path, (part, size) in members.items() if part in wanted},
+        {path: place for path, place in members.items() if place[0] in wanted},
         [text for key, text in sorted(refused.items()) if key[0] in wanted],
         [text for key, text in sorted(damage.items()) if key[0] in wanted],
     )
@@ -537,7 +538,7 @@ def build_parser() -> Parser:
     parser.add_argument("--revision", default="main", help="branch, tag or commit of the data set on the hub")
     parser.add_argument(
         "--delete-parts",
-        action=argparse.BooleanOptionalAction,
+        action="store_true",
         default=None,
         help="delete each part once it is unpacked, unless a member is cut in it; by default only downloaded parts",
     )

@@ -3,7 +3,7 @@
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,10 +30,10 @@ CLASS_FOLDERS: dict[str, Label] = {
     "0_real": "real",
     "fake": "fake",
     "1_fake": "fake",
-    "laion": "real",
-    "diffusiondb": "fake",
 }
-"""What the name of a folder says of the images below it; the last two are those of the published training data."""
+"""What the name of a folder says of the images below it."""
+PUBLISHED_FOLDERS: dict[str, Label] = {"laion": "real", "diffusiondb": "fake"}
+"""The same for folders of the published training data, where no other folder says it."""
 
 _HASH_SIDE = 8
 _DCT_SIDE = 32
@@ -149,7 +149,17 @@ def _describe(error: Exception) -> str:
 
 def label_from_folders(path: str) -> Label | None:
     """Returns the class that the folders of a relative path name, or None if they name none or both."""
-    labels = {CLASS_FOLDERS[name.lower()] for name in path.split("/")[:-1] if name.lower() in CLASS_FOLDERS}
+    return _label_from(path, CLASS_FOLDERS)
+
+
+def published_label(path: str) -> Label | None:
+    """Returns the class of an image by the folders of the published data, or None if they do not say."""
+    folders = {name.lower() for name in path.split("/")[:-1]}
+    return _label_from(path, CLASS_FOLDERS if folders & CLASS_FOLDERS.keys() else PUBLISHED_FOLDERS)
+
+
+def _label_from(path: str, meanings: Mapping[str, Label]) -> Label | None:
+    labels = {meanings[name.lower()] for name in path.split("/")[:-1] if name.lower() in meanings}
     return labels.pop() if len(labels) == 1 else None
 
 

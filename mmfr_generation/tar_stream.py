@@ -247,7 +247,7 @@ def _read_extension(reader: PartReader, header: tarfile.TarInfo, extension: dict
 
 
 def _pax_records(payload: bytes) -> dict[str, str]:
-    """Reads ``<length> <key>=<value>\\n`` records; stops at the first that is none."""
+    """Reads pax records, ``<length> <key>=<value>`` and a line break each; stops at the first that is none."""
     records: dict[str, str] = {}
     while payload:
         length, space, _ = payload.partition(b" ")
