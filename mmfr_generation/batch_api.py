@@ -351,11 +351,14 @@ class BatchJobs(AnswerStore):
 
     def refresh(self) -> int:
         """Asks for the state of every live batch; returns how many are still live."""
-        for path in self.files:
-            for attempt in self.state[path.name].attempts[-1:]:
-                if attempt.live:
-                    self._note(attempt, self._retrieve(attempt.batch_id))
-        self._save_state()
+        changed = False
+        for attempt in self._last_attempts():
+            if attempt.live:
+                before = attempt.status
+                self._note(attempt, self._retrieve(attempt.batch_id))
+                changed |= attempt.status != before
+        if changed:
+            self._save_state()
         return self._live()
 
     def download(self) -> int:
@@ -472,6 +475,7 @@ class BatchJobs(AnswerStore):
         def upload() -> str:
             with path.open("rb") as file:
                 uploaded = self.server.client.files.create(file=(name, file, "application/jsonl"), purpose="batch")
+            self._uploaded()[name] = str(uploaded.id)
             return str(uploaded.id)
 
         return self._uploaded().get(name) or self.server.ask(upload, there)
