@@ -306,6 +306,7 @@ class Unpacker:
                 if part != entered:
                     behind = [number for number in reader.opened if number < part]
                     self._finish(behind)
+                    self._clear_heads([*behind, part], start)
                     if part != start and not self._needed(part, run):
                         self._note(None)
                         return
@@ -319,6 +320,7 @@ class Unpacker:
                     self._note(reader.position(reader.absolute))
                     noted = time.monotonic()
             self._finish(reader.opened)
+            self._clear_heads(reader.opened, start)
             self._note(None)
 
     def _where_to_begin(self, part: int) -> tuple[int, bool, bool]:
@@ -337,8 +339,6 @@ class Unpacker:
         part, offset = at
         state = self._state(part)
         state.done, state.tail = False, ""
-        if part != start:
-            state.head = ""
         if part != start or state.first is None:
             state.first = offset
         if fresh:
@@ -400,6 +400,12 @@ class Unpacker:
     def _finish(self, parts: Iterable[int]) -> None:
         for part in parts:
             self._state(part).done = True
+
+    def _clear_heads(self, parts: Iterable[int], start: int) -> None:
+        """Notes that the parts behind the first one were read on from the part before."""
+        for part in parts:
+            if part != start:
+                self._state(part).head = ""
 
     def _discard(self, part: int) -> None:
         """Deletes a part, unless a member is cut in it, which a later run may have whole."""

@@ -267,19 +267,23 @@ def _synchronise(reader: PartReader, where: str) -> Iterator[Cut]:
     """Goes to the next valid header and reports what was passed over."""
     begin = reader.absolute
     before = b""
-    found = False
+    found, empty = False, True
     while not found:
         window = reader.read(_CHUNK)
         at = window.find(_MAGIC, _MAGIC_AT)
         while at >= 0 and at + BLOCK - _MAGIC_AT <= len(window):
             header = _header(window[at - _MAGIC_AT : at - _MAGIC_AT + BLOCK])
             if header is not None:
+                empty = empty and not window[: at - _MAGIC_AT].strip(b"\0")
                 before = (before + window[: at - _MAGIC_AT])[-BLOCK:]
                 reader.unread(window[at - _MAGIC_AT :])
                 found = True
                 break
             at = window.find(_MAGIC, at + 1)
-        if found or len(window) < BLOCK:
+        if found:
+            break
+        empty = empty and not window.strip(b"\0")
+        if len(window) < BLOCK:
             break
         before = (before + window[: 1 - BLOCK])[-BLOCK:]
         if len(window) < _CHUNK:
@@ -291,7 +295,8 @@ def _synchronise(reader: PartReader, where: str) -> Iterator[Cut]:
         named = _continues_a_name(reader, before)
         if named:
             what, skipped = f"{what}, {named}", reader.absolute - begin
-    if skipped:
+    # Zeros alone fill up the last block of a member, or end the archive: they are nobody's data.
+    if skipped and not (empty and (skipped < BLOCK or not found)):
         yield Cut(what, where, reader.position(begin), skipped)
 
 
