@@ -704,7 +704,9 @@ def build_parser() -> Parser:
         description="Send request files to a chat API and bring the answers home. Killed anywhere and run again, it "
         "goes on from there. The key is read from the environment and written nowhere."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", help="what to do", parser_class=Parser
+    )
     for name, text in (
         ("run", "submit, watch and download batches, and ask again for what expired"),
         ("submit", "upload the request files and start their batches, then end"),

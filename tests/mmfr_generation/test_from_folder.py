@@ -61,9 +61,7 @@ def test_a_tree_becomes_a_training_file(pictures, tmp_path):
     stages = parse_answer(json.loads(out.read_text())[0]["conversations"][1]["value"]).stages
     assert stages["CAPTION"] == "A car."
     dropped = [json.loads(line) for line in (tmp_path / "train.json.dropped.jsonl").read_text().splitlines()]
-    assert [entry["image"] for entry in dropped] == ["other/1_fake/d.webp", "real/a.jpg", "real/deep/b.jpg"] or len(
-        dropped
-    ) == 3
+    assert [entry["image"] for entry in dropped] == ["other/1_fake/d.webp", "real/a.jpg", "real/deep/b.jpg"]
     assert main([*common, "--reasoning", str(tmp_path / "r.json"), "--form", "verdict"]) == 0
     assert len(verdicts(out)) == 4
 
@@ -95,9 +93,7 @@ def test_a_table(pictures, tmp_path, capsys):
         assert reason in told
     turned = ["--real-words", "1", "--fake_words", "0"]
     main([*common, "--form", "verdict", *turned])
-    assert (
-        verdicts(out) == {"x/1.png": "fake", "x/2.png": "real", "3.png": "real"} or verdicts(out)["x/1.png"] == "fake"
-    )
+    assert verdicts(out) == {"x/1.png": "fake", "x/2.png": "real", "3.png": "real"}
 
 
 def test_images_of_no_class_are_named(pictures, tmp_path, capsys):
