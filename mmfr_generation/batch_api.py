@@ -118,11 +118,13 @@ class RequestFile:
 
     Attributes:
         sha256: Hash of its content when it was first met.
+        stamp: Its size in bytes and its time of change in nanoseconds when it was last hashed.
         requests: Number of requests in it.
         attempts: Its batches, oldest first; the first asks everything, each later one what is still without an answer.
     """
 
     sha256: str
+    stamp: list[int]
     requests: int
     attempts: list[Attempt] = field(default_factory=list)
 
@@ -257,6 +259,13 @@ class AnswerStore:
         self.output_folder = Path(output_folder)
         self.work_folder = self.output_folder / ".batch_api"
         self.files = request_files(self.input_folder)
+        self._ids: dict[Path, list[str]] = {}
+
+    def ids(self, path: Path) -> list[str]:
+        """Returns the ``custom_id`` of each request in a file, which is read once: request files are large."""
+        if path not in self._ids:
+            self._ids[path] = request_ids(path)
+        return self._ids[path]
 
     def raw_answers(self, name: str) -> list[Path]:
         """Returns every file with answers to a request file, oldest first."""
@@ -285,7 +294,7 @@ class AnswerStore:
         best = self.answers(path.name)
         return [
             custom_id
-            for custom_id in request_ids(path)
+            for custom_id in self.ids(path)
             if custom_id not in best or ((answer := read_answer(best[custom_id])).failure and answer.again)
         ]
 
@@ -293,7 +302,7 @@ class AnswerStore:
         """Writes the answers of a request file in the order of its requests; returns those without an answer."""
         best = self.answers(path.name)
         lines, failed = [], []
-        for custom_id in request_ids(path):
+        for custom_id in self.ids(path):
             line = best.get(custom_id) or {
                 "custom_id": custom_id,
                 "response": None,
@@ -554,13 +563,13 @@ class BatchJobs(AnswerStore):
         if self._state_path.exists():
             for name, entry in read_json(self._state_path)["files"].items():
                 attempts = [Attempt(**attempt) for attempt in entry["attempts"]]
-                state[name] = RequestFile(entry["sha256"], entry["requests"], attempts)
+                state[name] = RequestFile(entry["sha256"], entry["stamp"], entry["requests"], attempts)
         for path in tqdm(self.files, desc="checking request files", unit="", delay=2, leave=False):
-            sha256 = sha256_of(path)
             entry = state.get(path.name)
+            stamp = [path.stat().st_size, path.stat().st_mtime_ns]
             if entry is None:
-                state[path.name] = RequestFile(sha256, len(request_ids(path)))
-            elif entry.sha256 != sha256:
+                state[path.name] = RequestFile(sha256_of(path), stamp, len(self.ids(path)))
+            elif entry.stamp != stamp and entry.sha256 != sha256_of(path):
                 raise UserError(
                     f"{path} has changed since it was submitted; put changed requests into a file of another name, "
                     "or take another output folder"
@@ -631,7 +640,7 @@ class DirectJobs(AnswerStore):
             answered = {
                 custom_id for custom_id, line in self.answers(path.name).items() if not read_answer(line).failure
             }
-            total = len(request_ids(path))
+            total = len(self.ids(path))
             with tqdm(total=total, initial=min(len(answered), total), desc=path.name, unit=" requests") as bar:
                 self._ask_file(path, answered, bar)
             failed += self.publish(path)
