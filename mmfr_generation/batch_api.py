@@ -41,7 +41,7 @@ LIVE = frozenset({"validating", "in_progress", "finalizing", "cancelling"})
 LIMIT_CODES = frozenset({"token_limit_exceeded", "rate_limit_exceeded", "request_limit_exceeded"})
 """Errors of a failed batch that pass when earlier batches have ended."""
 _LONGEST_PAUSE = 120.0
-_TRIES = 8
+_TRIES = 10
 
 
 def make_client(base_url: str | None = None, *, key_variable: str = "OPENAI_API_KEY", timeout: float = 600.0) -> Any:
@@ -108,8 +108,10 @@ class Attempt:
 
     @property
     def may_succeed(self) -> bool:
-        """Whether the same batch may be taken later; one that failed may not, unless a limit was in its way."""
-        return self.status != "failed" or bool(LIMIT_CODES & set(self.problem_codes))
+        """Whether to start it again unasked: not if it was cancelled, or failed for another reason than a limit."""
+        if self.status == "failed":
+            return bool(LIMIT_CODES & set(self.problem_codes))
+        return self.status != "cancelled"
 
 
 @dataclass
@@ -153,17 +155,18 @@ class Server:
         Raises:
             ServerError: The server refuses, or has failed too often.
         """
-        for attempt in range(_TRIES):
+        failures = 0
+        while True:
             try:
                 return call()
             except openai.APIError as error:
-                if not may_pass(error) or attempt == _TRIES - 1 or self.stopped.is_set():
+                failures += 1
+                if not may_pass(error) or failures == _TRIES or self.stopped.is_set():
                     raise ServerError(self.describe(error), error) from None
-                self._pause(error, attempt)
+                self._pause(error, failures)
             done = recover()
             if done is not None:
                 return done
-        raise AssertionError("unreachable")
 
     def describe(self, error: openai.APIError) -> str:
         """Says what went wrong and what to do; never shows the key."""
@@ -180,10 +183,10 @@ class Server:
         key = self.client.api_key
         return text.replace(key, "[key]") if len(key) > 4 else text
 
-    def _pause(self, error: openai.APIError, attempt: int) -> None:
+    def _pause(self, error: openai.APIError, failures: int) -> None:
         pause = _retry_after(error)
         if pause is None:
-            pause = self.first_pause * 2**attempt * random.uniform(0.75, 1.0)
+            pause = self.first_pause * 2 ** (failures - 1) * random.uniform(0.75, 1.0)
         pause = min(pause, _LONGEST_PAUSE)
         if pause >= 5:
             say(f"the server is busy or out of reach ({self.without_key(str(error))[:200]}); next try in {pause:.0f} s")
@@ -350,6 +353,7 @@ class BatchJobs(AnswerStore):
         self.max_pending = max_pending
         self._state_path = self.work_folder / "state.json"
         self._uploads: dict[str, str] | None = None
+        self._batches: dict[tuple[str, str], Any] | None = None
         self._progress: Counter[str] = Counter()
         self.state = self._load_state()
 
@@ -431,7 +435,7 @@ class BatchJobs(AnswerStore):
         """Notes an attempt for each file that has requests worth asking and no batch for them.
 
         Args:
-            failed_too: Also try those again that the server refused for a reason that does not pass by itself.
+            failed_too: Also those that were cancelled, or that the server refused for a reason that does not pass.
 
         Returns:
             Whether there is anything to submit.
@@ -502,18 +506,27 @@ class BatchJobs(AnswerStore):
     def _create_batch(self, file_id: str, name: str, number: int) -> Any:
         metadata = {"request_file": name[-500:], "attempt": str(number)}
 
-        def find() -> Any | None:
-            for batch in self.server.client.batches.list(limit=100):
-                if batch.input_file_id == file_id and (batch.metadata or metadata).get("attempt") == str(number):
-                    return batch
-            return None
+        def there() -> Any | None:
+            self._batches = None
+            return self._started().get((file_id, metadata["attempt"]))
 
         def create() -> Any:
             return self.server.client.batches.create(
                 input_file_id=file_id, endpoint=ENDPOINT, completion_window="24h", metadata=metadata
             )
 
-        return self.server.ask(find) or self.server.ask(create, lambda: self.server.ask(find))
+        return self._started().get((file_id, metadata["attempt"])) or self.server.ask(create, there)
+
+    def _started(self) -> dict[tuple[str, str], Any]:
+        """Returns the batches on the server by their input file and attempt, as they were when this was first asked."""
+        if self._batches is None:
+
+            def list_batches() -> dict[tuple[str, str], Any]:
+                batches = self.server.client.batches.list(limit=100)
+                return {(batch.input_file_id, (batch.metadata or {}).get("attempt", "1")): batch for batch in batches}
+
+            self._batches = self.server.ask(list_batches)
+        return self._batches
 
     def _retrieve(self, batch_id: str) -> Any:
         return self.server.ask(lambda: self.server.client.batches.retrieve(batch_id))

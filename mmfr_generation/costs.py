@@ -49,7 +49,7 @@ TILE_RULES: dict[str, TileRule] = {"gpt-4o-mini": TileRule(base=2833, tile=5667)
 BATCH_FACTOR = 0.5
 """A request in a batch costs this part of the price."""
 CHARACTERS_PER_TOKEN = 4
-"""English prose; good enough for a prompt that costs far less than its image."""
+"""Of English prose, roughly; the prompt's tokens are an estimate."""
 
 
 def dollars(price: Price, input_tokens: int, output_tokens: int, *, batch: bool) -> float:

@@ -139,10 +139,12 @@ class HubSource:
         if checked.exists() and path.exists() and path.stat().st_size == file.size:
             return path
         self._folder.mkdir(parents=True, exist_ok=True)
+        begun = sum(piece.stat().st_size for piece in self._folder.rglob("*.incomplete"))
+        missing = 0 if path.exists() else file.size - begun
         free = shutil.disk_usage(self._folder).free
-        if free < file.size:
+        if free < missing:
             raise UserError(
-                f"part {part} has {file.size:,} bytes, but only {free:,} bytes are free in {self._folder}; make room, "
+                f"part {part} needs {missing:,} more bytes, but only {free:,} are free in {self._folder}; make room, "
                 "then run the same command again: what is done is kept"
             )
         _hub_call(

@@ -142,6 +142,24 @@ def test_a_refused_batch_is_reported_and_tried_again_by_the_next_run(server, fol
     assert all(count == 1 for count in server.uploads().values())
 
 
+def test_a_cancelled_batch_is_not_started_again_by_itself(server, folders, jobs):
+    server.plans = [{"status": "cancelled", "silent": [1, 2]}]
+    assert len(jobs().run()) == 2
+    assert len(server.batches) == 3
+    assert jobs().run() == []
+    assert len(server.batches) == 4
+    assert set(server.asked.values()) == {1}
+
+
+def test_the_server_is_asked_for_its_batches_once(server, folders, jobs):
+    write_requests(folders[0], files=12, each=1)
+    server.polls_needed = 1
+    assert jobs().run() == []
+    listings = server.requests["GET", "batches"] - sum(batch["polls"] for batch in server.batches.values())
+    assert listings == 1
+    check_complete(folders)
+
+
 def test_a_limit_passes_by_itself(server, folders, jobs):
     server.plans = [{}, {"status": "failed", "code": "token_limit_exceeded", "message": "too many"}]
     assert jobs().run() == []

@@ -518,5 +518,5 @@ def test_too_little_room_is_said_before_the_download(hub, monkeypatch, tmp_path)
     source = download.HubSource.__new__(download.HubSource)
     source._folder, source.repository, source.revision = tmp_path / "p", "r", "v"
     source._files = {70: SimpleNamespace(rfilename="dataset.part70.tar", size=1000, lfs=None)}
-    with pytest.raises(UserError, match=r"part 70 has 1,000 bytes, but only 10 bytes are free"):
+    with pytest.raises(UserError, match=r"part 70 needs 1,000 more bytes, but only 10 are free"):
         source.fetch(70)
