@@ -1,26 +1,15 @@
-import os
 import subprocess
 import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
-from api_server import KEY, ApiServer
-from PIL import Image
-
-REPOSITORY = Path(__file__).parents[2]
-DATA = REPOSITORY / "tests" / "data"
+from annotation_helpers import REPOSITORY, noise_image, script_environment
+from api_server import ApiServer
 
 
 @pytest.fixture
 def server():
     with ApiServer() as running:
         yield running
-
-
-def script_environment(**more):
-    path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, "OPENAI_API_KEY": KEY, **more}
 
 
 @pytest.fixture
@@ -34,12 +23,6 @@ def run_script():
         )
 
     return run
-
-
-def noise_image(seed, size=(64, 48)):
-    """A smooth random picture: different seeds look different, and scaling or compressing hardly changes it."""
-    small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import sys
 import time
 
 import pytest
+from annotation_helpers import REPOSITORY, script_environment
 from api_server import KEY, Failure, completion
-from conftest import REPOSITORY, script_environment
 
 from mmfr_generation.batch_api import BatchJobs, DirectJobs, make_client
 from mmfr_generation.command_line import UserError

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
-from conftest import REPOSITORY, script_environment
+from annotation_helpers import REPOSITORY, script_environment
 
 from mmfr_generation import download
 from mmfr_generation.command_line import UserError

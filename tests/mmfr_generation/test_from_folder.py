@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import noise_image
+from annotation_helpers import noise_image
 
 from llava.systems.fakereasoning.text import parse_answer
 from mmfr_generation import validate

@@ -8,7 +8,7 @@ import shutil
 import tracemalloc
 
 import pytest
-from conftest import noise_image
+from annotation_helpers import noise_image
 from PIL import Image
 
 from mmfr_generation.costs import PRICES, TileRule

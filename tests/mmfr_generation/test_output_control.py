@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from conftest import DATA
+from annotation_helpers import DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from annotation_helpers import DATA
 from api_server import completion, result_line
-from conftest import DATA
 
 from mmfr_generation.output_to_reasoning import main
 

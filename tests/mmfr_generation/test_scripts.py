@@ -10,7 +10,7 @@ import sys
 import tarfile
 
 import pytest
-from conftest import REPOSITORY, noise_image, script_environment
+from annotation_helpers import REPOSITORY, noise_image, script_environment
 
 from mmfr_generation.command_line import Parser
 

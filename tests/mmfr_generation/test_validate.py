@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import noise_image
+from annotation_helpers import noise_image
 from PIL import Image
 
 from llava.systems.fakereasoning.text import QUESTION, write_answer
