@@ -550,7 +550,7 @@ def build_parser() -> Parser:
         default=None,
         help="delete each part once it is unpacked, unless a member is cut in it; by default only downloaded parts",
     )
-    parser.add_argument("--keep-parts", dest="delete_parts", action="store_false", help="keep the parts")
+    parser.add_argument("--keep-parts", dest="delete_parts", action="store_false", default=None, help="keep the parts")
     return parser
 
 

@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 
 import numpy as np
-from api_server import KEY
 from PIL import Image
+
+from tests.mmfr_generation.api_server import KEY
 
 REPOSITORY = Path(__file__).parents[2]
 DATA = REPOSITORY / "tests" / "data"

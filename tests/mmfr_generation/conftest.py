@@ -2,8 +2,9 @@ import subprocess
 import sys
 
 import pytest
-from annotation_helpers import REPOSITORY, noise_image, script_environment
-from api_server import ApiServer
+
+from tests.mmfr_generation.annotation_helpers import REPOSITORY, noise_image, script_environment
+from tests.mmfr_generation.api_server import ApiServer
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import sys
 import time
 
 import pytest
-from annotation_helpers import REPOSITORY, script_environment
-from api_server import KEY, Failure, completion
 
 from mmfr_generation.batch_api import BatchJobs, DirectJobs, make_client
 from mmfr_generation.command_line import UserError
+from tests.mmfr_generation.annotation_helpers import REPOSITORY, script_environment
+from tests.mmfr_generation.api_server import KEY, Failure, completion
 
 QUICK = ["--retry-pause", "0.01"]
 BATCH = [*QUICK, "--poll-seconds", "0.01"]

@@ -14,12 +14,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
-from annotation_helpers import REPOSITORY, script_environment
 
 from mmfr_generation import download
 from mmfr_generation.command_line import UserError
 from mmfr_generation.download import PART_SETS, Refused, main, parts_of, safe_target
 from mmfr_generation.tar_stream import Cut, PartReader, read_members, skip_padding
+from tests.mmfr_generation.annotation_helpers import REPOSITORY, script_environment
 
 
 def contents(count=40, seed=1, largest=3000):

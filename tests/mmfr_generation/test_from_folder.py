@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from annotation_helpers import noise_image
 
 from llava.systems.fakereasoning.text import parse_answer
 from mmfr_generation import validate
 from mmfr_generation.from_folder import main
+from tests.mmfr_generation.annotation_helpers import noise_image
 
 TREE = ["real/a.jpg", "real/deep/b.jpg", "FAKE/c.png", "other/1_fake/d.webp"]
 

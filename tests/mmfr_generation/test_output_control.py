@@ -4,7 +4,6 @@ import json
 import random
 
 import pytest
-from annotation_helpers import DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from mmfr_generation.output_control import (
     output_control,
 )
 from mmfr_generation.prompts import CANNOT_DETERMINE, reasoning_prompt
+from tests.mmfr_generation.annotation_helpers import DATA
 
 GOLDENS = json.loads((DATA / "mmfr_generation.json").read_text())
 CASES = {case["name"]: case for case in GOLDENS["cases"]}

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from annotation_helpers import DATA
-from api_server import completion, result_line
 
 from mmfr_generation.output_to_reasoning import main
+from tests.mmfr_generation.annotation_helpers import DATA
+from tests.mmfr_generation.api_server import completion, result_line
 
 GOLDENS = json.loads((DATA / "mmfr_generation.json").read_text())["output_to_reasoning"]
 

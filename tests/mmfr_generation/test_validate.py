@@ -4,13 +4,13 @@ import json
 import shutil
 
 import pytest
-from annotation_helpers import noise_image
 from PIL import Image
 
 from llava.systems.fakereasoning.text import QUESTION, write_answer
 from mmfr_generation.build_cot import training_record
 from mmfr_generation.images import hamming_distances, perceptual_hash
 from mmfr_generation.validate import main
+from tests.mmfr_generation.annotation_helpers import noise_image
 
 
 def record(image, label="fake", **more):

@@ -10,9 +10,9 @@ import sys
 import tarfile
 
 import pytest
-from annotation_helpers import REPOSITORY, noise_image, script_environment
 
 from mmfr_generation.command_line import Parser
+from tests.mmfr_generation.annotation_helpers import REPOSITORY, noise_image, script_environment
 
 SCRIPTS = [
     "prompts",
