@@ -461,6 +461,7 @@ def fetch(hub, tmp_path, run_script):
             "--output_folder=out",
             cwd=tmp_path,
             HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}",
+            HF_HUB_OFFLINE="0",
             HF_HUB_DISABLE_XET="1",
             HF_HUB_DISABLE_TELEMETRY="1",
             HF_HOME=str(tmp_path / "hf"),
@@ -507,7 +508,9 @@ def test_an_unknown_data_set_and_a_lost_hub_are_explained(fetch, tmp_path, run_s
     done = fetch("--parts", "smoke", "--repo-id", "no/such")
     assert done.returncode == 1
     assert done.stderr.startswith("error: no/such could not be fetched from the hub")
-    lost = run_script("download", "--parts", "smoke", cwd=tmp_path, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME="hf")
+    lost = run_script(
+        "download", "--parts", "smoke", cwd=tmp_path, HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="0", HF_HOME="hf"
+    )
     assert lost.returncode == 1
     assert "could not be fetched from the hub" in lost.stderr
     assert "Traceback" not in done.stderr + lost.stderr
