@@ -34,6 +34,8 @@ PART_SETS: dict[str, tuple[int, ...]] = {
 _PART_NAME = re.compile(r"(?:.*/)?dataset\.part0*(\d+)\.tar")
 _WORK_FOLDER = ".mmfr_download"
 _CHUNK = 1 << 20
+_RANGE = 32 << 20
+_TRIES = 4
 _SECONDS_BETWEEN_NOTES = 2.0
 
 
@@ -132,45 +134,61 @@ class HubSource:
         Raises:
             UserError: There is too little room on the disk, the hub fails, or the part is damaged.
         """
-        from huggingface_hub import hf_hub_download
-
         file, path = self._files[part], self._path(part)
-        checked = self._mark(part)
-        if checked.exists() and path.exists() and path.stat().st_size == file.size:
+        if path.exists():
             return path
-        self._folder.mkdir(parents=True, exist_ok=True)
-        begun = sum(piece.stat().st_size for piece in self._folder.rglob("*.incomplete"))
-        missing = 0 if path.exists() else file.size - begun
+        partial = path.with_name(path.name + ".partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        missing = file.size - partial.stat().st_size
         free = shutil.disk_usage(self._folder).free
         if free < missing:
             raise UserError(
                 f"part {part} needs {missing:,} more bytes, but only {free:,} are free in {self._folder}; make room, "
                 "then run the same command again: what is done is kept"
             )
-        _hub_call(
-            self.repository,
-            lambda: hf_hub_download(
-                self.repository, file.rfilename, repo_type="dataset", revision=self.revision, local_dir=self._folder
-            ),
-        )
+        failures = 0
+        while (begun := partial.stat().st_size) < file.size:
+            try:
+                _hub_call(self.repository, lambda: self._append(part, partial))
+            except UserError:
+                failures = failures + 1 if partial.stat().st_size == begun else 1
+                if failures == _TRIES:
+                    raise
+                time.sleep(failures)
         expected = file.lfs.sha256 if file.lfs else None
-        if path.stat().st_size != file.size or (expected and sha256_of(path) != expected):
-            path.unlink()
+        if partial.stat().st_size != file.size or (expected and sha256_of(partial) != expected):
+            partial.unlink()
             raise UserError(f"part {part} arrived damaged and was removed; run the same command again")
-        checked.touch()
+        partial.replace(path)
         return path
+
+    def _append(self, part: int, partial: Path) -> None:
+        """Downloads what is missing at the end of a partial file."""
+        from huggingface_hub import HfFileSystem
+
+        file = self._files[part]
+        begun = partial.stat().st_size
+        bar = tqdm(total=file.size, initial=begun, desc=file.rfilename, unit="B", unit_scale=True, unit_divisor=1024)
+        remote = HfFileSystem().open(
+            f"datasets/{self.repository}@{self.revision}/{file.rfilename}",
+            "rb",
+            block_size=_RANGE,
+            cache_type="none",
+            size=file.size,
+        )
+        with bar, remote, partial.open("ab", buffering=0) as target:
+            remote.seek(begun)
+            while piece := remote.read(_RANGE):
+                target.write(piece)
+                bar.update(len(piece))
 
     def discard(self, part: int) -> None:
         """Deletes a downloaded part."""
-        self._mark(part).unlink(missing_ok=True)
         self._path(part).unlink(missing_ok=True)
 
     def _path(self, part: int) -> Path:
         return self._folder / str(self._files[part].rfilename)
-
-    def _mark(self, part: int) -> Path:
-        """Returns the empty file that says that a part's hash was found right."""
-        return self._path(part).with_name(self._path(part).name + ".checked")
 
 
 def _hub_call(repository: str, call: Callable[[], Any]) -> Any:

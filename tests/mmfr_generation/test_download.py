@@ -370,6 +370,7 @@ class Hub(ThreadingHTTPServer):
         self.repository, self.parts = repository, parts
         self.revision = "a" * 40
         self.sent, self.cut_at, self.spoil = [], {}, set()
+        self.hold_at, self.held = None, threading.Event()
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -392,9 +393,16 @@ class HubHandler(BaseHTTPRequestHandler):
     def do_HEAD(self):
         self.do_GET()
 
+    def do_POST(self):
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        self.do_GET()
+
     def do_GET(self):
         hub = self.server
         path = self.path.split("?")[0]
+        if path.startswith((f"/api/datasets/{hub.repository}/tree/", f"/api/datasets/{hub.repository}/paths-info/")):
+            entries = [{"type": "file", "path": n, "size": len(d), "oid": "b" * 40} for n, d in hub.parts.items()]
+            return self.send(200, json.dumps(entries).encode(), {"content-type": "application/json"})
         if path.startswith(f"/api/datasets/{hub.repository}"):
             files = [
                 {
@@ -415,15 +423,18 @@ class HubHandler(BaseHTTPRequestHandler):
             "x-repo-commit": hub.revision,
             "accept-ranges": "bytes",
         }
-        first = 0
+        first, last = 0, len(data)
         if "range" in self.headers:
-            first = int(self.headers["range"].removeprefix("bytes=").split("-")[0])
-            headers["content-range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
+            first, last = map(int, self.headers["range"].removeprefix("bytes=").split("-"))
+            headers["content-range"] = f"bytes {first}-{last}/{len(data)}"
         if self.command == "GET":
             hub.sent.append((name, first))
+            if hub.hold_at == (name, first):
+                hub.held.set()
+                threading.Event().wait(1)
         if name in hub.spoil:
             data = data[:-1] + b"?"
-        return self.send(206 if first else 200, data[first:], headers, hub.cut_at.pop((name, self.command), None))
+        return self.send(206, data[first : last + 1], headers, hub.cut_at.pop((name, first), None))
 
     def send(self, status, body, headers, cut=None):
         self.send_response(status)
@@ -442,30 +453,23 @@ class HubHandler(BaseHTTPRequestHandler):
 def hub(tmp_path):
     files = contents(count=60)
     before = len(tar_of(files).rstrip(b"\0"))
-    files["dataset/large.bin"] = random.Random(2).randbytes(12_000_000)
+    files["dataset/large.bin"] = random.Random(2).randbytes(40_000_000)
     data = tar_of(files)
     sizes = odd_sizes(data[:before], 9, seed=3)
     folder = split(data, [*sizes, len(data) - before], tmp_path / "source", first=70)
     parts = {path.name: path.read_bytes() for path in folder.iterdir()}
     with Hub("AnnaGao/MMFR-Dataset", parts) as running:
         running.files = files
+        running.environment = script_environment(
+            HF_ENDPOINT=f"http://127.0.0.1:{running.server_port}", HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "hf")
+        )
         yield running
 
 
 @pytest.fixture
 def fetch(hub, tmp_path, run_script):
     def run(*arguments):
-        return run_script(
-            "download",
-            *arguments,
-            "--output_folder=out",
-            cwd=tmp_path,
-            HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}",
-            HF_HUB_OFFLINE="0",
-            HF_HUB_DISABLE_XET="1",
-            HF_HUB_DISABLE_TELEMETRY="1",
-            HF_HOME=str(tmp_path / "hf"),
-        )
+        return run_script("download", *arguments, "--output_folder=out", cwd=tmp_path, **hub.environment)
 
     return run
 
@@ -478,19 +482,39 @@ def test_from_the_hub_only_what_is_asked_for(hub, fetch, tmp_path):
     assert (kept / "dataset.part70.tar").exists()
     done = fetch("--parts", "eval")
     assert done.returncode == 0, done.stderr
-    assert [name for name, _ in hub.sent] == [f"dataset.part{number}.tar" for number in range(70, 80)]
+    parts = [f"dataset.part{number}.tar" for number in range(70, 80)]
+    assert hub.sent == [*((name, 0) for name in parts), (parts[-1], 32 << 20)]
     assert unpacked(tmp_path / "out") == hub.files
     assert not list(kept.glob("*.tar"))
     assert fetch("--parts", "eval").returncode == 0
-    assert len(hub.sent) == 10
+    assert len(hub.sent) == 11
 
 
 def test_a_broken_download_goes_on(hub, fetch, tmp_path):
-    hub.cut_at = {("dataset.part79.tar", "GET"): 11_000_000}
-    assert [fetch("--parts", "eval").returncode for _ in range(2)][-1] == 0
+    hub.cut_at = {("dataset.part79.tar", 32 << 20): 1000, ("dataset.part72.tar", 0): 5}
+    assert fetch("--parts", "eval").returncode == 0
     assert unpacked(tmp_path / "out") == hub.files
-    assert [first for name, first in hub.sent if name == "dataset.part79.tar"][-1] >= 10_000_000
-    assert [name for name, _ in hub.sent].count("dataset.part72.tar") == 1
+    assert [first for name, first in hub.sent if name == "dataset.part79.tar"] == [0, 32 << 20, 32 << 20]
+    assert not list((tmp_path / "out" / ".mmfr_download").rglob("*.partial"))
+
+
+def test_a_killed_download_goes_on(hub, tmp_path):
+    hub.hold_at = ("dataset.part79.tar", 32 << 20)
+    command = [
+        sys.executable,
+        str(REPOSITORY / "mmfr_generation" / "download.py"),
+        "--parts=eval",
+        "--output-folder=out",
+    ]
+    process = subprocess.Popen(command, cwd=tmp_path, env=hub.environment, stderr=subprocess.DEVNULL)
+    assert hub.held.wait(60)
+    process.kill()
+    assert process.wait() == -9
+    hub.hold_at = None
+    done = subprocess.run(command, cwd=tmp_path, env=hub.environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert unpacked(tmp_path / "out") == hub.files
+    assert len(hub.sent) == len(set(hub.sent)) + 1
 
 
 def test_a_damaged_part_is_not_unpacked(hub, fetch, tmp_path):
