@@ -4,75 +4,30 @@ The answers of ``requests/x.jsonl`` come to stand in ``answers/x.jsonl``, one li
 What is needed to go on after a stop is kept in ``answers/.batch_api``; a kill at any point loses nothing.
 """
 
-import email.utils
 import json
-import os
-import random
 import re
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import openai
 from tqdm import tqdm
 
-from mmfr_generation.answers import read_answer, read_lines
+from mmfr_generation.answer_store import AnswerStore, request_files
+from mmfr_generation.answers import read_lines
+from mmfr_generation.chat_server import Server, make_client
 from mmfr_generation.command_line import Parser, UserError, name_some, positive_float, positive_int, run_script, say
-from mmfr_generation.files import (
-    JsonLog,
-    only_one_at_work,
-    read_json,
-    replaced_when_complete,
-    sha256_of,
-    write_json,
-    write_json_lines,
-)
+from mmfr_generation.direct_api import DirectJobs
+from mmfr_generation.files import only_one_at_work, read_json, replaced_when_complete, sha256_of, write_json
 from mmfr_generation.get_jsonl import ENDPOINT
-
-Result = TypeVar("Result")
 
 LIVE = frozenset({"validating", "in_progress", "finalizing", "cancelling"})
 """States of a batch that will still change."""
 LIMIT_CODES = frozenset({"token_limit_exceeded", "rate_limit_exceeded", "request_limit_exceeded"})
 """Errors of a failed batch that pass when earlier batches have ended."""
-_LONGEST_PAUSE = 120.0
-_TRIES = 10
-
-
-def make_client(base_url: str | None = None, *, key_variable: str = "OPENAI_API_KEY", timeout: float = 600.0) -> Any:
-    """Returns an ``openai.OpenAI`` client whose key comes from the environment.
-
-    Args:
-        base_url: Address of another server that speaks the API; by default ``OPENAI_BASE_URL``, else OpenAI's own.
-        key_variable: Environment variable that holds the key. With another server it may be unset.
-        timeout: Longest wait for one reply, in seconds.
-
-    Raises:
-        UserError: The variable is not set and the server is OpenAI's own.
-    """
-    base_url = base_url or os.environ.get("OPENAI_BASE_URL")
-    key = os.environ.get(key_variable)
-    if not key and not base_url:
-        raise UserError(f"the environment variable {key_variable} is not set; it must hold the API key")
-    # Retries are this module's own: a lost reply to an upload must lead to a look at the server, not to another one.
-    return openai.OpenAI(api_key=key or "none", base_url=base_url, timeout=timeout, max_retries=0)
-
-
-class ServerError(UserError):
-    """The server refused a call or could not be reached.
-
-    Attributes:
-        cause: What the client raised.
-    """
-
-    def __init__(self, text: str, cause: openai.APIError) -> None:
-        super().__init__(text)
-        self.cause = cause
 
 
 @dataclass
@@ -129,194 +84,6 @@ class RequestFile:
     stamp: list[int]
     requests: int
     attempts: list[Attempt] = field(default_factory=list)
-
-
-class Server:
-    """The client, with one policy for what goes wrong on the way.
-
-    Args:
-        client: An ``openai.OpenAI`` client.
-        first_pause: Wait after the first failure in seconds; it doubles with each further one. A ``Retry-After`` of
-            the server goes before it.
-    """
-
-    def __init__(self, client: Any, *, first_pause: float = 1.0) -> None:
-        self.client = client.with_options(max_retries=0)
-        self.first_pause = first_pause
-        self.stopped = threading.Event()
-
-    def ask(self, call: Callable[[], Result], recover: Callable[[], Result | None] = lambda: None) -> Result:
-        """Calls the server until it answers.
-
-        Args:
-            call: The call.
-            recover: Asked after each failure whether the call was done all the same; its result then counts.
-
-        Raises:
-            ServerError: The server refuses, or has failed too often.
-        """
-        failures = 0
-        while True:
-            try:
-                return call()
-            except openai.APIError as error:
-                failures += 1
-                if not may_pass(error) or failures == _TRIES or self.stopped.is_set():
-                    raise ServerError(self.describe(error), error) from None
-                self._pause(error, failures)
-            done = recover()
-            if done is not None:
-                return done
-
-    def describe(self, error: openai.APIError) -> str:
-        """Says what went wrong and what to do; never shows the key."""
-        text = self.without_key(str(error))
-        if isinstance(error, openai.AuthenticationError):
-            return f"the server does not accept the API key: {text}"
-        if isinstance(error, openai.APIConnectionError):
-            address = self.client.base_url
-            return f"no answer from {address} ({text}); check --base-url and the network, then run the same command"
-        return f"the server refuses: {text}"
-
-    def without_key(self, text: str) -> str:
-        """Returns a text with the API key blanked out."""
-        key = self.client.api_key
-        return text.replace(key, "[key]") if len(key) > 4 else text
-
-    def _pause(self, error: openai.APIError, failures: int) -> None:
-        pause = _retry_after(error)
-        if pause is None:
-            pause = self.first_pause * 2 ** (failures - 1) * random.uniform(0.75, 1.0)
-        pause = min(pause, _LONGEST_PAUSE)
-        if pause >= 5:
-            say(f"the server is busy or out of reach ({self.without_key(str(error))[:200]}); next try in {pause:.0f} s")
-        self.stopped.wait(pause)
-
-
-def may_pass(error: openai.APIError) -> bool:
-    """Says whether an error may be gone at the next try: a lost connection, a busy or a broken server."""
-    if isinstance(error, openai.APIConnectionError):
-        return True
-    if isinstance(error, openai.RateLimitError):
-        return error.code != "insufficient_quota"
-    return isinstance(error, openai.APIStatusError) and (error.status_code in {408, 409} or error.status_code >= 500)
-
-
-def _retry_after(error: openai.APIError) -> float | None:
-    """Returns the wait in seconds that the server asks for, given as a number or as a date."""
-    if not isinstance(error, openai.APIStatusError):
-        return None
-    headers = error.response.headers
-    try:
-        if "retry-after-ms" in headers:
-            return max(0.0, float(headers["retry-after-ms"]) / 1000)
-        text = headers.get("retry-after", "")
-        if re.fullmatch(r"\d+(\.\d+)?", text):
-            return float(text)
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return None
-
-
-def request_files(folder: Path) -> list[Path]:
-    """Returns the request files of a folder by name.
-
-    Raises:
-        UserError: There is none.
-    """
-    files = sorted(folder.glob("*.jsonl"))
-    if not files:
-        raise UserError(f"there is no .jsonl file in {folder}; write request files with get_jsonl.py first")
-    return files
-
-
-def request_ids(path: Path) -> list[str]:
-    """Returns the ``custom_id`` of each request in a file, in order.
-
-    Raises:
-        UserError: A line is no request, or an id stands twice.
-    """
-    ids: dict[str, int] = {}
-    for number, request in read_lines(path):
-        custom_id = (request or {}).get("custom_id")
-        if request is None or not isinstance(custom_id, str) or not isinstance(request.get("body"), dict):
-            raise UserError(f"{path}, line {number}, is not a request with a custom_id and a body")
-        if custom_id in ids:
-            raise UserError(f"{path}, line {number}, asks about {custom_id} again, as line {ids[custom_id]} does")
-        ids[custom_id] = number
-    if not ids:
-        raise UserError(f"{path} holds no request")
-    return list(ids)
-
-
-class AnswerStore:
-    """The answers of a folder of request files on disk.
-
-    Args:
-        input_folder: Folder of request files.
-        output_folder: Folder for the answers; ``.batch_api`` in it holds what is needed to go on after a stop.
-    """
-
-    def __init__(self, input_folder: Path | str, output_folder: Path | str) -> None:
-        self.input_folder = Path(input_folder)
-        self.output_folder = Path(output_folder)
-        self.work_folder = self.output_folder / ".batch_api"
-        self.files = request_files(self.input_folder)
-        self._ids: dict[Path, list[str]] = {}
-
-    def ids(self, path: Path) -> list[str]:
-        """Returns the ``custom_id`` of each request in a file, which is read once: request files are large."""
-        if path not in self._ids:
-            self._ids[path] = request_ids(path)
-        return self._ids[path]
-
-    def raw_answers(self, name: str) -> list[Path]:
-        """Returns every file with answers to a request file, oldest first."""
-        stem = re.escape(Path(name).stem)
-        pattern = re.compile(rf"{stem}\.(?:batch(\d+)\.(?:error|output)|direct)\.jsonl")
-        found = [(match, path) for path in self.work_folder.glob("*.jsonl") if (match := pattern.fullmatch(path.name))]
-        return [path for match, path in sorted(found, key=lambda pair: (int(pair[0][1] or 0), pair[1].name))]
-
-    def answers(self, name: str) -> dict[str, dict[str, Any]]:
-        """Returns the best line for each request of a file: its last answer, else its last failure."""
-        best: dict[str, dict[str, Any]] = {}
-        answered: set[str] = set()
-        for path in self.raw_answers(name):
-            for _, line in read_lines(path):
-                if line is None:
-                    continue
-                answer = read_answer(line)
-                if not answer.failure:
-                    answered.add(answer.custom_id)
-                if not answer.failure or answer.custom_id not in answered:
-                    best[answer.custom_id] = line
-        return best
-
-    def unanswered(self, path: Path) -> list[str]:
-        """Returns the requests of a file that have neither an answer nor a failure that would come again."""
-        best = self.answers(path.name)
-        return [
-            custom_id
-            for custom_id in self.ids(path)
-            if custom_id not in best or ((answer := read_answer(best[custom_id])).failure and answer.again)
-        ]
-
-    def publish(self, path: Path) -> list[str]:
-        """Writes the answers of a request file in the order of its requests; returns those without an answer."""
-        best = self.answers(path.name)
-        lines, failed = [], []
-        for custom_id in self.ids(path):
-            line = best.get(custom_id) or {
-                "custom_id": custom_id,
-                "response": None,
-                "error": {"code": "no_answer", "message": "the server gave neither an answer nor an error"},
-            }
-            failure = read_answer(line).failure
-            if failure:
-                failed.append(f"{custom_id}: {failure}")
-            lines.append(line)
-        write_json_lines(self.output_folder / path.name, lines)
-        return failed
 
 
 class BatchJobs(AnswerStore):
@@ -383,7 +150,7 @@ class BatchJobs(AnswerStore):
                     continue
                 for kind, file_id in (("output", attempt.output_file_id), ("error", attempt.error_file_id)):
                     if file_id:
-                        self._fetch(file_id, self.work_folder / f"{path.stem}.batch{number}.{kind}.jsonl")
+                        self._fetch(file_id, self.raw_path(path, f"batch{number}.{kind}"))
                 attempt.downloaded = True
                 self._save_state()
                 self.publish(path)
@@ -610,114 +377,6 @@ def _body(response: Any) -> Iterator[bytes]:
         if chunk is None:
             return
         yield chunk
-
-
-class DirectJobs(AnswerStore):
-    """Sends each request by itself, several at one time, for servers that have no batches.
-
-    Args:
-        client: An ``openai.OpenAI`` client, for example from ``make_client``.
-        input_folder: Folder of request files.
-        output_folder: Folder for the answers.
-        concurrency: Most requests that are on their way at one time.
-        first_pause: See ``Server``.
-
-    Raises:
-        UserError: There is no request file.
-    """
-
-    def __init__(
-        self,
-        client: Any,
-        input_folder: Path | str,
-        output_folder: Path | str,
-        *,
-        concurrency: int = 4,
-        first_pause: float = 1.0,
-    ) -> None:
-        super().__init__(input_folder, output_folder)
-        self.server = Server(client, first_pause=first_pause)
-        self.concurrency = concurrency
-
-    def run(self) -> list[str]:
-        """Asks every request that has no answer yet; each answer is on disk before the next one is asked for.
-
-        Returns:
-            The requests that are without an answer, each with the reason.
-
-        Raises:
-            UserError: The server does not accept the key, does not know the model, or cannot be reached.
-        """
-        failed = []
-        for path in self.files:
-            answered = {
-                custom_id for custom_id, line in self.answers(path.name).items() if not read_answer(line).failure
-            }
-            total = len(self.ids(path))
-            with tqdm(total=total, initial=min(len(answered), total), desc=path.name, unit=" requests") as bar:
-                self._ask_file(path, answered, bar)
-            failed += self.publish(path)
-        return failed
-
-    def _ask_file(self, path: Path, answered: set[str], bar: Any) -> None:
-        lock = threading.Lock()
-        under_way: set[Future[None]] = set()
-        with (
-            JsonLog(self.work_folder / f"{path.stem}.direct.jsonl") as log,
-            ThreadPoolExecutor(self.concurrency) as pool,
-        ):
-
-            def work(request: dict[str, Any]) -> None:
-                line = self._ask(request)
-                with lock:
-                    log.append(line)
-                    bar.update()
-
-            try:
-                for _, request in read_lines(path):
-                    if request and request["custom_id"] not in answered:
-                        if len(under_way) >= self.concurrency:
-                            under_way = _settle(under_way)
-                        under_way.add(pool.submit(work, request))
-                while under_way:
-                    under_way = _settle(under_way)
-            except BaseException:
-                # What is on its way comes home and is written before the pool closes; nothing further is asked.
-                self.server.stopped.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Sends one request; returns its answer or failure as a line of a batch's output file."""
-        line: dict[str, Any] = {"custom_id": request["custom_id"], "response": None, "error": None}
-        try:
-            body = self.server.ask(
-                lambda: self.server.client.post("/chat/completions", body=request["body"], cast_to=object)
-            )
-            line["response"] = {"status_code": 200, "body": body}
-        except ServerError as error:
-            cause = error.cause
-            if not isinstance(cause, openai.APIStatusError) or _hopeless(cause):
-                raise
-            line["response"] = {"status_code": cause.status_code, "body": None}
-            line["error"] = {"code": cause.code, "message": self.server.without_key(str(cause))}
-        return line
-
-
-def _settle(under_way: set[Future[None]]) -> set[Future[None]]:
-    """Waits for a request to end; returns what is still under way."""
-    done, rest = wait(under_way, return_when=FIRST_COMPLETED)
-    for future in done:
-        future.result()
-    return rest
-
-
-def _hopeless(error: openai.APIStatusError) -> bool:
-    """Says whether every further request would fail in the same way."""
-    return (
-        isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError | openai.NotFoundError)
-        or error.code == "insufficient_quota"
-    )
 
 
 def build_parser() -> Parser:
