@@ -1,0 +1,286 @@
+"""Makes an evaluation set or a training file from any folder of real and fake images, or from a CSV table."""
+
+import csv
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tqdm import tqdm
+
+from llava.systems.fakereasoning.text import FORM_STAGES, Form, Label
+from mmfr_generation.build_cot import read_captions, read_reasoning, training_record, write_training_file
+from mmfr_generation.command_line import Parser, UserError, name_some, run_script, say
+from mmfr_generation.files import write_json
+from mmfr_generation.get_jsonl import check_set_name
+from mmfr_generation.images import CLASS_FOLDERS, UnreadableImage, label_from_folders, list_images, load_image
+from mmfr_generation.output_control import Reasoning
+
+SET_FOLDERS: dict[Label, str] = {"real": "0_real", "fake": "1_fake"}
+
+
+def _hard_link(source: Path, target: Path) -> None:
+    os.link(source.resolve(), target)
+
+
+def _symbolic_link(source: Path, target: Path) -> None:
+    target.symlink_to(source.resolve())
+
+
+PLACING: dict[str, Callable[[Path, Path], Any]] = {
+    "copy": shutil.copyfile,
+    "hardlink": _hard_link,
+    "symlink": _symbolic_link,
+}
+"""Ways to put an image into an evaluation set."""
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """An image and what is known of it.
+
+    Attributes:
+        path: Path below the root, with ``/``.
+        label: Its class.
+        caption: What it shows; empty if not known.
+    """
+
+    path: str
+    label: Label
+    caption: str = ""
+
+
+def read_tree(root: Path, left_out: list[str]) -> Iterator[LabelledImage]:
+    """Yields the images below folders named ``real`` or ``fake`` (or ``0_real``, ``1_fake``), at any depth.
+
+    Args:
+        root: Where to begin; its own name does not count.
+        left_out: Takes ``path: reason`` of each image whose folders do not say its class.
+    """
+    for path in list_images(root):
+        label = label_from_folders(path)
+        if label is None:
+            left_out.append(f"{path}: no folder above it, or more than one kind, is named real or fake")
+        else:
+            yield LabelledImage(path, label)
+
+
+def read_table(table: Path, root: Path, words: Mapping[str, Label], left_out: list[str]) -> Iterator[LabelledImage]:
+    """Yields the rows of a CSV table with the columns ``image`` and ``label``, and ``caption`` if there is one.
+
+    Args:
+        table: The table; image paths start from ``root`` or are absolute below it.
+        root: Folder of the images.
+        words: What the label column may say, in lower case.
+        left_out: Takes ``path: reason`` of each row that cannot be used.
+
+    Raises:
+        UserError: The table cannot be read or lacks a column.
+    """
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file, skipinitialspace=True)
+            columns = {(name or "").strip().lower(): name for name in rows.fieldnames or []}
+            if "image" not in columns or "label" not in columns:
+                raise UserError(
+                    f"{table} must have the columns image and label; it has: {', '.join(columns) or 'none'}"
+                )
+            for row in rows:
+                image = (row[columns["image"]] or "").strip()
+                word = (row[columns["label"]] or "").strip()
+                caption = (row[columns["caption"]] or "").strip() if "caption" in columns else ""
+                place = f"line {rows.line_num}, {image or 'no image'}"
+                label = words.get(word.lower())
+                path = _below(image, root)
+                if label is None:
+                    left_out.append(f"{place}: the label {word!r} is none of {', '.join(words)}")
+                elif not path:
+                    left_out.append(f"{place}: it is not a path below {root}")
+                else:
+                    yield LabelledImage(path, label, caption)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {table}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{table} is not a CSV table in UTF-8: {error}") from None
+
+
+def _below(image: str, root: Path) -> str:
+    """Returns an image's path below the root, or an empty text if it is not below."""
+    path = Path(os.path.normpath(root / image)) if image else root
+    base = Path(os.path.normpath(root))
+    return path.relative_to(base).as_posix() if path != base and path.is_relative_to(base) else ""
+
+
+def usable(images: Iterator[LabelledImage], root: Path, left_out: list[str]) -> list[LabelledImage]:
+    """Returns the images that open, each once; notes the others."""
+    seen: dict[str, Label] = {}
+    kept = []
+    for image in tqdm(images, desc="images", unit="", delay=2):
+        if image.path in seen:
+            left_out.append(f"{image.path}: it is listed more than once")
+            continue
+        seen[image.path] = image.label
+        try:
+            load_image(root / image.path)
+        except UnreadableImage as error:
+            left_out.append(f"{image.path}: {error}")
+            continue
+        kept.append(image)
+    return kept
+
+
+def find_entry(entries: Mapping[str, Any], image: str, root: Path, set_name: str) -> Any | None:
+    """Returns what a reasoning or caption file says of an image.
+
+    Its key may be the path below the root, or that path behind the set's or the root folder's name.
+    """
+    for key in (image, f"{set_name}/{image}", f"{root.name}/{image}"):
+        if key in entries:
+            return entries[key]
+    return None
+
+
+def write_evaluation_set(
+    images: Sequence[LabelledImage],
+    root: Path,
+    output: Path,
+    set_name: str,
+    reasoning: Mapping[str, Reasoning],
+    place: Callable[[Path, Path], Any],
+) -> Path:
+    """Writes ``<output>/<set_name>/{0_real,1_fake}/…`` and ``<set_name>_reasoning.json``; returns the set's folder.
+
+    Folders below the class become part of the file's name, since a set has none.
+
+    Raises:
+        UserError: The set is there already, or two images would get the same name.
+    """
+    folder = output / set_name
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is there already; take another --set-name or --output, or remove it first")
+    targets: dict[str, LabelledImage] = {}
+    for image in images:
+        target = f"{SET_FOLDERS[image.label]}/{_flat_name(image.path)}"
+        if target in targets:
+            raise UserError(f"{image.path} and {targets[target].path} would both be named {target}; rename one")
+        targets[target] = image
+    unfinished = output / f".{set_name}.unfinished"
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    for sub in SET_FOLDERS.values():
+        (unfinished / sub).mkdir(parents=True)
+    sentences: dict[str, Reasoning] = {}
+    for target, image in tqdm(targets.items(), desc="writing", unit=" images", delay=2):
+        place(root / image.path, unfinished / target)
+        found = find_entry(reasoning, image.path, root, set_name)
+        if found is not None:
+            sentences[f"{set_name}/{target}"] = found
+    write_json(unfinished / f"{set_name}_reasoning.json", sentences)
+    if folder.exists():
+        folder.rmdir()
+    unfinished.rename(folder)
+    print(f"images: {len(targets)} in {folder}, {len(sentences)} of them with reasoning")
+    return folder
+
+
+def _flat_name(path: str) -> str:
+    """Joins the parts of a path with ``__``, leaving out those that only name the class."""
+    parts = PurePosixPath(path).parts
+    kept = [part for part in parts[:-1] if part.lower() not in CLASS_FOLDERS]
+    return "__".join([*kept, parts[-1]])
+
+
+def training_records(
+    images: Sequence[LabelledImage],
+    root: Path,
+    set_name: str,
+    reasoning: Mapping[str, Reasoning],
+    captions: Mapping[str, str],
+    form: Form,
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Returns the records of a training file whose image folder is the root, and what was dropped with its reason."""
+    records: list[dict[str, Any]] = []
+    dropped: list[dict[str, str]] = []
+    for image in images:
+        sentences = find_entry(reasoning, image.path, root, set_name)
+        caption = image.caption or find_entry(captions, image.path, root, set_name) or ""
+        try:
+            records.append(training_record(image.path, image.label, reasoning=sentences, caption=caption, form=form))
+        except ValueError as error:
+            dropped.append({"image": image.path, "reason": str(error)})
+    return records, dropped
+
+
+def label_words(real: Sequence[str], fake: Sequence[str]) -> dict[str, Label]:
+    """Returns what a label column may say.
+
+    Raises:
+        UserError: A word stands for both classes.
+    """
+    both = {word.lower() for word in real} & {word.lower() for word in fake}
+    if both:
+        raise UserError(f"{', '.join(sorted(both))} cannot mean both real and fake; see --real-words and --fake-words")
+    return {**{word.lower(): "real" for word in real}, **{word.lower(): "fake" for word in fake}}
+
+
+def build_parser() -> Parser:
+    """Returns the options of this script."""
+    parser = Parser(
+        description="Make an evaluation set or a training file from a tree with folders named real and fake, at any "
+        "depth, or from a CSV table with the columns image and label (and caption, if there is one)."
+    )
+    parser.add_argument("--input", type=Path, required=True, help="the tree, or the CSV table")
+    parser.add_argument("--image-folder", type=Path, help="where the table's image paths start; by default its folder")
+    parser.add_argument("--to", choices=("eval", "train"), required=True, help="what to make")
+    parser.add_argument("--output", type=Path, required=True, help="folder of evaluation sets, or training file")
+    parser.add_argument("--set-name", help="name of the evaluation set; by default that of the folder or table")
+    parser.add_argument("--reasoning", type=Path, nargs="+", default=[], help="files of output_to_reasoning.py")
+    parser.add_argument("--captions", type=Path, nargs="+", default=[], help="caption files")
+    parser.add_argument(
+        "--form",
+        choices=tuple(FORM_STAGES),
+        help="answers of the training file; by default the fullest there is data for",
+    )
+    parser.add_argument("--files", choices=tuple(PLACING), default="copy", help="how images get into an evaluation set")
+    parser.add_argument("--real-words", nargs="+", default=["real", "0"], help="labels of a table that mean real")
+    parser.add_argument("--fake-words", nargs="+", default=["fake", "1"], help="labels of a table that mean fake")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes an evaluation set or a training file; returns 1 if an image had to be left out."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    left_out: list[str] = []
+    if options.input.is_dir():
+        if options.image_folder:
+            parser.error("--image-folder belongs to a table; a tree is its own image folder")
+        root = options.input.resolve()
+        images = usable(read_tree(root, left_out), root, left_out)
+    else:
+        root = (options.image_folder or options.input.parent).resolve()
+        words = label_words(options.real_words, options.fake_words)
+        images = usable(read_table(options.input, root, words, left_out), root, left_out)
+    if left_out:
+        say(f"left out: {len(left_out)} images\n{name_some(left_out)}")
+    if not images:
+        raise UserError(f"{options.input} gives no usable image; it needs folders named real and fake, or a table")
+    reasoning, captions = read_reasoning(options.reasoning), read_captions(options.captions)
+    set_name = check_set_name(options.set_name or (root.name if options.input.is_dir() else options.input.stem))
+    if options.to == "eval":
+        if len(PurePosixPath(set_name).parts) > 1:
+            parser.error("--set-name of an evaluation set is one folder's name")
+        write_evaluation_set(images, root, options.output, set_name, reasoning, PLACING[options.files])
+    else:
+        captioned = bool(captions) or any(image.caption for image in images)
+        form: Form = options.form or ("verdict" if not reasoning else "cot" if captioned else "reasoning")
+        records, dropped = training_records(images, root, set_name, reasoning, captions, form)
+        write_training_file(options.output, records, dropped)
+        say(f"form: {form}; train with the image folder {root}")
+    return 1 if left_out else 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,289 @@
+"""Turns a folder of images into request files for the Batch API, or says what they would cost."""
+
+import base64
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tqdm import tqdm
+
+from llava.systems.fakereasoning.text import LABELS
+from mmfr_generation.answers import read_lines
+from mmfr_generation.command_line import (
+    Parser,
+    UserError,
+    name_some,
+    positive_int,
+    price,
+    run_script,
+    say,
+)
+from mmfr_generation.costs import BATCH_FACTOR, CHARACTERS_PER_TOKEN, PRICES, TILE_RULES, Price, TileRule, dollars
+from mmfr_generation.files import only_one_at_work, replaced_when_complete
+from mmfr_generation.images import EncodedImage, UnreadableImage, encode_image, list_images
+from mmfr_generation.prompts import TASKS, prompt_for
+
+ENDPOINT = "/v1/chat/completions"
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What is the same in every request of a set."""
+
+    prompt: str
+    model: str
+    max_tokens: int
+    detail: str = "auto"
+
+    def request(self, custom_id: str, url: str) -> dict[str, Any]:
+        """Returns one request; ``url`` is the image's data URL."""
+        image = {"type": "image_url", "image_url": {"url": url, "detail": self.detail}}
+        content = [{"type": "text", "text": self.prompt}, image]
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": self.max_tokens,
+        }
+        return {"custom_id": custom_id, "method": "POST", "url": ENDPOINT, "body": body}
+
+    def asks_like(self, request: dict[str, Any]) -> bool:
+        """Says whether a request that was written earlier asks the same of its image."""
+        try:
+            url = request["body"]["messages"][0]["content"][1]["image_url"]["url"]
+            return request == self.request(request["custom_id"], url)
+        except (KeyError, IndexError, TypeError):
+            return False
+
+
+@dataclass
+class Outcome:
+    """What became of the images of a folder.
+
+    Attributes:
+        written: Number of requests written now.
+        kept: Number of images whose requests stood there before.
+        files: Request files written now.
+        skipped: ``path: reason`` of each image that could not be put into a request.
+        image_tokens: Tokens of the images met now.
+    """
+
+    written: int = 0
+    kept: int = 0
+    files: list[Path] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    image_tokens: int = 0
+
+
+def write_requests(
+    image_folder: Path,
+    output_folder: Path,
+    set_name: str,
+    file_stem: str,
+    asking: Asking,
+    *,
+    max_bytes: int,
+    images_per_file: int,
+) -> Outcome:
+    """Writes request files ``<file_stem>_0001.jsonl`` and so on, each complete before it gets its name.
+
+    Images whose requests are there already are left out, so that a run that was stopped goes on and one with new
+    images adds to what there is; the result of a stopped run is the same as that of one that was not.
+
+    Args:
+        image_folder: Where the images are.
+        output_folder: Where the request files go.
+        set_name: Path of the image folder in the data set; the start of every ``custom_id``.
+        file_stem: Start of the request files' names.
+        asking: What to ask.
+        max_bytes: Largest size of a request file.
+        images_per_file: Largest number of requests in a file.
+
+    Raises:
+        UserError: The output folder holds requests under these names that ask something else.
+    """
+    outcome = Outcome()
+    there, next_number = _requests_there(output_folder, file_stem, asking)
+    lines: list[bytes] = []
+    size = 0
+
+    def close_file() -> None:
+        nonlocal lines, size, next_number
+        path = output_folder / f"{file_stem}_{next_number:04d}.jsonl"
+        with replaced_when_complete(path) as file:
+            file.writelines(lines)
+        outcome.files.append(path)
+        outcome.written += len(lines)
+        lines, size, next_number = [], 0, next_number + 1
+
+    for custom_id, image in _images(image_folder, set_name, outcome, there):
+        url = f"data:{image.media_type};base64,{base64.b64encode(image.data).decode('ascii')}"
+        line = (json.dumps(asking.request(custom_id, url), ensure_ascii=False) + "\n").encode()
+        if len(line) > max_bytes:
+            outcome.skipped.append(f"{custom_id}: its request has {len(line):,} bytes, --max-bytes is {max_bytes:,}")
+            continue
+        if lines and (size + len(line) > max_bytes or len(lines) >= images_per_file):
+            close_file()
+        lines.append(line)
+        size += len(line)
+    if lines:
+        close_file()
+    return outcome
+
+
+def measure(image_folder: Path, set_name: str, rule: TileRule, detail: str) -> tuple[int, Outcome]:
+    """Counts the images that can be sent and their tokens, and writes nothing."""
+    outcome, count = Outcome(), 0
+    for _, image in _images(image_folder, set_name, outcome, frozenset()):
+        count += 1
+        outcome.image_tokens += rule.tokens(image.width, image.height, detail)
+    return count, outcome
+
+
+def _images(
+    image_folder: Path, set_name: str, outcome: Outcome, there: frozenset[str]
+) -> Iterator[tuple[str, EncodedImage]]:
+    """Yields the ``custom_id`` and content of each image that is to be asked about; notes the others."""
+    paths = list(list_images(image_folder))
+    if not paths:
+        raise UserError(f"there is no image in {image_folder}")
+    for path in tqdm(paths, desc="images", unit="", delay=2):
+        custom_id = (PurePosixPath(set_name) / path).as_posix()
+        if custom_id in there:
+            outcome.kept += 1
+            continue
+        try:
+            custom_id.encode()
+        except UnicodeEncodeError:
+            outcome.skipped.append(f"{custom_id!a}: its name is not UTF-8; rename it")
+            continue
+        try:
+            yield custom_id, encode_image(image_folder / path)
+        except UnreadableImage as error:
+            outcome.skipped.append(f"{custom_id}: {error}")
+
+
+def _requests_there(output_folder: Path, file_stem: str, asking: Asking) -> tuple[frozenset[str], int]:
+    """Returns the ids in the request files of this set, and the number of the next file."""
+    ids: set[str] = set()
+    number = 0
+    while (path := output_folder / f"{file_stem}_{number + 1:04d}.jsonl").exists():
+        for line_number, request in read_lines(path):
+            if request is None or not asking.asks_like(request):
+                raise UserError(
+                    f"{path}, line {line_number}, asks something else (another model, prompt, or limit); "
+                    "take another --output-folder, or remove the old request files first"
+                )
+            ids.add(request["custom_id"])
+        number += 1
+    return frozenset(ids), number + 1
+
+
+def cost_report(count: int, image_tokens: int, asking: Asking, prices: Price | None) -> str:
+    """Says how many tokens and dollars the annotation of a set takes at most."""
+    text_tokens = count * math.ceil(len(asking.prompt) / CHARACTERS_PER_TOKEN)
+    output_tokens = count * asking.max_tokens
+    lines = [
+        f"images: {count}",
+        f"image tokens: {image_tokens}",
+        f"prompt tokens: about {text_tokens}",
+        f"answer tokens: at most {output_tokens}",
+    ]
+    if prices is None:
+        lines.append(f"cost: no price is known for {asking.model}; give --input-price and --output-price")
+    else:
+        batch, direct = (
+            dollars(prices, image_tokens + text_tokens, output_tokens, batch=batch) for batch in (True, False)
+        )
+        lines.append(f"cost: at most ${batch:.4f} in batches, ${direct:.4f} directly")
+        lines.append(
+            f"  (${prices.input:g} and ${prices.output:g} for a million tokens in and out, "
+            f"batches at {BATCH_FACTOR:.0%})"
+        )
+    return "\n".join(lines)
+
+
+def check_set_name(set_name: str) -> str:
+    """Returns the set's name as a relative path with ``/``.
+
+    Raises:
+        UserError: It is absolute, empty, or climbs out of the data set.
+    """
+    path = PurePosixPath(set_name)
+    if path.is_absolute() or not path.parts or ".." in path.parts:
+        raise UserError(f"--set-name {set_name!r} must be a relative path such as photos or gallery/1_fake")
+    return path.as_posix()
+
+
+def build_parser() -> Parser:
+    """Returns the options of this script."""
+    parser = Parser(
+        description="Write Batch API request files that ask for an annotation of every image in a folder. Each request "
+        "is named after its image: SET_NAME/path below the image folder. Run again, it adds what is missing."
+    )
+    parser.add_argument("--image-folder", type=Path, required=True, help="folder of images, looked through to its end")
+    parser.add_argument("--output-folder", type=Path, help="folder for the request files; not needed for --dry-run")
+    parser.add_argument("--label", choices=LABELS, help="class of all these images; not needed for captions")
+    parser.add_argument(
+        "--set-name", help="path of the image folder in the data set, e.g. gallery/1_fake; by default the folder's name"
+    )
+    parser.add_argument("--task", choices=TASKS, default="reasoning", help="what to ask for")
+    parser.add_argument("--model", default="gpt-4o-2024-08-06", help="model that annotates")
+    parser.add_argument("--max-tokens", type=positive_int, default=300, help="limit of each answer, in tokens")
+    parser.add_argument("--detail", choices=("auto", "low", "high"), default="auto", help="how closely the model looks")
+    parser.add_argument("--max-bytes", type=positive_int, default=95_000_000, help="largest size of a request file")
+    parser.add_argument("--images-per-file", type=positive_int, default=50, help="most requests in a file")
+    parser.add_argument("--dry-run", action="store_true", help="write nothing; print tokens and cost")
+    parser.add_argument("--input-price", type=price, metavar="USD", help="price of a million input tokens")
+    parser.add_argument("--output-price", type=price, metavar="USD", help="price of a million output tokens")
+    parser.add_argument(
+        "--image-tokens", type=positive_int, nargs=2, metavar=("BASE", "TILE"), help="tokens of an image and of a tile"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes request files or prints the cost; returns 1 if an image had to be left out."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if options.task == "reasoning" and options.label is None:
+        parser.error("--task reasoning needs --label real or --label fake")
+    if options.output_folder is None and not options.dry_run:
+        parser.error("--output-folder is needed, unless with --dry-run")
+    if (options.input_price is None) != (options.output_price is None):
+        parser.error("--input-price and --output-price go together")
+    set_name = check_set_name(options.set_name or options.image_folder.resolve().name)
+    asking = Asking(prompt_for(options.task, options.label), options.model, options.max_tokens, options.detail)
+    if options.dry_run:
+        rule = TILE_RULES.get(options.model, TileRule())
+        if options.image_tokens:
+            rule = TileRule(*options.image_tokens)
+        known = PRICES.get(options.model)
+        prices = known if options.input_price is None else Price(options.input_price, options.output_price)
+        count, outcome = measure(options.image_folder, set_name, rule, options.detail)
+        print(cost_report(count, outcome.image_tokens, asking, prices))
+    else:
+        asked = [options.task] if options.task == "caption" else [options.label, options.task]
+        stem = "_".join([*PurePosixPath(set_name).parts, *asked])
+        with only_one_at_work(options.output_folder / ".get_jsonl"):
+            outcome = write_requests(
+                options.image_folder,
+                options.output_folder,
+                set_name,
+                stem,
+                asking,
+                max_bytes=options.max_bytes,
+                images_per_file=options.images_per_file,
+            )
+        print(f"requests written: {outcome.written} in {len(outcome.files)} files in {options.output_folder}")
+        if outcome.kept:
+            print(f"requests that were there already: {outcome.kept}")
+    if outcome.skipped:
+        say(f"left out: {len(outcome.skipped)} images\n{name_some(outcome.skipped)}")
+    return 1 if outcome.skipped else 0
+
+
+if __name__ == "__main__":
+    run_script(main)

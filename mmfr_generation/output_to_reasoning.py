@@ -1,0 +1,164 @@
+"""Turns the annotator's answers into a reasoning or caption file; rejected answers are kept with their reasons."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from llava.systems.fakereasoning.text import LABELS, Label
+from mmfr_generation.answers import Answer, read_answer, read_lines
+from mmfr_generation.command_line import Parser, UserError, run_script, say
+from mmfr_generation.files import write_json, write_json_lines
+from mmfr_generation.output_control import (
+    REASONS,
+    Reasoning,
+    RejectedAnswer,
+    caption_control,
+    output_control,
+)
+from mmfr_generation.prompts import TASKS, Task
+
+
+@dataclass
+class Annotations:
+    """What a set of answers gives.
+
+    Attributes:
+        accepted: Reasoning or caption of each image, in the order of the answers.
+        rejected: ``custom_id``, ``reason``, ``detail``, ``answer`` and ``where`` of each image that has no accepted
+            answer, and of each line that names no image.
+    """
+
+    accepted: dict[str, Reasoning | str] = field(default_factory=dict)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+
+
+def answer_files(paths: Sequence[Path]) -> list[Path]:
+    """Returns the given files, and the ``.jsonl`` files of the given folders by name.
+
+    Raises:
+        UserError: A path does not exist, or a folder holds no such file.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(path.glob("*.jsonl"))
+            if not inside:
+                raise UserError(f"there is no .jsonl file in {path}; give the folder that batch_api.py wrote")
+            files += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UserError(f"there is no file or folder {path}")
+    return files
+
+
+def read_annotation(answer: Answer, task: Task, label: Label | None) -> Reasoning | str:
+    """Reads what one answer says of its image.
+
+    Raises:
+        RejectedAnswer: It gives no annotation.
+        ValueError: The task is ``reasoning`` and no label is given.
+    """
+    if answer.failure:
+        raise RejectedAnswer("request_failed", answer.failure[:500])
+    if answer.refusal:
+        raise RejectedAnswer("refused", answer.refusal[:500])
+    cut = answer.finish_reason == "length"
+    if task == "caption":
+        if cut:
+            raise RejectedAnswer("truncated")
+        return caption_control(answer.text)
+    if label is None:
+        raise ValueError("the reasoning task needs a label")
+    try:
+        return output_control(answer.text, label)
+    except RejectedAnswer as rejection:
+        if cut and rejection.reason in {"no_object", "unreadable", "no_answer"}:
+            raise RejectedAnswer("truncated") from None
+        raise
+
+
+def collect(files: Sequence[Path], task: Task, label: Label | None) -> Annotations:
+    """Reads answer files; of an image that was answered more than once, the last accepted answer counts."""
+    result = Annotations()
+    rejected: dict[str, dict[str, Any]] = {}
+    for file in files:
+        for where, answer in _answers(file):
+            if answer is None or not answer.custom_id:
+                rejected[where] = _reject("", RejectedAnswer("unreadable_line"), None, where)
+                continue
+            try:
+                result.accepted[answer.custom_id] = read_annotation(answer, task, label)
+            except RejectedAnswer as rejection:
+                rejected[answer.custom_id] = _reject(answer.custom_id, rejection, answer.text, where)
+    result.rejected = [entry for entry in rejected.values() if entry["custom_id"] not in result.accepted]
+    return result
+
+
+def _answers(file: Path) -> Iterator[tuple[str, Answer | None]]:
+    for number, line in tqdm(read_lines(file), desc=file.name, unit=" answers", leave=False, delay=2):
+        yield f"{file.name}, line {number}", None if line is None else read_answer(line)
+
+
+def _reject(custom_id: str, rejection: RejectedAnswer, answer: str | None, where: str) -> dict[str, Any]:
+    return {
+        "custom_id": custom_id,
+        "reason": rejection.reason,
+        "detail": rejection.detail,
+        "answer": answer,
+        "where": where,
+    }
+
+
+def report(result: Annotations) -> str:
+    """Says how many answers were accepted and rejected, and why."""
+    lines = [
+        f"total: {len(result.accepted) + len(result.rejected)}",
+        f"failure: {len(result.rejected)}",
+        f"success: {len(result.accepted)}",
+    ]
+    for reason, count in Counter(entry["reason"] for entry in result.rejected).most_common():
+        lines.append(f"  {count} {reason}: {REASONS[reason]}")
+    bare = sum(isinstance(value, dict) and not any(value.values()) for value in result.accepted.values())
+    if bare:
+        lines.append(f"note: {bare} accepted without a sentence for any attribute; they serve a verdict file only")
+    return "\n".join(lines)
+
+
+def build_parser() -> Parser:
+    """Returns the options of this script."""
+    parser = Parser(
+        description="Turn the annotator's answers into a reasoning file {image: {attribute: sentence or null}}, or "
+        "into a caption file {image: caption}. Rejected answers go to a second file, each with its reason."
+    )
+    parser.add_argument(
+        "--input", type=Path, nargs="+", required=True, help="answer files (.jsonl), or folders that batch_api.py wrote"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--label", choices=LABELS, help="class of the images that were asked about; not for captions")
+    parser.add_argument("--task", choices=TASKS, default="reasoning", help="what was asked for")
+    parser.add_argument("--rejects", type=Path, help="file for rejected answers; by default OUTPUT.rejects.jsonl")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes the reasoning or caption file and the rejects, and prints the counts."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if options.task == "reasoning" and options.label is None:
+        parser.error("--task reasoning needs --label real or --label fake")
+    result = collect(answer_files(options.input), options.task, options.label)
+    rejects = options.rejects or options.output.with_name(options.output.name + ".rejects.jsonl")
+    write_json(options.output, result.accepted)
+    write_json_lines(rejects, result.rejected)
+    print(report(result))
+    say(f"written: {options.output} and {rejects}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

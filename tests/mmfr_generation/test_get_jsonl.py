@@ -1,0 +1,233 @@
+"""Images become request files that the API takes, with ids that stay."""
+
+import base64
+import io
+import itertools
+import json
+import shutil
+import tracemalloc
+
+import pytest
+from PIL import Image
+
+from mmfr_generation.costs import PRICES, TileRule
+from mmfr_generation.get_jsonl import main
+from mmfr_generation.prompts import reasoning_prompt
+from tests.mmfr_generation.annotation_helpers import noise_image
+
+
+def requests_in(folder):
+    return [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_bytes().splitlines()]
+
+
+def bytes_in(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}
+
+
+def ask(images, out, *more):
+    return main(["--image-folder", str(images), "--output-folder", str(out), "--label", "fake", *more])
+
+
+def image_of(request):
+    url = request["body"]["messages"][0]["content"][1]["image_url"]["url"]
+    head, data = url.split(",", 1)
+    return head, base64.b64decode(data)
+
+
+def test_requests_are_what_the_batch_api_takes(pictures, tmp_path):
+    root = pictures(["b.png", "a.jpg", "sub/ç ü.webp", "sub/deeper/x.gif"])
+    assert ask(root, tmp_path / "out", "--set_name", "gallery/1_fake", "--max_tokens", "77", "--model", "m") == 0
+    assert list(bytes_in(tmp_path / "out")) == ["gallery_1_fake_fake_reasoning_0001.jsonl"]
+    requests = requests_in(tmp_path / "out")
+    assert [request["custom_id"] for request in requests] == [
+        "gallery/1_fake/a.jpg",
+        "gallery/1_fake/b.png",
+        "gallery/1_fake/sub/ç ü.webp",
+        "gallery/1_fake/sub/deeper/x.gif",
+    ]
+    for request, kind in zip(requests, ["jpeg", "png", "webp", "gif"], strict=True):
+        assert (request["method"], request["url"]) == ("POST", "/v1/chat/completions")
+        assert (request["body"]["model"], request["body"]["max_tokens"]) == ("m", 77)
+        assert request["body"]["messages"][0]["content"][0]["text"] == reasoning_prompt("fake")
+        head, data = image_of(request)
+        assert head == f"data:image/{kind};base64"
+        assert data == (root / request["custom_id"].removeprefix("gallery/1_fake/")).read_bytes()
+
+
+def test_media_type_comes_from_the_content(pictures, tmp_path):
+    root = pictures(["really.png", "a.bmp"])
+    (root / "really.png").rename(root / "called.jpg")
+    shutil.copy(root / "called.jpg", root / "no_suffix")
+    (root / "notes.txt").write_text("no image")
+    noise_image(5).convert("CMYK").save(root / "c.tif")
+    frames = [noise_image(seed) for seed in range(3)]
+    frames[0].save(root / "moving.gif", save_all=True, append_images=frames[1:])
+    assert ask(root, tmp_path / "out") == 0
+    found = {request["custom_id"]: image_of(request) for request in requests_in(tmp_path / "out")}
+    assert sorted(found) == [f"photos/{name}" for name in ["a.bmp", "c.tif", "called.jpg", "moving.gif", "no_suffix"]]
+    assert all(head == "data:image/png;base64" for head, _ in found.values())
+    for name, (_, data) in found.items():
+        with Image.open(io.BytesIO(data)) as image:
+            assert image.format == "PNG", name
+            assert image.size == (64, 48)
+            assert getattr(image, "n_frames", 1) == 1
+
+
+def test_unreadable_images_are_named_and_counted(pictures, tmp_path, run_script):
+    root = pictures(["good.png", "torn.png", "torn.jpg"])
+    for name in ("torn.png", "torn.jpg"):
+        (root / name).write_bytes((root / name).read_bytes()[:-200])
+    (root / "text.png").write_text("not an image")
+    (root / "empty.jpg").touch()
+    (root / "dangling.png").symlink_to("nowhere")
+    bad_name = str(root).encode() + b"/\xff.png"
+    shutil.copy(root / "good.png", bad_name)
+    done = run_script("get_jsonl", "--image-folder", root, "--output-folder", "out", "--label", "real", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "left out: 6 images" in done.stderr
+    for name in ("torn.png", "torn.jpg", "text.png", "empty.jpg", "dangling.png", "\\udcff.png"):
+        assert name in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [request["custom_id"] for request in requests_in(tmp_path / "out")] == ["photos/good.png"]
+
+
+@pytest.mark.parametrize(("limit", "per_file"), [(30_000, 50), (10**9, 3), (25_000, 2)])
+def test_files_are_split_by_bytes_and_images(limit, per_file, pictures, tmp_path):
+    root = pictures([f"{number}.png" for number in range(10)])
+    assert ask(root, tmp_path / "out", f"--max-bytes={limit}", f"--images-per-file={per_file}") == 0
+    files = bytes_in(tmp_path / "out")
+    assert all(len(data) <= limit and len(data.splitlines()) <= per_file for data in files.values())
+    ordered = [files[name] for name in sorted(files)]
+    for one, following in itertools.pairwise(ordered):
+        fuller = len(one) + len(following.splitlines(keepends=True)[0])
+        assert fuller > limit or len(one.splitlines()) == per_file
+    assert len(requests_in(tmp_path / "out")) == 10
+
+
+def test_an_image_above_the_limit_is_named(pictures, tmp_path, capsys):
+    root = pictures(["a.png", "b.png"])
+    noise_image(1, (900, 900)).save(root / "big.bmp")
+    assert ask(root, tmp_path / "out", "--max-bytes", "30000") == 1
+    assert "big.bmp: its request has" in capsys.readouterr().err
+    assert len(requests_in(tmp_path / "out")) == 2
+
+
+def test_a_stopped_run_goes_on_to_the_same_files(pictures, tmp_path):
+    root = pictures([f"{number}.png" for number in range(9)])
+    ask(root, tmp_path / "whole", "--images-per-file", "2")
+    whole = bytes_in(tmp_path / "whole")
+    for kept in range(5):
+        out = tmp_path / f"stopped{kept}"
+        out.mkdir()
+        for name in sorted(whole)[:kept]:
+            (out / name).write_bytes(whole[name])
+        assert ask(root, out, "--images-per-file", "2") == 0
+        assert bytes_in(out) == whole
+
+
+def test_new_images_are_added_and_written_requests_stay(pictures, tmp_path):
+    root = pictures(["b.png", "c.png"])
+    ask(root, tmp_path / "out")
+    before = bytes_in(tmp_path / "out")
+    pictures(["a.png"], start=7)
+    assert ask(root, tmp_path / "out") == 0
+    after = bytes_in(tmp_path / "out")
+    assert before.items() < after.items()
+    assert [request["custom_id"] for request in requests_in(tmp_path / "out")] == [
+        "photos/b.png",
+        "photos/c.png",
+        "photos/a.png",
+    ]
+
+
+def test_other_settings_need_another_folder(pictures, tmp_path, run_script):
+    root = pictures(["a.png"])
+    common = ["--image-folder", root, "--output-folder", "out", "--label", "fake"]
+    assert run_script("get_jsonl", *common, cwd=tmp_path).returncode == 0
+    before = bytes_in(tmp_path / "out")
+    other = run_script("get_jsonl", *common, "--max-tokens", "99", cwd=tmp_path)
+    assert other.returncode == 1
+    assert "asks something else" in other.stderr
+    assert bytes_in(tmp_path / "out") == before
+
+
+def test_memory_stays_flat(pictures, tmp_path):
+    root = pictures(["0.bmp"])
+    for number in range(1, 60):
+        noise_image(number, (300, 300)).save(root / f"{number}.bmp")
+    tracemalloc.start()
+    ask(root, tmp_path / "out", "--images-per-file", "2")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sum(map(len, bytes_in(tmp_path / "out").values())) > 2 * peak
+
+
+def test_dry_run_counts_tokens_and_cost_and_writes_nothing(pictures, tmp_path, capsys):
+    root = pictures(["a.png"])
+    noise_image(1, (1024, 1024)).save(root / "square.png")
+    noise_image(2, (2048, 4096)).save(root / "tall.jpg")
+    arguments = ["--image-folder", str(root), "--label", "fake", "--dry-run"]
+    assert main(arguments) == 0
+    told = capsys.readouterr().out
+    assert f"image tokens: {255 + 765 + 1105}" in told
+    prompt_tokens = 3 * -(-len(reasoning_prompt("fake")) // 4)
+    price = PRICES["gpt-4o-2024-08-06"]
+    cost = ((2125 + prompt_tokens) * price.input + 900 * price.output) / 1e6
+    assert f"at most ${cost / 2:.4f} in batches, ${cost:.4f} directly" in told
+    assert main([*arguments, "--model", "mine"]) == 0
+    assert "no price is known for mine" in capsys.readouterr().out
+    own = [
+        "--model",
+        "mine",
+        "--input_price",
+        "1",
+        "--output-price",
+        "0",
+        "--image-tokens",
+        "10",
+        "1",
+        "--detail",
+        "low",
+    ]
+    assert main([*arguments, *own]) == 0
+    told = capsys.readouterr().out
+    assert "image tokens: 30\n" in told
+    assert f"${(30 + prompt_tokens) / 1e6:.4f} directly" in told
+    assert {path.name for path in tmp_path.iterdir()} == {"photos"}
+
+
+@pytest.mark.parametrize(
+    ("size", "tokens"),
+    [
+        ((1024, 1024), 765),
+        ((2048, 4096), 1105),
+        ((512, 512), 255),
+        ((513, 512), 425),
+        ((1, 1), 255),
+        ((1536, 768), 1105),
+    ],
+)
+def test_tile_rule(size, tokens):
+    assert TileRule().tokens(*size) == tokens
+    assert TileRule().tokens(*size[::-1]) == tokens
+    assert TileRule().tokens(*size, detail="low") == 85
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told", "status"),
+    [
+        (["--image-folder", "none", "--output-folder", "o", "--label", "fake"], "there is no folder none", 1),
+        (["--image-folder", ".", "--output-folder", "o", "--label", "fake"], "there is no image in", 1),
+        (["--image-folder", ".", "--output-folder", "o"], "needs --label", 2),
+        (["--image-folder", ".", "--label", "fake"], "--output-folder is needed", 2),
+        (["--image-folder", ".", "--label", "maybe", "--dry-run"], "invalid choice", 2),
+        (["--image-folder", ".", "--label", "fake", "--dry-run", "--max-bytes", "0"], "above zero", 2),
+        (["--image-folder", ".", "--label", "fake", "--dry-run", "--set-name", "../x"], "relative path", 1),
+        (["--image-folder", ".", "--label", "fake", "--dry-run", "--input-price", "1"], "go together", 2),
+    ],
+)
+def test_wrong_use_is_explained(arguments, told, status, tmp_path, run_script):
+    done = run_script("get_jsonl", *arguments, cwd=tmp_path)
+    assert done.returncode == status
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
