@@ -4,6 +4,7 @@ import ast
 import importlib
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,20 @@ def script_commands() -> list[list[str]]:
     return [shlex.split(command) for command in COMMANDS if command.startswith("python ")]
 
 
-@pytest.mark.parametrize("words", script_commands(), ids=" ".join)
-def test_commands_of_scripts_are_understood(words):
+def parser_of(words: list[str]) -> tuple[Callable[[list[str]], object], list[str]]:
+    """What reads a command's arguments, and the arguments."""
+    if words[1] == "-m":
+        return importlib.import_module(words[2]).build_parser().parse_args, words[3:]
     script = ROOT / words[1]
     assert script.is_file()
     module = importlib.import_module(".".join(script.relative_to(ROOT).with_suffix("").parts))
-    module.parse_arguments(words[2:])
+    return module.parse_arguments, words[2:]
+
+
+@pytest.mark.parametrize("words", script_commands(), ids=" ".join)
+def test_commands_of_scripts_are_understood(words):
+    parse, arguments = parser_of(words)
+    parse(arguments)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("bash ")])
