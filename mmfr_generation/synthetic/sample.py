@@ -176,5 +176,5 @@ def _file(image_CHW: Array, quality: int, rng: Generator) -> tuple[bytes, str, A
     if not as_png:
         return buffer.getvalue(), ".jpg", np.asarray(decoded)
     buffer = io.BytesIO()
-    decoded.save(buffer, "PNG")
+    decoded.save(buffer, "PNG", compress_level=3)
     return buffer.getvalue(), ".png", np.asarray(decoded)
