@@ -24,10 +24,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 when it is complete, 1 when something stopped it, 130 when the user did.
     """
-    parser = _Parser(prog="python -m mmfr_generation.synthetic", description="Writes a rendered benchmark in MMFR's layout.")
+    parser = _Parser(
+        prog="python -m mmfr_generation.synthetic", description="Writes a rendered benchmark in MMFR's layout."
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write to; an interrupted run goes on")
     parser.add_argument("--train", type=int, required=True, help="images of the training tree, half of them fakes")
-    parser.add_argument("--eval", type=int, required=True, help="real images, and as many fakes, of each evaluation set")
+    parser.add_argument(
+        "--eval", type=int, required=True, help="real images, and as many fakes, of each evaluation set"
+    )
     parser.add_argument("--size", type=int, default=112, help=f"side in pixels, {MIN_SIZE} to {MAX_SIZE} (default 112)")
     parser.add_argument("--seed", type=int, default=0, help="decides every image (default 0)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")

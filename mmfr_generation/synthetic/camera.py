@@ -20,7 +20,7 @@ class Camera:
         exposure: Gain on the scene's light.
         blur: Weight of the lens's blur kernel, 0 to 0.2.
         fringe: Lateral colour of the lens: how far red and blue are stretched, as a fraction of the radius.
-        vignette: Loss of light in the corners, 0 to 0.35.
+        vignette: Loss of light from the middle to the corners, 0 to 0.3; the mean brightness stays.
         read_noise: Standard deviation of the noise in the dark; full scale is 1.
         shot_noise: Noise variance per unit of light.
         phase: Row and column offset of the colour filter array.
@@ -100,7 +100,7 @@ def render_clean(linear_CHW: Array, camera: Camera, rng: Generator, *, noise: bo
 def _lens(linear_CHW: Array, camera: Camera) -> Array:
     out = soften(linear_CHW, camera.blur)
     across, down = _radius(out.shape[1])
-    falloff = camera.exposure * (1 - np.float32(camera.vignette) * (across**2 + down**2) * 0.5)
+    falloff = camera.exposure * (1 - np.float32(camera.vignette) * ((across**2 + down**2) / 2 - np.float32(1 / 3)))
     for plane, sign in ((out[0], 1), (out[2], -1)):
         padded = pad_edge(plane)
         dx, dy = (padded[1:-1, 2:] - padded[1:-1, :-2]) / 2, (padded[2:, 1:-1] - padded[:-2, 1:-1]) / 2

@@ -30,6 +30,49 @@ CARD, SHEET = "card.md", "contact_sheet.png"
 _TILE_LIMIT = 112
 _STRENGTHS = (0.25, 0.6, 1.0)
 _SEARCH = 2000
+_CARD = """\
+# MMFR-Synthetic
+
+Rendered scenes in the layout of the MMFR dataset. What is real or fake here, why, and where is known by construction.
+It is a world of its own: a detector that is good here says nothing yet about photographs.
+
+![contact sheet]({sheet})
+
+## Contents
+
+| part | real | fake |
+|---|---|---|
+| training | {train_real} | {train_fake} |
+| each of {sets} evaluation sets | {per_set} | {per_set} |
+
+Images are {size} x {size} pixels; the seed is {seed}. The same images come again, byte for byte, from
+
+    python -m mmfr_generation.synthetic --out D --train {train} --eval {per_set} --size {size} --seed {seed}
+
+with the same versions of Pillow (JPEG, PNG and its font), numpy and scipy.
+
+- Scenes: {scenes}; each with one light, its shadows, texture and depth.
+- Real: the scene through a camera (lens, colour filter array, shot and read noise, demosaicing, tone curve).
+- Fake: {camera:.0%} start from such a photograph, the others from a clean render with noise as strong as a camera's (the
+  generator `denoising` apart). Then one generator leaves its trace.
+- Strength: {full:.0%} of the fakes have strength 1, the others are uniform from {weakest} to 1.
+- Faults: {fault:.0%} of the fakes also get a high-level fault, drawn among those of their scene. Local faults here: {faults}.
+- Both classes end in a JPEG of quality {quality[0]} to {quality[1]}; {png:.0%} are then stored as PNG.
+- `manifest.jsonl` has for each image its label, generator, mechanism, strength, source, faults, masks, caption and
+  attributes; `split_role` tells generators of training (`seen`) from those that only evaluation sees: of a mechanism
+  that training knows (`unseen-known-mechanism`) or of their own (`unseen-own-mechanism`).
+- Masks are 255 where a local fault is, and have the size of their image.
+
+## Generators, and what the size of a file gives away
+
+File type, pixel size, compression tables, names, order and metadata carry nothing. The size of a file does, since a
+trace changes how well a picture compresses: the last column is the chance that a fake's file is larger than a real's of
+its set, with a 95 % interval (0.5: nothing is given away).
+
+| generator | mechanism | role | attribute | trace | larger file |
+|---|---|---|---|---|---|
+{rows}
+"""
 
 
 def write_card(seed: int, size: int, records: Sequence[Mapping[str, Any]], out: Path) -> dict[str, bytes]:
@@ -104,12 +147,12 @@ def _fault_tiles(seed: int, size: int) -> Iterator[tuple[str, Array]]:
 
 
 def _first(seed: int, size: int, label: int, names: list[str], has: Any) -> dict[str, Sample]:
-    """Finds the first training image that has each of some names."""
+    """Finds the first training image that has each of some names, with a weak trace."""
     found: dict[str, Sample] = {}
     for index in range(_SEARCH):
         if len(found) == len(names):
             break
-        sample = make_sample(Key(seed, size, "train", "", label, index))
+        sample = make_sample(Key(seed, size, "train", "", label, index), strength=WEAKEST)
         for name in has(sample):
             if name in names:
                 found.setdefault(name, sample)
@@ -118,60 +161,30 @@ def _first(seed: int, size: int, label: int, names: list[str], has: Any) -> dict
 
 def _card(seed: int, size: int, records: Sequence[Mapping[str, Any]], out: Path) -> str:
     counts = Counter((r["split"], r["label"]) for r in records)
-    with_fault = Counter(fault for r in records for fault in r["faults"])
-    per_set = counts["evaluation", "real"] // len(GENERATORS)
-    lines = [
-        "# MMFR-Synthetic",
-        "",
-        "Rendered scenes in the layout of the MMFR dataset. What is real or fake here, why, and where is known by",
-        "construction. It is a world of its own: a detector that is good here says nothing yet about photographs.",
-        "",
-        f"![contact sheet]({SHEET})",
-        "",
-        "## Contents",
-        "",
-        "| part | real | fake |",
-        "|---|---|---|",
-        f"| training | {counts['train', 'real']} | {counts['train', 'fake']} |",
-        f"| each of {len(GENERATORS)} evaluation sets | {per_set} | {per_set} |",
-        "",
-        f"Images are {size} x {size} pixels; the seed is {seed}. The same images come again, byte for byte, from",
-        "",
-        f"    python -m mmfr_generation.synthetic --out D --train {sum(v for k, v in counts.items() if k[0] == 'train')} "
-        f"--eval {per_set} --size {size} --seed {seed}",
-        "",
-        "with the same versions of Pillow (JPEG, PNG and its font), numpy and scipy.",
-        "",
-        f"- Scenes: {', '.join(kind.name for kind in SCENES)}; each with one light, its shadows, texture and depth.",
-        "- Real: the scene through a camera (lens, colour filter array, shot and read noise, demosaicing, tone curve).",
-        f"- Fake: {CAMERA_SHARE:.0%} start from such a photograph, the others from a clean render, with noise as strong as a",
-        "  camera's (the generator `denoising` apart). Then one generator leaves its trace.",
-        f"- Strength: {FULL_SHARE:.0%} of the fakes have strength 1, the others are uniform from {WEAKEST} to 1.",
-        f"- Faults: {FAULT_SHARE:.0%} of the fakes also get a high-level fault. Here: "
-        + (", ".join(f"{name} {with_fault[name]}" for name in sorted(with_fault)) or "none")
-        + ".",
-        f"- Both classes end in a JPEG of quality {JPEG_QUALITY[0]} to {JPEG_QUALITY[1]}; {PNG_SHARE:.0%} are then stored as PNG.",
-        "- `manifest.jsonl` has for each image its label, generator, mechanism, strength, source, faults, masks, caption and",
-        "  attributes; `split_role` tells generators of training (`seen`) from those that only evaluation sees: of a",
-        "  mechanism that training knows (`unseen-known-mechanism`) or of their own (`unseen-own-mechanism`).",
-        "- Masks are 255 where a local fault is, and have the size of their image.",
-        "",
-        "## Generators, and what the size of a file gives away",
-        "",
-        "File type, pixel size, compression tables, names, order and metadata carry nothing. The size of a file does, since",
-        "a trace changes how well a picture compresses: the last column is the chance that a fake's file is larger than a",
-        "real's of its set, with a 95 % interval (0.5: nothing is given away).",
-        "",
-        "| generator | mechanism | role | attribute | trace | larger file |",
-        "|---|---|---|---|---|---|",
-    ]
-    for generator in GENERATORS.values():
-        leak = _size_leak([r for r in records if r["set"] == generator.name], out)
-        lines.append(
-            f"| {generator.name} | {generator.mechanism} | {generator.role} | {generator.attribute} | "
-            f"{generator.description} | {leak} |"
-        )
-    return "\n".join(lines) + "\n"
+    faults = Counter(fault for r in records for fault in r["faults"])
+    rows = []
+    for g in GENERATORS.values():
+        leak = _size_leak([r for r in records if r["set"] == g.name], out)
+        rows.append(f"| {g.name} | {g.mechanism} | {g.role} | {g.attribute} | {g.description} | {leak} |")
+    return _CARD.format(
+        sheet=SHEET,
+        train=counts["train", "real"] + counts["train", "fake"],
+        train_real=counts["train", "real"],
+        train_fake=counts["train", "fake"],
+        sets=len(GENERATORS),
+        per_set=counts["evaluation", "real"] // len(GENERATORS),
+        size=size,
+        seed=seed,
+        scenes=", ".join(kind.name for kind in SCENES),
+        camera=CAMERA_SHARE,
+        full=FULL_SHARE,
+        weakest=WEAKEST,
+        fault=FAULT_SHARE,
+        faults=", ".join(f"{name} {count}" for name, count in sorted(faults.items())) or "none",
+        quality=JPEG_QUALITY,
+        png=PNG_SHARE,
+        rows="\n".join(rows),
+    )
 
 
 def _size_leak(records: Sequence[Mapping[str, Any]], out: Path) -> str:

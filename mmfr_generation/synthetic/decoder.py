@@ -2,7 +2,8 @@
 
 Each patch of 8 x 8 pixels is described by a code of 24 numbers (brightness on a 4 x 4 grid, two colour differences
 on a 2 x 2 grid) and decoded by a network with one hidden layer. What the network cannot say leaves its trace.
-Shape suffixes: N = patches, P = values of a patch (3 x 8 x 8), K = code, C = colour, R, S = rows and columns of patches.
+Shape suffixes: N = patches, P = values of a patch (3 x 8 x 8), K = code, C = colour; in blocks R, S = row and column of
+the patch, H, W = row and column in it.
 """
 
 from functools import lru_cache

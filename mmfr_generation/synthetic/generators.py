@@ -79,9 +79,8 @@ def transposed_convolution(image: Array, strength: float, rng: Generator) -> Arr
     for axis in (1, 2):
         following = np.concatenate([np.take(out, range(1, out.shape[axis]), axis), np.take(out, [-1], axis)], axis)
         between = np.float32(uneven) * (0.5 * out + 0.5 * following)
-        out = np.stack([out, between], axis + 1).reshape(
-            [n * 2 if k == axis else n for k, n in enumerate(out.shape)]
-        )
+        out = np.stack([out, between], axis + 1).reshape([n * 2 if k == axis else n for k, n in enumerate(out.shape)])
+    out = out * np.float32(4 / (1 + uneven) ** 2)
     return _blend(image, out[:, : image.shape[1], : image.shape[2]], 0.35 + 0.5 * strength)
 
 
@@ -106,8 +105,8 @@ def _grating(image: Array, frequencies: list[tuple[float, float]], amplitude: fl
 
 
 def spectral_peaks(image: Array, strength: float, rng: Generator) -> Array:
-    """Adds two waves at multiples of an eighth of the sampling rate."""
-    steps = rng.integers(1, 4, 4) / 8
+    """Adds two waves at multiples of a sixteenth of the sampling rate."""
+    steps = rng.integers(2, 8, 4) / 16
     waves = [(float(steps[0]), float(steps[1])), (float(steps[2]), -float(steps[3]))]
     return _grating(image, waves, 0.012 + 0.028 * strength, rng)
 
@@ -131,9 +130,9 @@ def guided_smoothing(image: Array, strength: float, rng: Generator) -> Array:
 
 def median_painting(image: Array, strength: float, rng: Generator) -> Array:
     """Paints with strokes: repeated medians and faint blotches of colour."""
-    painted = _median3(_median3(image))
+    painted = _median3(_median3(_median3(image)))
     blotches = np.stack([gaussian(normals(rng, *image.shape[1:]), 2.5) for _ in range(3)])
-    return _blend(image, painted + np.float32(0.06) * blotches, 0.35 + 0.65 * strength)
+    return _blend(image, painted + np.float32(0.1) * blotches, 0.35 + 0.65 * strength)
 
 
 def _median3(image: Array) -> Array:
@@ -156,14 +155,14 @@ def denoising(image: Array, strength: float, rng: Generator) -> Array:
 
 
 def white_grain(image: Array, strength: float, rng: Generator) -> Array:
-    """Replaces the sensor's noise by grain of its own: in every pixel and colour apart, as strong in dark as in light."""
+    """Covers the sensor's noise with grain of its own: each pixel and colour apart, dark and light alike."""
     return soften(image, 0.12) + np.float32(0.012 + 0.03 * strength) * normals(rng, *image.shape)
 
 
 def coarse_grain(image: Array, strength: float, rng: Generator) -> Array:
     """Adds grain in clumps of two to three pixels, the same in all colours."""
-    clumps = gaussian(normals(rng, *image.shape[1:]), rng.uniform(0.8, 1.2))
-    return soften(image, 0.12) + np.float32(0.045 + 0.09 * strength) * clumps
+    clumps = gaussian(normals(rng, *image.shape[1:]), rng.uniform(0.6, 0.9))
+    return soften(image, 0.12) + np.float32(0.04 + 0.08 * strength) * clumps
 
 
 def halo(image: Array, strength: float, rng: Generator) -> Array:

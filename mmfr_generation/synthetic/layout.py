@@ -50,7 +50,9 @@ def annotation_files(records: Iterable[Record]) -> dict[str, str]:
     training = [r for r in ordered if r["split"] == "train"]
     files = {MANIFEST: "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ordered)}
     for label, folder in zip(LABELS, ("laion", "diffusiondb"), strict=True):
-        files[f"{folder}_reasoning.json"] = _json({r["image"]: r["attributes"] for r in training if r["label"] == label})
+        files[f"{folder}_reasoning.json"] = _json(
+            {r["image"]: r["attributes"] for r in training if r["label"] == label}
+        )
     for form, name in TRAINING_FILES.items():
         files[name] = _json([_conversation(r, form) for r in training])
     for name in dict.fromkeys(r["set"] for r in ordered if r["split"] == "evaluation"):

@@ -98,7 +98,9 @@ def ball(
     canvas.paint(window, alpha, lit(colour, bright, light) + gloss * spot * spot)
 
 
-def vase(canvas: Canvas, rng: Generator, light: Light, x: float, foot: float, half: float, height: float, colour: Colour) -> None:
+def vase(
+    canvas: Canvas, rng: Generator, light: Light, x: float, foot: float, half: float, height: float, colour: Colour
+) -> None:
     """Paints a turned vessel: a smooth profile, a dark mouth and a painted band."""
     bumps = rng.uniform(0.45, 1.0, 4)
     window = canvas.window(x - half - 0.02, foot - height - 0.03, x + half + 0.02, foot + 0.03)
@@ -107,9 +109,7 @@ def vase(canvas: Canvas, rng: Generator, light: Light, x: float, foot: float, ha
     width = half * np.interp(t, [0, 0.25, 0.5, 0.8, 1], knots).astype(np.float32)
     u = (window.x - x) / width
     bow = 0.14 * half * np.sqrt(np.maximum(1 - u * u, 0))
-    distance = np.maximum(
-        np.abs(window.x - x) - width, np.maximum(window.y - foot - bow, foot - height - window.y)
-    )
+    distance = np.maximum(np.abs(window.x - x) - width, np.maximum(window.y - foot - bow, foot - height - window.y))
     nx = np.clip(u, -1, 1)
     bright = light.on(nx, np.full_like(nx, -0.1), np.sqrt(1 - nx * nx)) * texture(rng, window, "rough", 0.07)
     band = np.abs(t - rng.uniform(0.35, 0.65)) < 0.05
@@ -124,7 +124,9 @@ def vase(canvas: Canvas, rng: Generator, light: Light, x: float, foot: float, ha
     canvas.paint(*inner, mix(colour, (0, 0, 0), 0.85))
 
 
-def crate(canvas: Canvas, rng: Generator, light: Light, x: float, foot: float, half: float, height: float, colour: Colour) -> None:
+def crate(
+    canvas: Canvas, rng: Generator, light: Light, x: float, foot: float, half: float, height: float, colour: Colour
+) -> None:
     """Paints a box seen from a little above: front, top and one flank, its boards showing."""
     slant, lift = half * 0.5, half * 0.38
     front, alpha = canvas.rectangle(x - half, foot - height, x + half, foot)
@@ -154,7 +156,9 @@ def bar(canvas: Canvas, light: Light, a: Point, b: Point, ra: float, rb: float, 
     canvas.paint(window, alpha, lit(colour, light.on(nx, ny, np.sqrt(1 - across * across)), light))
 
 
-def foliage(canvas: Canvas, rng: Generator, light: Light, x: float, y: float, rx: float, ry: float, colour: Colour) -> None:
+def foliage(
+    canvas: Canvas, rng: Generator, light: Light, x: float, y: float, rx: float, ry: float, colour: Colour
+) -> None:
     """Paints a leafy crown with a ragged outline and dark gaps."""
     reach = 1.25
     window = canvas.window(x - reach * rx, y - reach * ry, x + reach * rx, y + reach * ry)
@@ -168,7 +172,15 @@ def foliage(canvas: Canvas, rng: Generator, light: Light, x: float, y: float, rx
 
 
 def tree(
-    canvas: Canvas, rng: Generator, light: Light, x: float, foot: float, height: float, colour: Colour, *, trunks: int = 1
+    canvas: Canvas,
+    rng: Generator,
+    light: Light,
+    x: float,
+    foot: float,
+    height: float,
+    colour: Colour,
+    *,
+    trunks: int = 1,
 ) -> None:
     """Paints a tree; with more than one trunk the others stand beside the first under one crown."""
     bark: Colour = (0.16, 0.09, 0.05)
@@ -199,7 +211,15 @@ def person(
     stride, swing = rng.uniform(0.03, 0.1) * height, rng.uniform(0.05, 0.16) * height
     hip, neck = foot - 0.48 * height, foot - 0.83 * height
     for side in (-1, 1):
-        bar(canvas, light, (x + side * 0.03 * height, hip), (x + side * stride, foot), 0.058 * height, 0.035 * height, trousers)
+        bar(
+            canvas,
+            light,
+            (x + side * 0.03 * height, hip),
+            (x + side * stride, foot),
+            0.058 * height,
+            0.035 * height,
+            trousers,
+        )
         window, alpha = canvas.ellipse(x + side * stride + 0.015 * height, foot, 0.05 * height, 0.022 * height)
         canvas.paint(window, alpha, (0.03, 0.03, 0.03))
     reach = [(-1, 0.5), (1, 0.5), (1 if swing > 0.1 * height else -1, 0.78)][:arms]
@@ -218,7 +238,9 @@ def person(
         canvas.paint(window, alpha, lit(hair, 0.9, light))
 
 
-def blossom(canvas: Canvas, light: Light, x: float, y: float, r: float, petals: int, turn: float, colour: Colour) -> None:
+def blossom(
+    canvas: Canvas, light: Light, x: float, y: float, r: float, petals: int, turn: float, colour: Colour
+) -> None:
     """Paints a flower head: petals about a disc."""
     for k in range(petals):
         angle = turn + 2 * math.pi * k / petals

@@ -31,8 +31,8 @@ TRACES: dict[str, str] = {
         "through] [the whole image|{texture}|all surfaces]."
     ),
     "spectral": (
-        "[A {grade} wave pattern|A {grade} pattern of regular stripes|A {grade} periodic ripple] [lies over|covers|runs "
-        "through] [the whole image|{texture}|all surfaces]."
+        "[A {grade} wave pattern|A {grade} pattern of regular stripes|A {grade} periodic ripple] [lies over|covers|"
+        "runs through] [the whole image|{texture}|all surfaces]."
     ),
     "smoothing": (
         "[The surfaces show {grade} smoothing|{texture_} shows {grade} smoothing|There is {grade} smoothing on all "
@@ -43,20 +43,20 @@ TRACES: dict[str, str] = {
         "[with {grade} deviation|a {grade} deviation] [on {texture}|on all surfaces|in the whole image]."
     ),
     "edge": (
-        "[{grade_} rims follow|{grade_} halos follow|There are {grade} halos and echoes along] [the edges|the outlines] "
-        "of [{edges}|all things]."
+        "[{grade_} rims follow|{grade_} halos follow|There are {grade} halos and echoes along] [the edges|the "
+        "outlines] of [{edges}|all things]."
     ),
     "composition": (
         "[A {grade} seam|A {grade} hard border] [cuts through the image|runs through the image] [where patches do not "
         "fit|where pieces do not match]."
     ),
     "palette": (
-        "[The colours break into {grade} steps|There are {grade} bands of colour|{grade_} colour steps replace the soft "
-        "shades] [in the whole image|on {texture}|on all surfaces]."
+        "[The colours break into {grade} steps|There are {grade} bands of colour|{grade_} colour steps replace the "
+        "soft shades] [in the whole image|on {texture}|on all surfaces]."
     ),
     "block": (
-        "[{grade_} blocks break up|A {grade} block pattern breaks up|There are {grade} blocks all over] [the image|{texture}|"
-        "the fine detail]."
+        "[{grade_} blocks break up|A {grade} block pattern breaks up|There are {grade} blocks all over] [the image|"
+        "{texture}|the fine detail]."
     ),
     "super-resolution": (
         "[The detail is blurred and then sharpened|The image looks enlarged and sharpened|Fine detail is lost by "
@@ -71,7 +71,8 @@ TRACES: dict[str, str] = {
         "[{edges}|all things]."
     ),
     "line displacement": (
-        "[{grade_} jagged steps break|There are {grade} jagged steps along] [the edges|the outlines] of [{edges}|all things]."
+        "[{grade_} jagged steps break|There are {grade} jagged steps along] [the edges|the outlines] of [{edges}|"
+        "all things]."
     ),
 }
 """What each mechanism's trace looks like, on the attribute that its generator names."""
@@ -84,16 +85,16 @@ _FAULT = "[{clause_}, seen {where}|{where_} {clause}]."
 
 _AUTHENTIC: dict[str, str] = {
     "Consistent Lighting and Shadows": (
-        "[The light comes from the {light} and all shadows fall to the {away}|All shadows fall to the {away}, away from "
-        "the light|The light from the {light} and the shadows on the {away} agree]."
+        "[The light comes from the {light} and all shadows fall to the {away}|All shadows fall to the {away}, away "
+        "from the light|The light from the {light} and the shadows on the {away} agree]."
     ),
     "Smooth and Natural Image Edges": (
         "[The edges of {edges} are|Along {edges} the edges are|The outlines of {edges} are] [smooth and free of halos|"
         "clean, without rims or seams|smooth and natural]."
     ),
     "Natural and Consistent Image Texture": (
-        "[{texture_} varies|{texture_} changes|The pattern of {texture} varies] [freely|from place to place|without any "
-        "repeat] and [keeps its fine grain|shows natural grain|has no grid]."
+        "[{texture_} varies|{texture_} changes|The pattern of {texture} varies] [freely|from place to place|without "
+        "any repeat] and [keeps its fine grain|shows natural grain|has no grid]."
     ),
     "High Image Quality": (
         "[The image is clear|The picture is sharp|The detail is clear] and [the colours are soft and even|shows no "
@@ -194,9 +195,7 @@ def fault(scene: DrawnScene, rng: Generator) -> str:
 
 def place(mask_HW: Array) -> str:
     """Says in which third of the picture's width a mask has its middle."""
-    columns = mask_HW.any(axis=0).nonzero()[0]
-    weights = mask_HW.sum(axis=0)[columns]
-    middle = float((columns * weights).sum() / weights.sum() + 0.5) / mask_HW.shape[1]
+    middle = float(mask_HW.nonzero()[1].mean() + 0.5) / mask_HW.shape[1]
     if middle < 1 / 3:
         return "at the left"
     return "at the right" if middle > 2 / 3 else "in the middle"

@@ -90,56 +90,52 @@ def write_dataset(run: Run, out: Path, workers: int) -> None:
     """
     try:
         _claim(run, out)
-        shards = _shards(run)
-        known = _known(out)
-        todo = [shard for shard in shards if not all(_complete(known.get(key), out) for key in shard[1])]
-        with tqdm(total=len(run.keys()), unit="image", smoothing=0.05) as bar:
-            bar.update(bar.total - sum(len(keys) for _, keys in todo))
+        keys, known = run.keys(), _known(out)
+        todo = [shard for shard in _shards(keys) if not all(_complete(known.get(key), out) for key in shard[1])]
+        with tqdm(total=len(keys), unit="image", smoothing=0.05) as bar:
+            bar.update(len(keys) - sum(len(part) for _, part in todo))
             for count in _render(todo, out, workers):
                 bar.update(count)
         known |= _known(out)
-        _finish(run, [known[key] for key in run.keys()], out)
+        _finish(run, [known[key] for key in keys], out)
     except OSError as error:
         raise DatasetError(_explain(error, out)) from error
 
 
 def _claim(run: Run, out: Path) -> None:
     """Makes the folder this run's own, or finds that it already is."""
-    (out / _SHARDS).mkdir(parents=True, exist_ok=True) if _is_free(out) else None
-    wanted = {"format": FORMAT, **asdict(run)}
     path = out / _RUN_FILE
+    if out.is_dir() and any(out.iterdir()) and not path.is_file() and not (out / _SHARDS).is_dir():
+        raise DatasetError(f"{out} is not empty and holds no such benchmark; choose another folder")
+    (out / _SHARDS).mkdir(parents=True, exist_ok=True)
+    wanted = {"format": FORMAT, **asdict(run)}
     if not path.exists():
         _write(path, (json.dumps(wanted) + "\n").encode(), out)
-    found = json.loads(path.read_text("utf-8"))
+    try:
+        found = dict(json.loads(path.read_text("utf-8")))
+    except (ValueError, TypeError):
+        raise DatasetError(f"{path} is damaged; choose another folder") from None
     if found != wanted:
-        differing = [f"{name} {found.get(name)}, not {wanted[name]}" for name in wanted if found.get(name) != wanted[name]]
+        differing = [
+            f"{name} {found.get(name)}, not {wanted[name]}" for name in wanted if found.get(name) != wanted[name]
+        ]
         raise DatasetError(f"{out} holds another run ({'; '.join(differing)}); choose another folder")
 
 
-def _is_free(out: Path) -> bool:
-    """Tells whether a folder can be written to by a run.
-
-    Raises:
-        DatasetError: It holds other files.
-    """
-    if out.is_dir() and any(out.iterdir()) and not (out / _RUN_FILE).is_file() and not (out / _SHARDS).is_dir():
-        raise DatasetError(f"{out} is not empty and holds no such benchmark; choose another folder")
-    return True
-
-
-def _shards(run: Run) -> list[Shard]:
-    keys = run.keys()
+def _shards(keys: list[Key]) -> list[Shard]:
     return [(k, keys[at : at + _SHARD_SIZE]) for k, at in enumerate(range(0, len(keys), _SHARD_SIZE))]
 
 
 def _known(out: Path) -> dict[Key, dict[str, Any]]:
     """Reads the records of what is finished, from the manifest and from the shards."""
-    known = {}
+    known: dict[Key, dict[str, Any]] = {}
     for path in [out / layout.MANIFEST, *sorted((out / _SHARDS).glob("*.jsonl"))]:
         if path.is_file():
-            for line in path.read_text("utf-8").splitlines():
-                record = json.loads(line)
-                known[_key(record)] = record
+            try:
+                records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+                known |= {_key(record): record for record in records}
+            except (ValueError, KeyError, TypeError):
+                raise DatasetError(f"{path} is damaged; delete it and run the same command again") from None
     return known
 
 
@@ -172,7 +168,9 @@ def _render(todo: list[Shard], out: Path, workers: int) -> Iterator[int]:
         yield from _listen(sources)
     finally:
         for process in processes:
-            process.terminate() if sources else process.join()
+            if sources:
+                process.terminate()
+            process.join()
 
 
 def _listen(sources: list[Connection]) -> Iterator[int]:
@@ -245,13 +243,10 @@ def _write(path: Path, data: bytes, out: Path) -> None:
 
 def _finish(run: Run, records: list[dict[str, Any]], out: Path) -> None:
     """Writes the annotation and the card from the records of all images, and clears up."""
-    (out / _SHARDS).mkdir(exist_ok=True)
     for name, text in layout.annotation_files(records).items():
-        if name != layout.MANIFEST:
-            _write(out / name, text.encode(), out)
+        _write(out / name, text.encode(), out)
     for name, data in write_card(run.seed, run.size, records, out).items():
         _write(out / name, data, out)
-    _write(out / layout.MANIFEST, layout.annotation_files(records)[layout.MANIFEST].encode(), out)
     shutil.rmtree(out / _SHARDS)
 
 

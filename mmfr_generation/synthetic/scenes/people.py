@@ -36,7 +36,9 @@ def draw(canvas: Canvas, rng: Generator, light: Light, fault: Fault | None) -> F
         heads = 2 if hits(fault, "fused", k, count) else 1
         person(canvas, rng, light, x, foot, height, vary(rng, PALETTE[colour]), arms=arms, heads=heads)
         if behind is not None:
-            window, alpha = canvas.rectangle(x - 0.3 * height, foot - 0.56 * height, x + 0.3 * height, foot - 0.3 * height)
+            window, alpha = canvas.rectangle(
+                x - 0.3 * height, foot - 0.56 * height, x + 0.3 * height, foot - 0.3 * height
+            )
             canvas.paint(window, alpha, behind[:, window.rows, window.cols])
     return Facts(
         kind="people",
@@ -64,7 +66,9 @@ def _houses(canvas: Canvas, rng: Generator, light: Light, horizon: float) -> Non
         window, alpha = canvas.rectangle(x, horizon - tall, x + wide, horizon + 0.01)
         canvas.paint(window, alpha, lit(wall, 0.85 * texture(rng, window, "fine", 0.07), light))
         panes = (window_phase(window.x, x, wide / 3) - 0.3) * (0.7 - window_phase(window.x, x, wide / 3))
-        rows = (window_phase(window.y, horizon - tall, 0.07) - 0.3) * (0.8 - window_phase(window.y, horizon - tall, 0.07))
+        rows = (window_phase(window.y, horizon - tall, 0.07) - 0.3) * (
+            0.8 - window_phase(window.y, horizon - tall, 0.07)
+        )
         canvas.shade(window, alpha * ((panes > 0) & (rows > 0)), 0.35)
         roof = [(x - 0.01, horizon - tall), (x + wide + 0.01, horizon - tall), (x + wide / 2, horizon - tall - 0.08)]
         canvas.fill(roof, vary(rng, (0.22, 0.1, 0.07), 0.3))

@@ -101,7 +101,15 @@ def _stool(
     if hits(fault, "extra", index, count):
         legs += [(-1.7, 0.03), (1.6, 0.0), (0.1, 0.06)]
     for dx, dy in legs:
-        bar(canvas, light, (x + dx * half * 0.7, seat), (x + dx * half, foot + dy), 0.013, 0.01, mix(colour, (0, 0, 0), 0.3))
+        bar(
+            canvas,
+            light,
+            (x + dx * half * 0.7, seat),
+            (x + dx * half, foot + dy),
+            0.013,
+            0.01,
+            mix(colour, (0, 0, 0), 0.3),
+        )
     if behind is not None:
         window, alpha = canvas.rectangle(x - half * 1.3, foot - 0.62 * tall, x + half * 1.3, foot - 0.26 * tall)
         canvas.paint(window, alpha, behind[:, window.rows, window.cols])

@@ -86,7 +86,9 @@ def _book(
         y0, x1 = y0 + 0.1 * (y1 - y0), x1 + half * 0.9
     window, alpha = canvas.rectangle(x0, y0, x1, y1)
     bow = np.clip((window.x - middle) / half, -1, 1)
-    bright = light.on(bow * 0.75, np.zeros_like(bow), np.sqrt(1 - 0.56 * bow * bow)) * texture(rng, window, "fine", 0.05)
+    bright = light.on(bow * 0.75, np.zeros_like(bow), np.sqrt(1 - 0.56 * bow * bow)) * texture(
+        rng, window, "fine", 0.05
+    )
     canvas.paint(window, alpha, lit(colour, 1.25 * bright, light))
     ink = lit((0.85, 0.7, 0.35), 1.0, light)
     for y in (y0 + 0.03, y1 - 0.04):
@@ -104,9 +106,7 @@ def _wall_shadow(canvas: Canvas, light: Light, x: float, floor: float, half: flo
     canvas.shade(window, alpha * above, light.ambient + 0.1)
 
 
-def _book_over(
-    canvas: Canvas, rng: Generator, light: Light, x: float, floor: float, half: float, cover: str
-) -> None:
+def _book_over(canvas: Canvas, rng: Generator, light: Light, x: float, floor: float, half: float, cover: str) -> None:
     """Lets the shelf's back come forward and cover the middle of an ornament."""
     window, alpha = canvas.rectangle(x - 1.3 * half, floor - 1.35 * half, x + 1.3 * half, floor - 0.75 * half)
     canvas.paint(window, alpha, lit(PALETTE[cover], 0.9 + 0 * window.x * window.y, light))

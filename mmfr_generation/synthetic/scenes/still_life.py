@@ -48,7 +48,17 @@ def draw(canvas: Canvas, rng: Generator, light: Light, fault: Fault | None) -> F
         if hits(fault, "fused", int(place), n):
             counts[sort] += 1
             to = x + (1.25 * half if x < 0.5 else -1.25 * half)
-            _put(canvas, np.random.default_rng(fault.seed if fault else 0), light, nouns[sort], to, foot - half * 0.2, half, height, colour)
+            _put(
+                canvas,
+                np.random.default_rng(fault.seed if fault else 0),
+                light,
+                nouns[sort],
+                to,
+                foot - half * 0.2,
+                half,
+                height,
+                colour,
+            )
         if hits(fault, "occlusion", int(place), n):
             _table_through(canvas, light, x, foot, half, height)
     things = tuple(Thing(counts[k], colours[k], nouns[k]) for k in (0, 1))
@@ -72,7 +82,15 @@ def _wall(canvas: Canvas, rng: Generator, light: Light, colour: Colour, foot: fl
 
 
 def _put(
-    canvas: Canvas, rng: Generator, light: Light, noun: str, x: float, foot: float, half: float, height: float, colour: Colour
+    canvas: Canvas,
+    rng: Generator,
+    light: Light,
+    noun: str,
+    x: float,
+    foot: float,
+    half: float,
+    height: float,
+    colour: Colour,
 ) -> None:
     if noun == "vase":
         vase(canvas, rng, light, x, foot, half, height, colour)

@@ -90,7 +90,9 @@ def _window(
     canvas.shade(*canvas.rectangle(x - half * 1.2, y + tall * 1.14, x + half * 1.2, y + tall * 1.35, 0.012), 0.6)
 
 
-def _door(canvas: Canvas, rng: Generator, light: Light, x: float, foot: float, colour: tuple[float, float, float]) -> None:
+def _door(
+    canvas: Canvas, rng: Generator, light: Light, x: float, foot: float, colour: tuple[float, float, float]
+) -> None:
     half, top = 0.075, foot - 0.2
     canvas.paint(*canvas.rectangle(x - half * 1.15, top - 0.012, x + half * 1.15, foot), lit(_FRAME, 0.8, light))
     window, alpha = canvas.rectangle(x - half, top, x + half, foot)
