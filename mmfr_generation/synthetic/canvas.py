@@ -108,6 +108,11 @@ class Canvas:
         """Multiplies the picture by ``factor`` where alpha is 1."""
         self.rgb_CHW[:, window.rows, window.cols] *= 1 - alpha * np.float32(1 - factor)
 
+    def restore(self, before_CHW: Array, x0: float, y0: float, x1: float, y1: float) -> None:
+        """Lets what the whole picture showed before come to the front again in a rectangle."""
+        window, alpha = self.rectangle(x0, y0, x1, y1)
+        self.paint(window, alpha, before_CHW[:, window.rows, window.cols])
+
     def ellipse(self, cx: float, cy: float, rx: float, ry: float, softness: float = 0.0) -> tuple[Window, Array]:
         """Returns window and alpha of an upright ellipse."""
         reach = softness + 1.5 / self.size

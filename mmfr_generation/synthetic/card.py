@@ -53,10 +53,11 @@ with the same versions of Pillow (JPEG, PNG and its font), numpy and scipy.
 
 - Scenes: {scenes}; each with one light, its shadows, texture and depth.
 - Real: the scene through a camera (lens, colour filter array, shot and read noise, demosaicing, tone curve).
-- Fake: {camera:.0%} start from such a photograph, the others from a clean render with noise as strong as a camera's (the
-  generator `denoising` apart). Then one generator leaves its trace.
+- Fake: {camera:.0%} start from such a photograph, the others from a clean render with noise as strong as a camera's,
+  the generator `denoising` apart. Then one generator leaves its trace.
 - Strength: {full:.0%} of the fakes have strength 1, the others are uniform from {weakest} to 1.
-- Faults: {fault:.0%} of the fakes also get a high-level fault, drawn among those of their scene. Local faults here: {faults}.
+- Faults: {fault:.0%} of the fakes also get a high-level fault, drawn among those of their scene. Local faults here:
+  {faults}.
 - Both classes end in a JPEG of quality {quality[0]} to {quality[1]}; {png:.0%} are then stored as PNG.
 - `manifest.jsonl` has for each image its label, generator, mechanism, strength, source, faults, masks, caption and
   attributes; `split_role` tells generators of training (`seen`) from those that only evaluation sees: of a mechanism

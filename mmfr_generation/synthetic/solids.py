@@ -209,6 +209,7 @@ def person(
     skin = SKIN[int(rng.integers(len(SKIN)))]
     hair = vary(rng, (0.07, 0.05, 0.03), 0.5)
     stride, swing = rng.uniform(0.03, 0.1) * height, rng.uniform(0.05, 0.16) * height
+    face = int(rng.integers(1 << 32))
     hip, neck = foot - 0.48 * height, foot - 0.83 * height
     for side in (-1, 1):
         bar(
@@ -222,10 +223,10 @@ def person(
         )
         window, alpha = canvas.ellipse(x + side * stride + 0.015 * height, foot, 0.05 * height, 0.022 * height)
         canvas.paint(window, alpha, (0.03, 0.03, 0.03))
-    reach = [(-1, 0.5), (1, 0.5), (1 if swing > 0.1 * height else -1, 0.78)][:arms]
+    reach = [(-1, 0.5), (1, 0.5), (1 if swing > 0.1 * height else -1, 0.9)][:arms]
     for side, level in reach:
         shoulder = (x + side * 0.1 * height, neck + 0.06 * height)
-        hand = (x + side * (0.13 * height + swing * (1 if level < 0.6 else 1.7)), foot - level * height)
+        hand = (x + side * (0.13 * height + swing * (1 if level < 0.6 else 2.2)), foot - level * height)
         elbow = ((shoulder[0] + hand[0]) / 2 + side * 0.025 * height, (shoulder[1] + hand[1]) / 2)
         bar(canvas, light, shoulder, elbow, 0.04 * height, 0.034 * height, shirt)
         bar(canvas, light, elbow, hand, 0.032 * height, 0.024 * height, skin)
@@ -233,7 +234,7 @@ def person(
     for k in range(heads):
         hx = x + (0.0 if heads == 1 else (k - 0.5) * 0.17 * height)
         bar(canvas, light, (x, neck + 0.02 * height), (hx, neck - 0.05 * height), 0.03 * height, 0.03 * height, skin)
-        ball(canvas, rng, light, hx, foot - 0.925 * height, 0.068 * height, skin, 0.0)
+        ball(canvas, np.random.default_rng(face), light, hx, foot - 0.925 * height, 0.068 * height, skin, 0.0)
         window, alpha = canvas.ellipse(hx, foot - 0.955 * height, 0.069 * height, 0.045 * height)
         canvas.paint(window, alpha, lit(hair, 0.9, light))
 

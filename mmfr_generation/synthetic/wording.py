@@ -38,9 +38,13 @@ TRACES: dict[str, str] = {
         "[The surfaces show {grade} smoothing|{texture_} shows {grade} smoothing|There is {grade} smoothing on all "
         "surfaces] [and look painted|like paint|while the edges stay sharp]."
     ),
-    "noise": (
-        "[The grain of the image is wrong|The image lacks natural sensor grain|The grain is not that of a camera], "
-        "[with {grade} deviation|a {grade} deviation] [on {texture}|on all surfaces|in the whole image]."
+    "missing noise": (
+        "[The grain of a camera is missing|The image lacks natural sensor grain|Grain and faint detail are gone], "
+        "[with {grade} loss|a {grade} loss] [on {texture}|on all surfaces|in the whole image]."
+    ),
+    "wrong noise": (
+        "[The grain of the image is wrong|The image does not show natural sensor grain|The grain is not that of a "
+        "camera], [with {grade} specks|with {grade} added grain] [on {texture}|on all surfaces|in the whole image]."
     ),
     "edge": (
         "[{grade_} rims follow|{grade_} halos follow|There are {grade} halos and echoes along] [the edges|the "

@@ -78,8 +78,7 @@ def _stem(
         tip = (middle[0] + side * 0.11 * math.cos(angle), middle[1] + 0.05 - 0.11 * math.sin(angle))
         bar(canvas, light, (middle[0], middle[1] + 0.06), tip, 0.02, 0.006, (0.1, 0.3, 0.06))
     if behind is not None:
-        window, alpha = canvas.rectangle(middle[0] - 0.14, middle[1] - 0.06, middle[0] + 0.14, middle[1] + 0.1)
-        canvas.paint(window, alpha, behind[:, window.rows, window.cols])
+        canvas.restore(behind, middle[0] - 0.14, middle[1] - 0.06, middle[0] + 0.14, middle[1] + 0.1)
 
 
 KIND = SceneKind(

@@ -19,7 +19,6 @@ def draw(canvas: Canvas, rng: Generator, light: Light, fault: Fault | None) -> F
     for k in range(ridges):
         crest = _crest(canvas, rng, horizon - 0.2 * (1 - k / ridges) - 0.05)
         _ridge(canvas, rng, light, crest, 0.72 - 0.6 * k / ridges)
-    near_crest = crest
     water = rng.random() < 0.4
     _ground(canvas, rng, light, horizon)
     if water:
@@ -32,10 +31,11 @@ def draw(canvas: Canvas, rng: Generator, light: Light, fault: Fault | None) -> F
         x, foot = float(xs[place]), float(feet[k])
         height = 0.26 + 0.55 * (foot - horizon)
         cast(canvas, light, x, foot, height * 0.16, height * 0.75, reversed_=hits(fault, "shadow", k, count))
+        behind = canvas.rgb_CHW.copy()
         trunks = 3 if hits(fault, "extra", k, count) else 1
         tree(canvas, rng, light, x, foot, height, vary(rng, CROWNS[colour], 0.2), trunks=trunks)
         if hits(fault, "occlusion", k, count):
-            _ridge_in_front(canvas, light, near_crest, x, foot, height)
+            canvas.restore(behind, x - 0.6 * height, foot - 0.66 * height, x + 0.6 * height, foot - 0.4 * height)
     ground = "by a lake" if water else "on a meadow"
     return Facts(
         kind="landscape",
@@ -92,19 +92,12 @@ def _lake(canvas: Canvas, rng: Generator, light: Light, horizon: float) -> None:
     canvas.paint(window, alpha, tinted)
 
 
-def _ridge_in_front(canvas: Canvas, light: Light, crest: Array, x: float, foot: float, height: float) -> None:
-    """Lets the far hillside cover the lower half of a crown that stands before it."""
-    window, alpha = canvas.rectangle(x - 0.6 * height, foot - 0.66 * height, x + 0.6 * height, foot - 0.34 * height)
-    below = canvas.cover(crest[:, window.cols] + 0.02 - window.y)
-    canvas.paint(window, alpha * np.maximum(below, 0.85), lit(mix((0.1, 0.13, 0.1), SKY, 0.35), 1.0, light))
-
-
 KIND = SceneKind(
     "landscape",
     draw,
     {
         "shadow": SHADOW,
         "extra": "one tree has three trunks",
-        "occlusion": "the far hill [covers|hides] a part of a tree that stands before it",
+        "occlusion": "the far view [covers|hides] a part of a tree that stands before it",
     },
 )

@@ -36,10 +36,7 @@ def draw(canvas: Canvas, rng: Generator, light: Light, fault: Fault | None) -> F
         heads = 2 if hits(fault, "fused", k, count) else 1
         person(canvas, rng, light, x, foot, height, vary(rng, PALETTE[colour]), arms=arms, heads=heads)
         if behind is not None:
-            window, alpha = canvas.rectangle(
-                x - 0.3 * height, foot - 0.56 * height, x + 0.3 * height, foot - 0.3 * height
-            )
-            canvas.paint(window, alpha, behind[:, window.rows, window.cols])
+            canvas.restore(behind, x - 0.3 * height, foot - 0.56 * height, x + 0.3 * height, foot - 0.3 * height)
     return Facts(
         kind="people",
         things=(Thing(count, colour, "person"),),
@@ -79,8 +76,8 @@ def _paving(canvas: Canvas, horizon: float) -> None:
     """Draws joints of slabs that run together at the horizon."""
     window, alpha = canvas.rectangle(-0.1, horizon, 1.1, 1.1)
     depth = np.maximum(window.y - horizon, 0.02)
-    rows = window_phase(0.12 / depth, 0, 0.16) < 0.06 / (1 + 0.1 / depth)
-    cols = window_phase((window.x - 0.5) / depth, 0, 0.33) < 0.03
+    rows = canvas.cover((np.abs(window_phase(0.12 / depth, 0, 0.16) - 0.5) - 0.03) * 1.3 * depth * depth)
+    cols = canvas.cover((np.abs(window_phase((window.x - 0.5) / depth, 0, 0.33) - 0.5) - 0.015) * 0.33 * depth)
     canvas.shade(window, alpha * np.maximum(rows, cols), 0.72)
 
 

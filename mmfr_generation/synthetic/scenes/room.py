@@ -60,7 +60,7 @@ def _shell(canvas: Canvas, rng: Generator, light: Light, wall: str, skirting: fl
     depth = np.maximum(floor.y - skirting + 0.25, 0.02)
     board = (floor.x - 0.5) / depth / 0.32
     tone = rng.uniform(0.75, 1.2, 64).astype(np.float32)[np.floor(board).astype(int) % 64]
-    joints = np.where(window_phase(board, 0, 1.0) < 0.05, np.float32(0.5), np.float32(1))
+    joints = 1 - 0.5 * canvas.cover((0.47 - np.abs(window_phase(board, 0, 1.0) - 0.5)) * 0.32 * depth)
     grain = texture(rng, floor, "rough", 0.12) * (0.8 + 0.3 * light.side * (floor.x - 0.5))
     canvas.paint(floor, alpha, lit(vary(rng, (0.4, 0.22, 0.1), 0.25), tone * joints * grain, light))
     canvas.paint(*canvas.rectangle(-0.1, skirting - 0.03, 1.1, skirting + 0.004), lit((0.7, 0.68, 0.64), 0.8, light))
@@ -111,8 +111,7 @@ def _stool(
             mix(colour, (0, 0, 0), 0.3),
         )
     if behind is not None:
-        window, alpha = canvas.rectangle(x - half * 1.3, foot - 0.62 * tall, x + half * 1.3, foot - 0.26 * tall)
-        canvas.paint(window, alpha, behind[:, window.rows, window.cols])
+        canvas.restore(behind, x - half * 1.3, foot - 0.62 * tall, x + half * 1.3, foot - 0.26 * tall)
     canvas.paint(*canvas.ellipse(x, seat + 0.016, half * 1.1, half * 0.36), lit(colour, 0.5, light))
     window, alpha = canvas.ellipse(x, seat, half * 1.1, half * 0.36)
     canvas.paint(window, alpha, lit(colour, 1.05 + 0.25 * light.side * (window.x - x) / half + 0 * window.y, light))

@@ -63,12 +63,14 @@ def _bricks(canvas: Canvas, rng: Generator, light: Light) -> None:
     row = np.floor(window.y / course)
     shift = 0.5 * (row % 2)
     across = window.x / (2.4 * course) + shift
-    joint = np.maximum(window_phase(window.y, 0, course) < 0.16, window_phase(across, 0, 1.0) < 0.07)
+    beds = canvas.cover((0.42 - np.abs(window_phase(window.y, 0, course) - 0.5)) * course)
+    gaps = canvas.cover((0.465 - np.abs(window_phase(across, 0, 1.0) - 0.5)) * 2.4 * course)
+    joint = np.maximum(beds, gaps)
     tone = rng.uniform(0.78, 1.2, (64, 64)).astype(np.float32)
     bricks = tone[row.astype(int) % 64, np.floor(across).astype(int) % 64]
     base = vary(rng, ((0.36, 0.13, 0.08), (0.45, 0.3, 0.18), (0.3, 0.28, 0.26))[int(rng.integers(3))])
     weather = texture(rng, window, "rough", 0.16) * (0.95 + 0.25 * light.side * (window.x - 0.5))
-    wall = lit(base, np.where(joint, 0, bricks * weather), light) + np.where(joint, np.float32(0.3), 0) * weather
+    wall = lit(base, (1 - joint) * bricks * weather, light) + 0.3 * joint * weather
     canvas.paint(window, np.ones(window.shape, np.float32), wall)
 
 
@@ -118,6 +120,7 @@ def _sign(canvas: Canvas, light: Light, word: str, colour: str, fault: Fault | N
 
 def _lamp(canvas: Canvas, light: Light, x: float, foot: float, fault: Fault | None) -> None:
     cast(canvas, light, x, foot, 0.025, 0.3, reversed_=hits(fault, "shadow", 0, 1))
+    behind = canvas.rgb_CHW.copy()
     iron = (0.05, 0.06, 0.06)
     top = foot - 0.56
     bar(canvas, light, (x, foot), (x, top), 0.016, 0.011, iron)
@@ -125,15 +128,7 @@ def _lamp(canvas: Canvas, light: Light, x: float, foot: float, fault: Fault | No
     canvas.paint(*canvas.ellipse(x, top, 0.036, 0.045), lit((0.85, 0.82, 0.7), 0.95, light))
     canvas.fill([(x - 0.045, top - 0.035), (x + 0.045, top - 0.035), (x, top - 0.075)], iron)
     if hits(fault, "occlusion", 0, 1):
-        _wall_in_front(canvas, light, x, foot)
-
-
-def _wall_in_front(canvas: Canvas, light: Light, x: float, foot: float) -> None:
-    """Lets the house front behind the lamp cover a piece of its post."""
-    window, alpha = canvas.rectangle(x - 0.05, foot - 0.42, x + 0.05, foot - 0.2)
-    wall = canvas.rgb_CHW[:, window.rows, :]
-    start = window.cols.stop if x < 0.5 else max(window.cols.start - window.shape[1], 0)
-    canvas.paint(window, alpha, wall[:, :, start : start + window.shape[1]].copy())
+        canvas.restore(behind, x - 0.06, foot - 0.42, x + 0.06, foot - 0.2)
 
 
 KIND = SceneKind(
