@@ -56,13 +56,13 @@ with the same versions of Pillow (JPEG, PNG and its font), numpy and scipy.
 - Fake: {camera:.0%} start from such a photograph, the others from a clean render with noise as strong as a camera's,
   the generator `denoising` apart. Then one generator leaves its trace.
 - Strength: {full:.0%} of the fakes have strength 1, the others are uniform from {weakest} to 1.
-- Faults: {fault:.0%} of the fakes also get a high-level fault, drawn among those of their scene. Local faults here:
-  {faults}.
+- Faults: {fault:.0%} of the fakes also get a high-level fault, drawn among those of their scene. A mask is with every
+  such fault and with every local trace: {masks}.
 - Both classes end in a JPEG of quality {quality[0]} to {quality[1]}; {png:.0%} are then stored as PNG.
 - `manifest.jsonl` has for each image its label, generator, mechanism, strength, source, faults, masks, caption and
   attributes; `split_role` tells generators of training (`seen`) from those that only evaluation sees: of a mechanism
   that training knows (`unseen-known-mechanism`) or of their own (`unseen-own-mechanism`).
-- Masks are 255 where a local fault is, and have the size of their image.
+- Masks are 255 where the fault is, and have the size of their image.
 
 ## Generators, and what the size of a file gives away
 
@@ -162,7 +162,7 @@ def _first(seed: int, size: int, label: int, names: list[str], has: Any) -> dict
 
 def _card(seed: int, size: int, records: Sequence[Mapping[str, Any]], out: Path) -> str:
     counts = Counter((r["split"], r["label"]) for r in records)
-    faults = Counter(fault for r in records for fault in r["faults"])
+    masks = Counter(name for r in records for name in r["masks"])
     rows = []
     for g in GENERATORS.values():
         leak = _size_leak([r for r in records if r["set"] == g.name], out)
@@ -181,7 +181,7 @@ def _card(seed: int, size: int, records: Sequence[Mapping[str, Any]], out: Path)
         full=FULL_SHARE,
         weakest=WEAKEST,
         fault=FAULT_SHARE,
-        faults=", ".join(f"{name} {count}" for name, count in sorted(faults.items())) or "none",
+        masks=", ".join(f"{name} {count}" for name, count in sorted(masks.items())) or "none",
         quality=JPEG_QUALITY,
         png=PNG_SHARE,
         rows="\n".join(rows),

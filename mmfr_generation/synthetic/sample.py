@@ -66,7 +66,7 @@ class Sample:
         suffix: ``.jpg`` or ``.png``.
         data: The file's bytes.
         pixels_HWC: The decoded image, uint8.
-        masks: For each local fault a mask, bool, shape (H, W).
+        masks: For the high-level fault and for a local trace a mask each, bool, shape (H, W).
         truth: What the manifest says of it, paths apart.
     """
 
@@ -116,7 +116,7 @@ def make_sample(key: Key, *, strength: float | None = None) -> Sample:
         **forged,
         "split_role": GENERATORS[key.set].role if key.set else "seen",
         **common,
-        "faults": sorted(masks),
+        "faults": [scene.fault] if scene.fault else [],
         "light": scene.light.name,
         "caption": wording.caption(scene, text_rng),
         "attributes": sentences,
