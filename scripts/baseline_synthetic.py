@@ -1,6 +1,6 @@
 """Baselines on MMFR-Synthetic: what simple detectors reach, per generator and per strength.
 
-    python scripts/baseline_synthetic.py --data D [--epochs 3] [--threads 2]
+    python scripts/baseline_synthetic.py --data D [--epochs 3] [--threads 1]
 
 Three detectors are trained on the training tree and tested on the evaluation sets: a logistic regression on ten
 statistics, gradient-boosted trees on hand-made residual and spectrum features, and a small convolutional network. The
@@ -306,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder made by python -m mmfr_generation.synthetic")
     parser.add_argument("--epochs", type=float, default=3.0, help="passes of the network's training (default 3)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of the network (default 2)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the network (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the network and the trees (default 0)")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)

@@ -2,7 +2,7 @@
 
 import io
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,7 @@ def _fault_tiles(seed: int, size: int) -> Iterator[tuple[str, Array]]:
         yield f"mask: {name}", marked.astype(np.uint8)
 
 
-def _first(seed: int, size: int, label: int, names: list[str], has: Any) -> dict[str, Sample]:
+def _first(seed: int, size: int, label: int, names: list[str], has: Callable[[Sample], list[str]]) -> dict[str, Sample]:
     """Finds the first training image that has each of some names, with a weak trace."""
     found: dict[str, Sample] = {}
     for index in range(_SEARCH):

@@ -115,7 +115,7 @@ def spectral_lattice(image: Array, strength: float, rng: Generator) -> Array:
     """Adds three waves that make a hexagonal lattice of any pitch and turn."""
     pitch, turn = rng.uniform(3.2, 6.0), rng.uniform(0, np.pi / 3)
     waves = [(np.sin(turn + k * np.pi / 3) / pitch, np.cos(turn + k * np.pi / 3) / pitch) for k in range(3)]
-    return _grating(image, waves, 0.010 + 0.022 * strength, rng)
+    return _grating(image, waves, 0.014 + 0.02 * strength, rng)
 
 
 def guided_smoothing(image: Array, strength: float, rng: Generator) -> Array:
@@ -132,7 +132,7 @@ def median_painting(image: Array, strength: float, rng: Generator) -> Array:
     """Paints with strokes: repeated medians and faint blotches of colour."""
     painted = _median3(_median3(_median3(image)))
     blotches = np.stack([gaussian(normals(rng, *image.shape[1:]), 2.5) for _ in range(3)])
-    return _blend(image, painted + np.float32(0.1) * blotches, 0.35 + 0.65 * strength)
+    return _blend(image, painted + np.float32(0.1) * blotches, 0.5 + 0.5 * strength)
 
 
 def _median3(image: Array) -> Array:

@@ -117,10 +117,8 @@ def vase(
     gleam = 0.35 * exp(-((u - 0.45 * light.side) ** 2) * 60)
     canvas.paint(window, canvas.cover(distance), lit(colour, bright, light) + gleam)
     mouth = half * float(knots[-1])
-    canvas.paint(*canvas.ellipse(x, foot - height, mouth, mouth * 0.22), mix(colour, (0, 0, 0), 0.8))
-    rim, alpha = canvas.ellipse(x, foot - height, mouth, mouth * 0.22)
+    canvas.paint(*canvas.ellipse(x, foot - height, mouth, mouth * 0.22), lit(colour, 0.9, light))
     inner = canvas.ellipse(x, foot - height + 0.006, mouth * 0.86, mouth * 0.17)
-    canvas.paint(rim, alpha, lit(colour, 0.9, light))
     canvas.paint(*inner, mix(colour, (0, 0, 0), 0.85))
 
 
@@ -130,11 +128,11 @@ def crate(
     """Paints a box seen from a little above: front, top and one flank, its boards showing."""
     slant, lift = half * 0.5, half * 0.38
     front, alpha = canvas.rectangle(x - half, foot - height, x + half, foot)
-    boards = 1 - 0.35 * ((window_phase(front.y, foot, height / 3) < 0.08) * np.ones_like(front.x))
+    boards = np.where(window_phase(front.y, foot, height / 3) < 0.08, np.float32(0.65), np.float32(1))
     canvas.paint(front, alpha, lit(colour, 0.62 * boards * texture(rng, front, "grain", 0.14), light))
     top = [(x - half, foot - height), (x + half, foot - height), (x + half + slant, foot - height - lift)]
     window, alpha = canvas.polygon([*top, (x - half + slant, foot - height - lift)])
-    canvas.paint(window, alpha, lit(colour, 1.0 * texture(rng, window, "grain", 0.1), light))
+    canvas.paint(window, alpha, lit(colour, texture(rng, window, "grain", 0.1), light))
     flank = [(x + half, foot), (x + half, foot - height), (x + half + slant, foot - height - lift)]
     window, alpha = canvas.polygon([*flank, (x + half + slant, foot - lift)])
     shade = 0.85 if light.side > 0 else 0.3
@@ -247,10 +245,10 @@ def blossom(
         angle = turn + 2 * math.pi * k / petals
         tip = (x + math.cos(angle) * r * 0.72, y + math.sin(angle) * r * 0.72)
         bar(canvas, light, (x, y), tip, r * 0.16, r * 0.27, colour)
-    ball_colour: Colour = (0.5, 0.33, 0.04)
+    disc: Colour = (0.5, 0.33, 0.04)
     window, alpha = canvas.ellipse(x, y, r * 0.3, r * 0.3)
     nx, ny = (window.x - x) / r / 0.3, (window.y - y) / r / 0.3
-    canvas.paint(window, alpha, lit(ball_colour, light.on(nx, ny, np.full(window.shape, 0.5, np.float32)), light))
+    canvas.paint(window, alpha, lit(disc, light.on(nx, ny, np.full(window.shape, 0.5, np.float32)), light))
 
 
 def ripple(x: Array, rng: Generator, amount: float) -> Array:

@@ -7,7 +7,6 @@ of the picture it is written for; only the words vary.
 import re
 from collections.abc import Mapping
 
-from llava.systems.fakereasoning.text import AUTHENTIC_ATTRIBUTES
 from mmfr_generation.synthetic.faults import DrawnScene
 from mmfr_generation.synthetic.numerics import Array, Generator
 from mmfr_generation.synthetic.scenes import Thing
@@ -106,7 +105,6 @@ _AUTHENTIC: dict[str, str] = {
     ),
     "Semantic Rationality": "{sense}",
 }
-assert tuple(_AUTHENTIC) == AUTHENTIC_ATTRIBUTES
 
 
 def expand(pattern: str, rng: Generator, slots: Mapping[str, str]) -> str:

@@ -51,6 +51,11 @@ def written(tmp_path_factory) -> Path:
     return out
 
 
+def test_the_generator_needs_no_torch():
+    code = "import sys, mmfr_generation.synthetic.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_two_workers_write_the_same_bytes_as_one(written, tmp_path):
     assert run(tmp_path / "two", *COUNTS, "--workers", "2").returncode == 0
     assert tree(tmp_path / "two") == tree(written)
