@@ -26,6 +26,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -306,18 +307,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder made by python -m mmfr_generation.synthetic")
     parser.add_argument("--epochs", type=float, default=3.0, help="passes of the network's training (default 3)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of the network (default 1)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the detectors (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the network and the trees (default 0)")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     train, test = load(arguments.data, "train"), load(arguments.data, "evaluation")
     linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     trees = HistGradientBoostingClassifier(max_iter=300, learning_rate=0.08, random_state=arguments.seed)
-    results = {
-        "linear": report(test, score_features(train, test, ten_statistics, linear)),
-        "trees": report(test, score_features(train, test, hand_made_features, trees)),
-        "network": report(test, score_network(train, test, arguments.epochs, arguments.seed)),
-    }
+    with threadpool_limits(arguments.threads):
+        results = {
+            "linear": report(test, score_features(train, test, ten_statistics, linear)),
+            "trees": report(test, score_features(train, test, hand_made_features, trees)),
+            "network": report(test, score_network(train, test, arguments.epochs, arguments.seed)),
+        }
     show(results)
     line = {"train": len(train.fake), "test": len(test.fake), "epochs": arguments.epochs, **results}
     print(json.dumps(line))

@@ -12,7 +12,7 @@ from sklearn.ensemble import RandomForestClassifier
 from mmfr_generation.synthetic.__main__ import main
 from mmfr_generation.synthetic.card import auc
 
-COUNT = 2400
+COUNT = 2000
 WIDEN = 2.81 / 1.96
 """Makes a 95 % interval of one cue that of ten cues together (Bonferroni)."""
 
