@@ -66,9 +66,9 @@ with the same versions of Pillow (JPEG, PNG and its font), numpy and scipy.
 
 ## Generators, and what the size of a file gives away
 
-File type, pixel size, compression tables, names, order and metadata carry nothing. The size of a file does, since a
-trace changes how well a picture compresses: the last column is the chance that a fake's file is larger than a real's of
-its set, with a 95 % interval (0.5: nothing is given away).
+File type, pixel size, tables, names, order, metadata and mean colour carry nothing. The size of a file does,
+since a trace changes how well a picture compresses: the last column is the chance that a fake's file is larger than a
+real's of its set, with a 95 % interval (0.5: nothing is given away).
 
 | generator | mechanism | role | attribute | trace | larger file |
 |---|---|---|---|---|---|
