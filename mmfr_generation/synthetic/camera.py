@@ -109,22 +109,20 @@ def _lens(linear_CHW: Array, camera: Camera) -> Array:
 
 
 def _demosaic(raw: Array, camera: Camera) -> Array:
-    """Fills in the colours that the filter array left out."""
+    """Fills in the colours that the filter array left out; the border is mirrored so that its filters go on."""
+    raw = np.pad(raw, 2, mode="reflect")
     red, green, blue = _filters(camera.phase, *raw.shape)
     padded = pad_edge(raw)
     left, right, up, down = padded[1:-1, :-2], padded[1:-1, 2:], padded[:-2, 1:-1], padded[2:, 1:-1]
-    if not camera.directional:
-        green_full = raw * green + np.float32(0.25) * (left + right + up + down) * (1 - green)
-        return np.stack([_spread(raw * red), green_full, _spread(raw * blue)])
-    along_row = np.abs(left - right) < np.abs(up - down)
-    green_full = raw * green + np.float32(0.5) * np.where(along_row, left + right, up + down) * (1 - green)
-    return np.stack(
-        [
-            green_full + _spread((raw - green_full) * red),
-            green_full,
-            green_full + _spread((raw - green_full) * blue),
-        ]
-    )
+    if camera.directional:
+        along_row = np.abs(left - right) < np.abs(up - down)
+        missing = np.float32(0.5) * np.where(along_row, left + right, up + down)
+        full = raw * green + missing * (1 - green)
+        planes = [full + _spread((raw - full) * red), full, full + _spread((raw - full) * blue)]
+    else:
+        full = raw * green + np.float32(0.25) * (left + right + up + down) * (1 - green)
+        planes = [_spread(raw * red), full, _spread(raw * blue)]
+    return np.stack(planes)[:, 2:-2, 2:-2]
 
 
 def _spread(sparse: Array) -> Array:
