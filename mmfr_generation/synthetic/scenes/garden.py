@@ -68,7 +68,7 @@ def _backdrop(canvas: Canvas, rng: Generator, light: Light, horizon: float) -> N
 def _stem(
     canvas: Canvas, rng: Generator, light: Light, foot: tuple[float, float], head: tuple[float, float], *, gap: bool
 ) -> None:
-    """Paints stem and leaves; with a gap the grass behind shows through the middle of the stem."""
+    """Paints stem and leaves; with a gap the background shows through the middle of the stem."""
     middle = ((foot[0] + head[0]) / 2 + rng.uniform(-0.02, 0.02), (foot[1] + head[1]) / 2)
     behind = canvas.rgb_CHW.copy() if gap else None
     bar(canvas, light, foot, middle, 0.011, 0.01, _STEM)
@@ -87,6 +87,6 @@ KIND = SceneKind(
     {
         "shadow": SHADOW,
         "extra": "one flower has a second head and a second stem",
-        "occlusion": "the grass [covers|hides] the middle of a stem that stands before it",
+        "occlusion": "the background [covers|hides] the middle of a stem that stands before it",
     },
 )

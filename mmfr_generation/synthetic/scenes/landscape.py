@@ -98,6 +98,6 @@ KIND = SceneKind(
     {
         "shadow": SHADOW,
         "extra": "one tree has three trunks",
-        "occlusion": "the far view [covers|hides] a part of a tree that stands before it",
+        "occlusion": "the background [covers|hides] a part of a tree that stands before it",
     },
 )

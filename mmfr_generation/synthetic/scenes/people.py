@@ -88,6 +88,6 @@ KIND = SceneKind(
         "shadow": SHADOW,
         "extra": "one person has three arms",
         "fused": "one person has two heads on one neck",
-        "occlusion": "the ground [covers|hides] the middle of a person who stands before it",
+        "occlusion": "the background [covers|hides] the middle of a person who stands before it",
     },
 )

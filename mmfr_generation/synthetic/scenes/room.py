@@ -92,7 +92,7 @@ def _stool(
     index: int,
     count: int,
 ) -> float:
-    """Paints a round stool and returns its seat's row; faults add legs or let the floor hide their middle."""
+    """Paints a round stool and returns its seat's row; faults add legs or let the background hide their middle."""
     half, tall = rng.uniform(0.08, 0.1), rng.uniform(0.2, 0.25)
     seat = foot - tall
     cast(canvas, light, x, foot, half, tall, reversed_=hits(fault, "shadow", index, count))
@@ -125,6 +125,6 @@ KIND = SceneKind(
         "shadow": SHADOW,
         "extra": "one stool has too many legs",
         "text": "the letters of the poster are [broken|mirrored and joined] and cannot be read",
-        "occlusion": "the wall and the floor [cover|hide] the legs of a stool that stands before them",
+        "occlusion": "the background [covers|hides] the legs of a stool that stands before it",
     },
 )

@@ -22,7 +22,7 @@ from mmfr_generation.synthetic.faults import FAULTS
 from mmfr_generation.synthetic.generators import GENERATORS, SEEN
 from mmfr_generation.synthetic.sample import WEAKEST, Key, Sample, make_sample
 
-PINNED = "be543a78e05fba2e5da370acd173c283aff38dd3c8d6eb5acf65e932719c2d92"
+PINNED = "27f9e3a7343e59c9653c4405f6368bf4d1e9617427b4f86a9611e0ea9ab0b252"
 """Digest over the decoded pixels, masks and truth of 20 images. File bytes are left out, since another zlib packs the
 same pixels otherwise; another JPEG library may still decode to other pixels and so change it."""
 
