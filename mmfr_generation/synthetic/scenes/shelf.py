@@ -38,13 +38,14 @@ def draw(canvas: Canvas, rng: Generator, light: Light, fault: Fault | None) -> F
         reversed_ = hits(fault, "shadow", board, 2)
         cast(canvas, light, stand, floor + 0.008, half, half * 1.6, reversed_=reversed_)
         _wall_shadow(canvas, light, stand, floor, half, reversed_=reversed_)
+        behind = canvas.rgb_CHW.copy()
         colour = vary(rng, PALETTE[ornament_colour])
         if ornament == "vase":
             vase(canvas, rng, light, stand, floor + 0.01, half, half * 2.9, colour)
         else:
             ball(canvas, rng, light, stand, floor + 0.01 - half, half, colour, gloss=0.5)
         if hits(fault, "occlusion", board, 2):
-            _book_over(canvas, rng, light, stand, floor, half, covers[board])
+            canvas.restore(behind, stand - 1.3 * half, floor - 1.4 * half, stand + 1.3 * half, floor - 0.7 * half)
     things = [Thing(2, ornament_colour, ornament)]
     if covers[0] == covers[1]:
         things.insert(0, Thing(sum(groups), covers[0], "book"))
@@ -106,12 +107,6 @@ def _wall_shadow(canvas: Canvas, light: Light, x: float, floor: float, half: flo
     canvas.shade(window, alpha * above, light.ambient + 0.1)
 
 
-def _book_over(canvas: Canvas, rng: Generator, light: Light, x: float, floor: float, half: float, cover: str) -> None:
-    """Lets the shelf's back come forward and cover the middle of an ornament."""
-    window, alpha = canvas.rectangle(x - 1.3 * half, floor - 1.35 * half, x + 1.3 * half, floor - 0.75 * half)
-    canvas.paint(window, alpha, lit(PALETTE[cover], 0.9 + 0 * window.x * window.y, light))
-
-
 KIND = SceneKind(
     "shelf",
     draw,
@@ -119,6 +114,6 @@ KIND = SceneKind(
         "shadow": SHADOW,
         "fused": "one book [has grown|is melted] into the next one",
         "text": "the letters on the books are [broken|mirrored and joined] and cannot be read",
-        "occlusion": "a loose strip [covers|hides] the middle of a thing that stands before it",
+        "occlusion": "the back of the shelf [covers|hides] the middle of a thing that stands before it",
     },
 )
