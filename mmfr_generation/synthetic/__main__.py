@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = Run(arguments.train, arguments.eval, arguments.size, arguments.seed)
     except ValueError as error:
         parser.error(str(error))
+    # Workers inherit this: their small matrix products only lose by more threads.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         write_dataset(run, arguments.out, arguments.workers)
