@@ -1,0 +1,1 @@
+"""A rendered forgery benchmark whose labels, explanations and masks are true by construction."""
