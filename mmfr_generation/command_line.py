@@ -16,7 +16,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Names the default of each option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+        none = action.default is None or action.default is False or action.default == []
+        return action.help if none else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):

@@ -30,6 +30,8 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llava.cli import OptionParser
+
 Array = npt.NDArray[Any]
 STRENGTH_EDGES = (0.2, 0.4, 0.6, 0.8, 1.0)
 
@@ -302,14 +304,19 @@ def show(results: dict[str, dict[str, Any]]) -> None:
         print(f"{row:34}" + "".join(f"{results[name][row]:>12.3f}" for name in names))
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Runs the baselines as the arguments say and returns what the JSON line holds."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = OptionParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder made by python -m mmfr_generation.synthetic")
     parser.add_argument("--epochs", type=float, default=3.0, help="passes of the network's training (default 3)")
     parser.add_argument("--threads", type=int, default=1, help="threads of the detectors (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the network and the trees (default 0)")
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs the baselines as the arguments say and returns what the JSON line holds."""
+    arguments = parse_arguments(argv)
     torch.set_num_threads(arguments.threads)
     train, test = load(arguments.data, "train"), load(arguments.data, "evaluation")
     linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))

@@ -19,7 +19,7 @@ python=${PYTHON:-$(command -v python3.11 || command -v python3)}
 wanted=$(cat pyproject.toml constraints.txt scripts/test.sh | sha256sum)
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
     .venv/bin/python -m pip install --quiet --constraint constraints.txt torch torchvision \
-        --editable ".[annotate,dev,eval,quant,timm]"
+        --editable ".[annotate,dev,eval,quant,synthetic,timm]"
     .venv/bin/python scripts/install_torchvision_shim.py
     echo "$wanted" > .venv/installed
 fi

@@ -24,7 +24,10 @@ def script_commands() -> list[list[str]]:
 def parser_of(words: list[str]) -> tuple[Callable[[list[str]], object], list[str]]:
     """What reads a command's arguments, and the arguments."""
     if words[1] == "-m":
-        return importlib.import_module(words[2]).build_parser().parse_args, words[3:]
+        module = importlib.import_module(words[2])
+        if hasattr(module, "__path__"):
+            module = importlib.import_module(f"{words[2]}.__main__")
+        return module.build_parser().parse_args, words[3:]
     script = ROOT / words[1]
     assert script.is_file()
     module = importlib.import_module(".".join(script.relative_to(ROOT).with_suffix("").parts))

@@ -1,29 +1,25 @@
 """Command line: ``python -m mmfr_generation.synthetic --out D --train N --eval M --size 112 --seed S``."""
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from mmfr_generation.command_line import Parser
 from mmfr_generation.synthetic.sample import MAX_SIZE, MIN_SIZE
 from mmfr_generation.synthetic.writer import DatasetError, Run, write_dataset
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     """A parser that reports a wrong flag in one sentence."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (--help lists the options)\n")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Writes a benchmark as the arguments say.
-
-    Returns:
-        0 when it is complete, 1 when something stopped it, 130 when the user did.
-    """
+def build_parser() -> Parser:
+    """Returns the options of this command."""
     parser = _Parser(
         prog="python -m mmfr_generation.synthetic", description="Writes a rendered benchmark in MMFR's layout."
     )
@@ -32,9 +28,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--eval", type=int, required=True, help="real images, and as many fakes, of each evaluation set"
     )
-    parser.add_argument("--size", type=int, default=112, help=f"side in pixels, {MIN_SIZE} to {MAX_SIZE} (default 112)")
-    parser.add_argument("--seed", type=int, default=0, help="decides every image (default 0)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    parser.add_argument("--size", type=int, default=112, help=f"side in pixels, {MIN_SIZE} to {MAX_SIZE}")
+    parser.add_argument("--seed", type=int, default=0, help="decides every image")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes a benchmark as the arguments say.
+
+    Returns:
+        0 when it is complete, 1 when something stopped it, 130 when the user did.
+    """
+    parser = build_parser()
     arguments = parser.parse_args(argv)
     if arguments.workers < 1:
         parser.error(f"workers must be 1 or more, not {arguments.workers}")
