@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from safetensors.torch import load_file, save_file
 
 from llava import load_pretrained_model
@@ -357,6 +358,19 @@ def test_eager_attention_gives_the_same(bundled, expected):
 def test_a_device_map_is_followed(bundled, expected, device_map):
     _, model, _, _ = bundled.load(device_map=device_map)
     assert torch.equal(logits(bundled, model), expected)
+
+
+def test_a_model_that_is_spread_out_answers_the_same(bundled, expected, tmp_path):
+    """Parts whose weights are fetched for each use stand in for parts on another device."""
+    model = bundled.load()[1]
+    device_map = dict.fromkeys(("vision_tower", "dino_tower", "mm_projector", "fusion", "layers.1"), "disk")
+    device_map |= dict.fromkeys(("embed_tokens", "layers.0", "layers.2", "norm", "rotary_emb"), "cpu")
+    device_map = {f"model.{name}": place for name, place in {**device_map, "dino_mm_projector": "disk"}.items()}
+    spread = dispatch_model(model, {**device_map, "lm_head": "cpu"}, main_device="cpu", offload_dir=tmp_path)
+    assert spread.model.fusion.q_proj.weight.is_meta
+    assert torch.equal(logits(bundled, spread), expected)
+    ids = spread.generate(bundled.prompt_ids, images=bundled.pixels[:1], max_new_tokens=4, do_sample=False)
+    assert ids[0].tolist() == bundled.tensors["generate/ids_0"][0, 1:5].tolist()
 
 
 def test_towers_are_frozen_and_nothing_stays_on_the_meta_device(bundled):

@@ -56,7 +56,7 @@ class RoomyLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps only these rows."""
-        super().batch_select_indices(indices)
+        super().batch_select_indices(indices.to(self.keys.device))
         self._keys = self._values = None
 
 

@@ -152,10 +152,11 @@ class ProbabilityMapper:
         Raises:
             ValueError: The labels are needed but missing.
         """
+        forgery_labels_B = forgery_labels_B.to(logits_BTV.device)
         if self.search == "labels":
             if labels_BT is None:
                 raise ValueError("cpm_search='labels' looks for the verdict in the labels, but no labels were given")
-            spelled_BS = labels_BT[:, 1:]
+            spelled_BS = labels_BT[:, 1:].to(logits_BTV.device)
         else:
             spelled_BS = logits_BTV.argmax(dim=-1)
         positions_B = self.find(spelled_BS, logits_BTV.shape[1])

@@ -5,14 +5,15 @@ Shapes: B images, P patches, D width of the language model, H heads of the fusio
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
-class FusionInput:
+class FusionInput(NamedTuple):
     """What the two branches saw, projected to the language model's width.
+
+    A tuple, so that a model that is spread over several devices moves all parts to the fusion's.
 
     Attributes:
         clip: CLIP patches ``[B, P, D]``, or None where the fusion does not use them.
