@@ -201,7 +201,7 @@ def bench(arguments: argparse.Namespace) -> None:
 
     if min(arguments.batch_sizes) < 1 or arguments.images < 1 or arguments.new_tokens < 2:
         raise ValueError("batch sizes and images must be at least 1, new tokens at least 2")
-    device = torch.device(resolve_device(arguments.device))
+    device = resolve_device(arguments.device)
     wanted = ("bfloat16" if device.type == "cuda" else "float32") if arguments.dtype == "auto" else arguments.dtype
     torch.manual_seed(0)
     start = time.perf_counter()

@@ -77,7 +77,7 @@ def load_pretrained_model(
     checkpoint = open_checkpoint(model_path, model_base)
     checkpoint, config = complete_config(checkpoint, vision_tower, dino_weights)
     tokenizer = load_tokenizer(checkpoint.tokenizer_folder)
-    target = torch.device(resolve_device(device))
+    target = resolve_device(device)
     tensor_dtype = resolve_dtype(dtype, checkpoint, target)
     check_keys(config, checkpoint)
     model = _materialize(
@@ -182,13 +182,24 @@ def _set_generation_defaults(model: LlavaLlamaForCausalLM, folder: Path, tokeniz
     )
 
 
-def resolve_device(device: str | torch.device) -> str | torch.device:
-    """Returns the device for ``auto``: CUDA, else MPS, else CPU."""
-    if device != "auto":
-        return device
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Returns a device; ``auto`` is CUDA, else MPS, else the CPU.
+
+    Raises:
+        ValueError: There is no such device here.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}; it must be auto, cpu, mps, cuda or cuda:<number>") from None
+    missing_cuda = found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()
+    if missing_cuda or (found.type == "mps" and not torch.backends.mps.is_available()):
+        raise ValueError(f"there is no device {device} on this machine; device='auto' takes what there is")
+    return found
 
 
 def resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
@@ -212,7 +223,13 @@ def resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint, device: torc
 
 
 def resolve_attention(attn_implementation: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Returns the attention for ``auto``: flash-attn where it is installed and can run, else SDPA."""
+    """Returns the attention for ``auto``: flash-attn where it is installed and can run, else SDPA.
+
+    Raises:
+        ValueError: flash-attn is asked for but not installed.
+    """
+    if attn_implementation == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):
+        raise ValueError("flash_attention_2 needs flash-attn: pip install 'fakereasoning[flash]' --no-build-isolation")
     if attn_implementation != "auto":
         return attn_implementation
     usable = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)

@@ -251,6 +251,12 @@ def test_an_overlay_lights_the_strongest_place_and_leaves_the_rest():
         (["--dtype", "int8"], "unknown dtype"),
         (["--conv-mode", "chatml"], "unknown conv_mode"),
         (["--load-8bit", "--load-4bit"], "exclude each other"),
+        (["--device", "gpu"], "unknown device 'gpu'"),
+        (["--device", "cuda:99"], "no device cuda:99"),
+        (["--attn-implementation", "flash_attention_2"], "needs flash-attn"),
+        (["--attn-implementation", "fast"], "fast"),
+        (["--device-map", "everywhere"], "everywhere"),
+        (["--vision-tower", "/nowhere"], "no folder /nowhere"),
         (["--model-base", "/nowhere"], "no LoRA folder"),
     ],
 )
