@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import dispatch_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from llava import load_pretrained_model
@@ -326,6 +327,12 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(RuntimeError), written_whole(tmp_path / "model") as partial:
         (partial / "config.json").write_text("{}")
         raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing_behind_and_is_named(tmp_path):
+    with pytest.raises(OSError, match="model could not be written: .*No space"), written_whole(tmp_path / "model"):
+        raise SafetensorError("I/O error: No space left on device")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -207,6 +208,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
     Raises:
         FileExistsError: ``folder`` exists and is not empty.
+        OSError: It cannot be written, for example since the disk is full.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty; name a new folder or remove it first")
@@ -214,15 +216,12 @@ def written_whole(folder: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+    except SafetensorError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{folder} could not be written: {error}") from error
     except BaseException:
-        _remove(partial)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
     if folder.exists():
         folder.rmdir()
     partial.replace(folder)
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
