@@ -331,7 +331,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 
 
 def test_a_full_disk_leaves_nothing_behind_and_is_named(tmp_path):
-    with pytest.raises(OSError, match="model could not be written: .*No space"), written_whole(tmp_path / "model"):
+    with pytest.raises(OSError, match=r"model could not be written: .*No space"), written_whole(tmp_path / "model"):
         raise SafetensorError("I/O error: No space left on device")
     assert list(tmp_path.iterdir()) == []
 
