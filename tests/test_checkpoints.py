@@ -85,8 +85,9 @@ def test_an_incomplete_tower_in_the_checkpoint_is_not_used(tmp_path, monkeypatch
         load_pretrained_model(folder, device="cpu")
 
 
-def test_an_openai_tower_is_opened_without_the_hub(tmp_path):
-    folder = copy_base(tmp_path, mm_vision_tower="openai/clip-vit-large-patch14-336")
+@pytest.mark.parametrize("name", ["openai/clip-vit-large-patch14-336", "/far/away/clip-vit-large-patch14-336"])
+def test_an_openai_tower_is_opened_without_the_hub(tmp_path, name):
+    folder = copy_base(tmp_path, mm_vision_tower=name)
     _, model, processor, _ = load_pretrained_model(folder, device="cpu")
     tower = model.get_vision_tower().vision_tower.config
     assert (tower.image_size, tower.hidden_act, tower.num_attention_heads) == (70, "quick_gelu", 1)

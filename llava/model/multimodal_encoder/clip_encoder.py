@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from llava.model.checkpoint_files import CheckpointError, TensorLike, read_json, read_tensors, resolve_folder
 from llava.model.multimodal_encoder.base import PixelFormat, TowerOutput, TowerSource, VisionTower
 
-_OPENAI_CLIP = re.compile(r"openai/clip-vit-(base|large)-patch\d+(-\d+)?")
+_OPENAI_CLIP = re.compile(r"clip-vit-(base|large)-patch\d+(-\d+)?")
 _OPENAI_HEAD_WIDTH = 64
 _OPENAI_MEAN = [0.48145466, 0.4578275, 0.40821073]
 _OPENAI_STD = [0.26862954, 0.26130258, 0.27577711]
@@ -76,14 +77,17 @@ class CLIPVisionTower(VisionTower):
 
     @classmethod
     def infer(cls, source: str, tensors: Mapping[str, TensorLike]) -> TowerSource | None:
-        """Returns a tower whose weights are at hand and whose hub id says that it is one of OpenAI's.
+        """Returns a tower whose weights are at hand and whose name says that it is one of OpenAI's.
 
-        All of those have heads of width 64 and the quick GELU, which the shapes of ``tensors`` do not tell.
+        All of those have heads of width 64 and the quick GELU, which the shapes of ``tensors`` do not tell. The name
+        is a hub id or a path on the machine where the model was trained; a folder that is here says more by itself.
         """
         position = tensors.get(f"{_STORED_PREFIX}embeddings.position_embedding.weight")
         patch = tensors.get(f"{_STORED_PREFIX}embeddings.patch_embedding.weight")
         inner = tensors.get(f"{_STORED_PREFIX}encoder.layers.0.mlp.fc1.weight")
-        if position is None or patch is None or inner is None or not _OPENAI_CLIP.fullmatch(source):
+        if position is None or patch is None or inner is None or not _OPENAI_CLIP.fullmatch(Path(source).name):
+            return None
+        if Path(source).expanduser().is_dir():
             return None
         layers = {int(n) for name in tensors for n in re.findall(r"encoder\.layers\.(\d+)\.", name)}
         image_size = round((position.shape[0] - 1) ** 0.5) * patch.shape[-1]
