@@ -66,6 +66,7 @@ class VisionTower(nn.Module, ABC):
     """
 
     tower_type: ClassVar[str]
+    vision_tower: Any
 
     def __init__(self, config: Mapping[str, Any], shared: PixelFormat) -> None:
         super().__init__()
@@ -88,14 +89,14 @@ class VisionTower(nn.Module, ABC):
         """
 
     @property
-    @abstractmethod
     def hidden_size(self) -> int:
-        """Width C of the features."""
+        """Width C of the features; by default what a model of transformers in ``vision_tower`` says."""
+        return self.vision_tower.config.hidden_size
 
     @property
-    @abstractmethod
     def num_heads(self) -> int:
-        """Number of attention heads G."""
+        """Number of attention heads G; by default what a model of transformers in ``vision_tower`` says."""
+        return self.vision_tower.config.num_attention_heads
 
     @property
     @abstractmethod

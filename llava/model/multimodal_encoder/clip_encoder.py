@@ -105,16 +105,6 @@ class CLIPVisionTower(VisionTower):
         return TowerSource(config, dict(tensors), "the checkpoint", image_processor_settings(image_size))
 
     @property
-    def hidden_size(self) -> int:
-        """Width of the features."""
-        return self.vision_tower.config.hidden_size
-
-    @property
-    def num_heads(self) -> int:
-        """Number of attention heads."""
-        return self.vision_tower.config.num_attention_heads
-
-    @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
         side = self.vision_tower.config.image_size // self.vision_tower.config.patch_size
