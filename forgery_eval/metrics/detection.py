@@ -189,9 +189,8 @@ def interval(values: Array) -> list[float] | None:
 
 def _weights(judged: Judged, draws: int, rng: np.random.Generator) -> Iterator[Array]:
     """How often each image is drawn, shape (draws, N), some draws at a time."""
-    strata = [
-        np.flatnonzero((judged.strata == stratum) & (judged.labels == label)) for stratum, label in _pairs(judged)
-    ]
+    pairs = sorted(set(zip(judged.strata.tolist(), judged.labels.tolist(), strict=True)))
+    strata = [np.flatnonzero((judged.strata == stratum) & (judged.labels == label)) for stratum, label in pairs]
     step = max(1, _CELLS // max(1, len(judged.labels)))
     for start in range(0, draws, step):
         count = min(step, draws - start)
