@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
+from forgery_eval.files import write_whole
+
 SHARE = 5
 """One id of so many is for fitting."""
 _NEAREST = 1e-7
@@ -29,9 +31,7 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         """Writes it, atomically."""
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Calibration":
