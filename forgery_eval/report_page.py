@@ -55,11 +55,12 @@ _REASONING = {
 }
 _PAPER = ("r_acc", "f_acc", "acc", "bleu1", "rougel", "css", "pre_failure")
 _STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;color:#1c2430;max-width:1180px;margin:2rem auto;padding:0 1rem}
+body{font:15px/1.45 system-ui,sans-serif;color:#1c2430;max-width:1400px;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem;border-bottom:1px solid #d5dbe3;padding-bottom:.2rem}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13px}
 th,td{padding:.25rem .55rem;text-align:right;border-bottom:1px solid #e7ebf0;vertical-align:top}
-th:first-child,td:first-child{text-align:left}thead th{vertical-align:bottom;background:#f4f6f9}
+th:first-child,td:first-child{text-align:left;white-space:nowrap}
+.words th,.words td{text-align:left;white-space:normal}thead th{vertical-align:bottom;background:#f4f6f9}
 small{color:#667385;display:block;white-space:nowrap}.note{color:#4b5768}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(340px,1fr));gap:1rem}
 .charts svg{width:100%;height:auto}
@@ -90,7 +91,7 @@ def report_page(metrics: Mapping[str, Any], rows: Sequence[Scored]) -> str:
         "<h2>Detection</h2>",
         '<p class="note">With 95 % bootstrap intervals, drawn anew within each set and class. Below an accuracy stands '
         "the published one of a set of that name. A dash is undefined; its reason is shown on pointing at it.</p>",
-        _figures_table(_named(detection), _DETECTION, PUBLISHED_ACCURACY | {"macro": PUBLISHED_MEAN["accuracy"]}),
+        _figures_table(_named(detection), _DETECTION, _published(detection["sets"])),
     ]
     for name, values in detection["groups"].items():
         parts += [f"<h2>By {_said(name)}</h2>", _figures_table(values, _DETECTION, {})]
@@ -136,6 +137,12 @@ def _calibration(found: Mapping[str, Any] | None) -> str:
         f"Scores are calibrated: temperature {found['temperature']:.4g}, bias {found['bias']:.4g}, fitted {where}. "
         f"Before, over all reported images: {figures}."
     )
+
+
+def _published(sets: Iterable[str]) -> dict[str, float]:
+    """The published accuracies; their mean is comparable only where all published sets are there."""
+    comparable = {"macro": PUBLISHED_MEAN["accuracy"]} if set(sets) == set(PUBLISHED_ACCURACY) else {}
+    return PUBLISHED_ACCURACY | comparable
 
 
 def _named(detection: Mapping[str, Any]) -> dict[str, Any]:
@@ -312,4 +319,5 @@ def _failures(found: Sequence[Mapping[str, str]]) -> str:
         return "<p>None.</p>"
     most = 200
     more = f"<p>… and {len(found) - most} more; all are in metrics.json.</p>" if len(found) > most else ""
-    return _table(["image", "reason"], ([_said(f["id"]), _said(f["reason"])] for f in found[:most])) + more
+    rows = ([_said(failure["id"]), _said(failure["reason"])] for failure in found[:most])
+    return f'<div class="words">{_table(["image", "reason"], rows)}</div>{more}'

@@ -22,9 +22,14 @@ class TextSimilarity:
         import torch
         from transformers import AutoTokenizer, CLIPTextModelWithProjection
 
+        class TextTower(CLIPTextModelWithProjection):
+            """The text half of a CLIP model; the other half is left in its file without a word."""
+
+            _keys_to_ignore_on_load_unexpected = (r"vision_model\.", r"visual_projection\.", "logit_scale")
+
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._tokenizer = AutoTokenizer.from_pretrained(path)
-        self._tower = CLIPTextModelWithProjection.from_pretrained(path).to(self._device).eval()
+        self._tower = TextTower.from_pretrained(path).to(self._device).eval()
         self._longest = self._tower.config.max_position_embeddings
 
     def cut(self, texts: Sequence[str], references: Sequence[str]) -> list[float]:
