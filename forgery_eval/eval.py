@@ -14,9 +14,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
+from importlib import import_module
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -85,19 +87,40 @@ def _positive(text: str) -> int:
 
 def main(arguments: argparse.Namespace) -> int:
     """Evaluates as the arguments say; returns how many pictures could not be judged."""
+    results = _results()
+    # Opened first, so that what is wrong with them is said before hours of judging.
+    calibration = results.Calibration.load(arguments.calibration) if arguments.calibration else None
+    similarity = results.open_similarity(arguments.clip_path) if arguments.clip_path else None
     if arguments.rescore:
         samples, predictions, about = _rescored(arguments)
     else:
         samples = open_benchmark(arguments.dataset_path, sets=arguments.sets, max_sample=arguments.max_sample)
         predictions, about = judge(samples, arguments)
-    from forgery_eval.results import write_results
-
-    write_results(samples, predictions, about, arguments)
+    about = {"data": arguments.dataset_path.resolve().name, **about}
+    results.write_results(
+        arguments.result_folder,
+        samples,
+        predictions,
+        about,
+        similarity=similarity,
+        calibration=calibration,
+        fit_calibration=arguments.calibrate,
+        paper=arguments.paper_protocol,
+    )
     print(f"written: {arguments.result_folder / 'metrics.json'} and {arguments.result_folder / 'report.html'}")
     failed = sum(1 for prediction in predictions if prediction.error)
     if failed:
         print(f"{failed} pictures could not be judged; metrics.json names them", file=sys.stderr)
     return failed
+
+
+def _results() -> ModuleType:
+    try:
+        return import_module("forgery_eval.results")
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{error.name} is not installed; it comes with: pip install 'fakereasoning[eval]'"
+        ) from None
 
 
 def _rescored(arguments: argparse.Namespace) -> tuple[list[Sample], list[Prediction], dict[str, Any]]:

@@ -1,11 +1,11 @@
 """Writes what an evaluation found: metrics.json, metrics.csv, report.html; metric.txt under the paper's protocol."""
 
-import argparse
 import csv
 import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,29 +24,50 @@ PROTOCOLS = {
 }
 
 
+def open_similarity(clip_path: str) -> Similarity:
+    """Loads CLIP's text tower.
+
+    Raises:
+        ValueError: There is no such model.
+    """
+    from forgery_eval.metrics.similarity import TextSimilarity
+
+    try:
+        clip = TextSimilarity(clip_path)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{clip_path} cannot be opened as a CLIP model: {reason}") from None
+    return Similarity(clip.cut, clip.chunked)
+
+
 def write_results(
+    folder: Path,
     samples: Sequence[Sample],
     predictions: Sequence[Prediction],
     about: dict[str, Any],
-    arguments: argparse.Namespace,
+    *,
+    similarity: Similarity | None = None,
+    calibration: Calibration | None = None,
+    fit_calibration: bool = False,
+    paper: bool = False,
 ) -> None:
     """Computes every figure and writes the files.
 
     Args:
+        folder: Where they go.
         samples: The samples.
         predictions: One for each.
-        about: What was run.
-        arguments: Of the command: ``result_folder``, ``dataset_path``, ``clip_path``, ``calibrate``, ``calibration``,
-            ``paper_protocol``.
+        about: What was run on which data; stands in ``metrics.json``.
+        similarity: Compares texts by CLIP.
+        calibration: Applied to the scores.
+        fit_calibration: Fit the calibration on the ids of its split, save it, and report on the rest.
+        paper: Also compute the authors' figures.
 
     Raises:
         ValueError: The scores cannot be calibrated.
     """
-    folder = arguments.result_folder
-    similarity = _similarity(arguments.clip_path)
     reported = list(zip(samples, predictions, strict=True))
-    calibration = Calibration.load(arguments.calibration) if arguments.calibration else None
-    if arguments.calibrate:
+    if fit_calibration:
         calibration = _fit(reported)
         calibration.save(folder / "calibration.json")
         reported = [(sample, prediction) for sample, prediction in reported if not is_for_fitting(sample.id)]
@@ -54,16 +75,11 @@ def write_results(
             raise ValueError("every id falls in the calibration split, so there is nothing to report on")
     kept, said = [sample for sample, _ in reported], [prediction for _, prediction in reported]
     rows = score(kept, said, similarity=similarity, calibration=calibration)
-    metrics: dict[str, Any] = {
-        "protocol": PROTOCOLS[arguments.paper_protocol],
-        "data": arguments.dataset_path.resolve().name,
-        **about,
-        "calibration": None,
-    }
+    metrics: dict[str, Any] = {"protocol": PROTOCOLS[paper], **about, "calibration": None}
     if calibration:
         before = all_figures(score(kept, said))["detection"][ALL]
-        metrics["calibration"] = {**asdict(calibration), "fitted_here": arguments.calibrate, "before": before}
-    if arguments.paper_protocol:
+        metrics["calibration"] = {**asdict(calibration), "fitted_here": fit_calibration, "before": before}
+    if paper:
         metrics["paper"] = paper_figures(kept, said, similarity)
         lines = (paper_protocol.metric_line(name, values) for name, values in metrics["paper"].items())
         write_whole(folder / "metric.txt", "".join(lines))
@@ -71,15 +87,6 @@ def write_results(
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     write_whole(folder / "metrics.csv", _csv(metrics))
     write_whole(folder / "report.html", report_page(metrics, rows))
-
-
-def _similarity(clip_path: str | None) -> Similarity | None:
-    if clip_path is None:
-        return None
-    from forgery_eval.metrics.similarity import TextSimilarity
-
-    clip = TextSimilarity(clip_path)
-    return Similarity(clip.cut, clip.chunked)
 
 
 def _fit(reported: Sequence[tuple[Sample, Prediction]]) -> Calibration:

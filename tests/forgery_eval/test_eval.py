@@ -327,6 +327,8 @@ def test_wrong_flags_end_with_the_usage(trained, sets, tmp_path, more):
     [
         (["--sets", "nowhere"], "no set nowhere; it has flux, other"),
         (["--samples", "2"], "need a temperature"),
+        (["--clip_path", "/nowhere"], "/nowhere cannot be opened as a CLIP model"),
+        (["--calibration", "/nowhere.json"], "/nowhere.json"),
         (["--rescore"], "must hold the predictions of one run"),
         (["--rescore", "/nowhere.jsonl"], "no file /nowhere.jsonl"),
         (["--model-path", "/nowhere"], "no folder /nowhere"),
@@ -337,6 +339,12 @@ def test_wrong_settings_are_one_clear_line(trained, sets, tmp_path, capsys, more
     assert run(arguments(trained, sets, tmp_path / "r", *more)) == 1
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and message in error[0]
+
+
+def test_what_is_not_installed_is_named(trained, sets, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "forgery_eval.results", None)
+    assert run(arguments(trained, sets, tmp_path / "r")) == 1
+    assert "pip install 'fakereasoning[eval]'" in capsys.readouterr().err
 
 
 def test_help_and_rescore_need_no_torch(sets, tmp_path):
