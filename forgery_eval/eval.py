@@ -118,9 +118,7 @@ def _results() -> ModuleType:
     try:
         return import_module("forgery_eval.results")
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{error.name} is not installed; it comes with: pip install 'fakereasoning[eval]'"
-        ) from None
+        raise ValueError(f"{error.name} is not installed; it comes with: pip install 'fakereasoning[eval]'") from None
 
 
 def _rescored(arguments: argparse.Namespace) -> tuple[list[Sample], list[Prediction], dict[str, Any]]:
