@@ -207,6 +207,7 @@ def _confusion(figures: Mapping[str, Any]) -> str:
     rows = [
         [f"{label}, by {source}", *(str(count) for count in figures[f"confusion_{source}"][label].values())]
         for source in ("text", "score")
+        if figures[f"confusion_{source}"]
         for label in LABELS
     ]
     return _table(["images that are …", "called real", "called fake", "neither"], rows)

@@ -1,7 +1,7 @@
 """From samples and predictions to every figure of a report. Imports no torch unless texts are compared by CLIP."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from llava.systems.fakereasoning.text import LABELS
 
 Compare = Callable[[Sequence[str], Sequence[str]], list[float]]
 ALL = "all"
+ONLY_SCORES = "only scores were asked for"
 NO_CLIP = "no CLIP model was given (--clip_path)"
 
 
@@ -66,7 +67,8 @@ def score(
     """Joins samples, predictions and the figures of their texts."""
     scores = np.array([np.nan if p.fake_probability is None else p.fake_probability for p in predictions], float)
     scores = calibration(scores) if calibration else scores
-    known = [place for place, sample in enumerate(samples) if sample.reference]
+    silent = only_scores(predictions)
+    known = [place for place, sample in enumerate(samples) if sample.reference and not silent]
     said = [predictions[place].stages.get("REASONING", "") for place in known]
     wanted = [samples[place].reference or "" for place in known]
     texts: dict[int, dict[str, float]] = {
@@ -82,6 +84,12 @@ def score(
     ]
 
 
+def only_scores(predictions: Sequence[Prediction]) -> bool:
+    """Whether no answer was asked for: there are scores, but no text and no verdict of one."""
+    answered = any(p.text or (p.verdict and p.score_source != "prompt") for p in predictions)
+    return not answered and any(p.fake_probability is not None for p in predictions)
+
+
 def judged(rows: Sequence[Scored]) -> detection.Judged:
     """Returns the rows as arrays."""
     sets = {name: number for number, name in enumerate(dict.fromkeys(row.sample.set for row in rows))}
@@ -94,7 +102,7 @@ def judged(rows: Sequence[Scored]) -> detection.Judged:
 
 
 def _class_number(verdict: str | None) -> int:
-    return detection.NO_ANSWER if verdict is None else list(map(str, LABELS)).index(verdict)
+    return detection.NO_ANSWER if verdict is None else LABELS.index(verdict)
 
 
 def all_figures(rows: Sequence[Scored], *, draws: int = detection.DRAWS, seed: int = 0) -> dict[str, Any]:
@@ -105,17 +113,22 @@ def all_figures(rows: Sequence[Scored], *, draws: int = detection.DRAWS, seed: i
         draws: Number of bootstrap draws.
         seed: Of the draws.
     """
+    silent = only_scores([row.prediction for row in rows])
     sets = {name: [row for row in rows if row.sample.set == name] for name in dict.fromkeys(r.sample.set for r in rows)}
-    drawn = {name: _detection(f"set {name}", part, draws, seed) for name, part in sets.items()}
+
+    def figures_of(name: str, part: Sequence[Scored]) -> tuple[dict[str, Any], dict[str, detection.Array]]:
+        return _detection(name, part, draws, seed, silent=silent)
+
+    drawn = {name: figures_of(f"set {name}", part) for name, part in sets.items()}
     means, intervals = detection.macro([(found["figures"], values) for found, values in drawn.values()])
     undefined = {name: "it is defined in no set" for name, value in means.items() if value is None}
     return {
         "detection": {
             "sets": {name: found for name, (found, _) in drawn.items()},
             "macro": {"figures": means, "intervals": intervals, "undefined": undefined},
-            ALL: _detection(ALL, rows, draws, seed)[0],
+            ALL: figures_of(ALL, rows)[0],
             "groups": {
-                name: {value: _detection(f"{name} {value}", part, draws, seed)[0] for value, part in values.items()}
+                name: {value: figures_of(f"{name} {value}", part)[0] for value, part in values.items()}
                 for name, values in _groups(rows).items()
             },
         },
@@ -126,7 +139,7 @@ def all_figures(rows: Sequence[Scored], *, draws: int = detection.DRAWS, seed: i
         "failures": [
             {"id": row.sample.id, "reason": row.prediction.error or "the answer gives no verdict"}
             for row in rows
-            if row.prediction.verdict is None
+            if (np.isnan(row.score) if silent else row.prediction.verdict is None)
         ],
     }
 
@@ -140,10 +153,17 @@ def _groups(rows: Sequence[Scored]) -> dict[str, dict[str, list[Scored]]]:
 
 
 def _detection(
-    name: str, rows: Sequence[Scored], draws: int, seed: int
+    name: str, rows: Sequence[Scored], draws: int, seed: int, *, silent: bool
 ) -> tuple[dict[str, Any], dict[str, detection.Array]]:
     arrays = judged(rows)
+    if silent:
+        # What has a score did not fail; the figures of the text are taken out again below.
+        arrays = replace(arrays, verdicts=arrays.by_score)
     figures, undefined = detection.detection_figures(arrays)
+    if silent:
+        textual = [key for key in figures if key.startswith("text_") or key in ("disagreement", "confusion_text")]
+        figures |= dict.fromkeys(textual)
+        undefined |= dict.fromkeys(textual, ONLY_SCORES)
     values = detection.bootstrap(arrays, name, draws=draws, seed=seed)
     intervals = {key: None if figures[key] is None else detection.interval(drawn) for key, drawn in values.items()}
     return {"figures": figures, "intervals": intervals, "undefined": undefined}, values
@@ -166,16 +186,17 @@ def _texts(rows: Sequence[Scored], draws: int, seed: int) -> dict[str, Any]:
         found = mean_with_interval(values, draws, seed) if values else {"mean": None, "interval": None}
         figures[name], intervals[name] = found["mean"], found["interval"]
         if not values:
-            undefined[name] = NO_CLIP if with_reference else "no image has a reference text"
+            undefined[name] = NO_CLIP if with_reference else "no image has both an answer and a reference text"
+    silent = only_scores([row.prediction for row in rows])
     known = [
         (list(row.prediction.attributes) if row.prediction.verdict else [], row.sample.attributes)
         for row in rows
-        if row.sample.attributes is not None
+        if row.sample.attributes is not None and not silent
     ]
     for name, value in attribute_figures(known).items():
         figures[name] = value
         if value is None:
-            undefined[name] = "no attribute is named" if known else "no image has known attributes"
+            undefined[name] = "no attribute is named" if known else "no image has both an answer and known attributes"
     return {"figures": figures, "intervals": intervals, "undefined": undefined}
 
 

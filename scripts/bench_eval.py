@@ -1,8 +1,9 @@
 """Measures evaluation of a random model against one-at-a-time loops; the last line printed is one JSON object.
 
 Three ways over the same images, with equal answers asserted: evaluation at its defaults (judging in batches, run store,
-CLIP's text tower once and batched), a loop that judges one image at a time and keeps CLIP, and the same loop loading CLIP for
-each pair of texts, as the authors do. The loops compute the text figures and CSS alone. Run from the repository's root:
+CLIP's text tower once and batched), a loop that judges one image at a time and keeps CLIP, and the same loop loading
+CLIP for each pair of texts, as the authors do. The loops compute the text figures and CSS alone. Run from the
+repository's root:
 
     python -m scripts.bench_eval --size mid
 """

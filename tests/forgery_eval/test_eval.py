@@ -229,6 +229,24 @@ def test_a_torn_last_line_of_predictions_is_left_out(tmp_path):
     assert list(read_run(tmp_path / "p.jsonl")[1]) == ["a"]
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["our answers", "foreign ones"])
+def test_scores_alone_have_no_figures_of_texts(trained, sets, tmp_path, own):
+    results, samples = tmp_path / "r", open_benchmark(sets)
+    if own:
+        assert run(arguments(trained, sets, results, "--score-only")) == 0
+    else:
+        said = [{"id": s.id, "fake_probability": 0.2 + 0.5 * s.label} for s in samples]
+        (tmp_path / "p.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in said))
+        given = ["--dataset_path", sets, "--result_folder", results, "--rescore", tmp_path / "p.jsonl"]
+        assert run([*map(str, given)]) == 0
+    metrics = metrics_of(results)
+    found = metrics["detection"]["all"]
+    assert found["figures"]["text_accuracy"] is None and found["figures"]["confusion_text"] is None
+    assert found["undefined"]["text_accuracy"] == found["undefined"]["disagreement"] == "only scores were asked for"
+    assert found["figures"]["failure_rate"] == 0 and found["intervals"]["score_accuracy"]
+    assert metrics["failures"] == [] and metrics["reasoning"]["all"]["all"]["figures"]["bleu_1"] is None
+
+
 def test_the_papers_protocol(trained, sets, tmp_path):
     results = tmp_path / "r"
     parsed = parse_arguments(arguments(trained, sets, results, "--paper_protocol"))
