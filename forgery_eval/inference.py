@@ -8,7 +8,6 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +15,18 @@ from tqdm import tqdm
 
 from forgery_eval.answers_file import AnswersFile, model_fingerprint
 from forgery_eval.image_files import list_images
+from forgery_eval.model_options import (
+    add_answer_options,
+    add_batch_size,
+    add_model_options,
+    analyze_options,
+    loading_options,
+    open_detector,
+)
 from forgery_eval.overlay import draw_overlay
 from llava.cli import OptionParser, run_or_explain
 from llava.systems.base import AnalyzeOptions
-from llava.systems.fakereasoning.text import FORCED_SUMMARY, STAGES
+from llava.systems.fakereasoning.text import STAGES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,17 +34,6 @@ if TYPE_CHECKING:
     from llava import ForgeryDetector, ForgeryReport
 
 SOME_FAILED = 3
-_MODEL_OPTIONS = (
-    "model_base",
-    "device",
-    "dtype",
-    "device_map",
-    "load_8bit",
-    "load_4bit",
-    "attn_implementation",
-    "vision_tower",
-    "dino_weights",
-)
 _SOURCES = {
     "verdict": "before the verdict word of the model's own answer",
     "forced": "after the missing verdict was opened for the model",
@@ -53,74 +49,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     images.add_argument("--img_path", required=True, type=Path, help="picture, folder (with subfolders) or .txt list")
     images.add_argument("--json", type=Path, metavar="OUT.jsonl", help="write one line a picture; run again to go on")
     images.add_argument("--attention-map", type=Path, metavar="FOLDER", help="draw where the model looked")
-    images.add_argument(
-        "--batch-size",
-        type=_batch_size,
-        default="auto",
-        help="pictures at a time (default auto: what fits and is fast)",
-    )
-
-    model = parser.add_argument_group("model")
-    model.add_argument("--model-path", help="folder or hub id of a checkpoint")
-    model.add_argument("--model-base", help="base of a LoRA folder, where the folder does not name it")
-    model.add_argument("--vision-tower", help="CLIP tower: folder or hub id, where the checkpoint does not hold it")
-    model.add_argument("--dino-weights", help="DINOv2 .pth or folder, where the checkpoint does not hold it")
-    model.add_argument("--device", default="auto", help="auto (default), cuda, cuda:1, mps, cpu")
-    model.add_argument("--dtype", default="auto", help="auto (default), float32, bfloat16, float16")
-    model.add_argument("--device-map", help="auto: spread the model over all GPUs")
-    model.add_argument("--load-8bit", action="store_true", help="language model in 8 bits (bitsandbytes)")
-    model.add_argument("--load-4bit", action="store_true", help="language model in 4 bits (bitsandbytes)")
-    model.add_argument("--attn-implementation", default="auto", help="auto (default), sdpa, eager, flash_attention_2")
-
-    answer = parser.add_argument_group("answer")
-    answer.add_argument("--question", help="ask this in the place of the published question")
-    answer.add_argument("--conv-mode", help="prompt template (default: the model's; published: llava_v1)")
-    answer.add_argument("--force-summary", action="store_true", help="give the constant SUMMARY, so it is not decoded")
-    answer.add_argument("--score-only", action="store_true", help="only P(fake), from one forward, without an answer")
-    answer.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy; the authors' is 0.2")
-    answer.add_argument("--top_p", type=float, help="sample from the likeliest words of this probability")
-    answer.add_argument("--num_beams", type=int, default=1, help="beam search if above 1")
-    answer.add_argument("--max_new_tokens", type=int, default=512, help="longest answer (default: 512)")
-    answer.add_argument("--samples", type=int, default=1, help="answers a picture; P(fake) is their mean")
-    answer.add_argument("--seed", type=int, default=0, help="of sampling")
-    answer.add_argument("--tolerant", action="store_true", help="also read verdicts that are not in the strict format")
+    add_batch_size(images)
+    add_model_options(parser)
+    add_answer_options(parser)
     return parser.parse_args(arguments)
-
-
-def _batch_size(text: str) -> int | str:
-    if text != "auto" and not (text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"must be auto or a number above 0, not {text!r}")
-    return text if text == "auto" else int(text)
-
-
-def analyze_options(arguments: argparse.Namespace) -> AnalyzeOptions:
-    """Returns how pictures are to be judged.
-
-    Raises:
-        ValueError: Options exclude each other or are out of range.
-    """
-    names = {field.name for field in fields(AnalyzeOptions)}
-    given = {name: value for name, value in vars(arguments).items() if name in names}
-    prefix = FORCED_SUMMARY if arguments.force_summary else ""
-    return AnalyzeOptions(assistant_prefix=prefix, attention=arguments.attention_map is not None, **given)
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Judges the pictures as the arguments say; returns how many could not be judged."""
-    options = analyze_options(arguments)
+    options = analyze_options(arguments, attention=arguments.attention_map is not None)
     total = sum(1 for _ in list_images(arguments.img_path))
-    model_options = {name: getattr(arguments, name) for name in _MODEL_OPTIONS}
     if arguments.json is None:
-        return _judge(_open(arguments, model_options), arguments, options, None, total)
-    settings = {"model": model_fingerprint(arguments.model_path), **model_options, **vars(options)}
+        return _judge(open_detector(arguments), arguments, options, None, total)
+    settings = {"model": model_fingerprint(arguments.model_path), **loading_options(arguments), **vars(options)}
     with closing(AnswersFile(arguments.json, settings)) as answers:
-        return _judge(_open(arguments, model_options), arguments, options, answers, total)
-
-
-def _open(arguments: argparse.Namespace, model_options: dict[str, Any]) -> "ForgeryDetector":
-    from llava import ForgeryDetector
-
-    return ForgeryDetector.from_pretrained(arguments.model_path, **model_options)
+        return _judge(open_detector(arguments), arguments, options, answers, total)
 
 
 def _judge(

@@ -66,6 +66,16 @@ def test_flags_named_in_the_text_exist():
         parse_arguments([*required, flag, *([values[flag]] if flag in values else [])])
 
 
+def test_flags_of_evaluation_named_in_the_text_exist():
+    from forgery_eval.eval import parse_arguments
+
+    section = TEXT.split("## Evaluate")[1].split("\n## ")[0]
+    values = {"--calibration": "c.json", "--clip_path": "c"}
+    required = ["--dataset_path", "d", "--result_folder", "r"]
+    for flag in sorted(set(re.findall(r"`(--[\w-]+)", section)) - {"--dataset_path"}):
+        parse_arguments([*required, flag, *([values[flag]] if flag in values else [])])
+
+
 def test_the_tree_names_what_there_is():
     tree = next(block for kind, block in BLOCKS if kind == "" and "llava/" in block)
     folder: list[str] = []

@@ -100,6 +100,10 @@ class System(Protocol):
         """A batch that fits and is fast on this device."""
         ...
 
+    def prompt(self, options: AnalyzeOptions) -> str:
+        """What the model is asked, up to where its answer begins."""
+        ...
+
     def analyze_batch(self, prepared: Sequence[Any], options: AnalyzeOptions) -> "list[ForgeryReport]":
         """Judges a batch; one report an image, in order."""
         ...

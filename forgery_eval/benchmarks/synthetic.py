@@ -1,0 +1,45 @@
+"""MMFR-Synthetic: the MMFR layout with a ``manifest.jsonl`` that knows how each image was made."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from forgery_eval.benchmarks import mmfr
+from forgery_eval.benchmarks.base import Sample
+
+MANIFEST = "manifest.jsonl"
+_FIELDS = ("generator", "split_role")
+_STRENGTHS = ((0.5, "below 0.5"), (1.0, "0.5 to 1"))
+
+
+def opens(path: Path) -> bool:
+    """Whether it is an MMFR tree with a manifest."""
+    return (path / MANIFEST).is_file() and mmfr.opens(path)
+
+
+def read(path: Path) -> Iterator[Sample]:
+    """Yields the samples of the MMFR tree, with their generator, role and strength as groups.
+
+    Raises:
+        ValueError: The manifest or a reasoning file cannot be read.
+    """
+    entries = dict(_entries(path / MANIFEST))
+    for sample in mmfr.read(path):
+        entry = entries.get(sample.id, {})
+        groups = {name: str(entry[name]) for name in _FIELDS if entry.get(name) is not None}
+        strength = entry.get("strength")
+        if isinstance(strength, int | float):
+            groups["strength"] = next((name for end, name in _STRENGTHS if strength < end), "1")
+        yield replace(sample, groups=groups)
+
+
+def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                entry = json.loads(line)
+                yield str(entry["image"]).removeprefix("evaluation_sets/"), entry
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{file}, line {number}: this is no line of a manifest") from None

@@ -1,0 +1,81 @@
+"""Temperature and bias that make P(fake) a probability: fitted on some ids, reported on the others."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+
+from forgery_eval.files import write_whole
+
+SHARE = 5
+"""One id of so many is for fitting."""
+_NEAREST = 1e-7
+"""Distance that a probability keeps from 0 and 1, so that its logit is finite."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibrated P(fake) = sigmoid(logit(P) / temperature + bias)."""
+
+    temperature: float
+    bias: float
+
+    def __call__(self, scores: np.ndarray) -> np.ndarray:
+        """Returns the calibrated probabilities; NaN stays NaN."""
+        calibrated: np.ndarray = 1 / (1 + np.exp(-(_logits(scores) / self.temperature + self.bias)))
+        return calibrated
+
+    def save(self, path: Path) -> None:
+        """Writes it, atomically."""
+        write_whole(path, json.dumps(asdict(self)) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "Calibration":
+        """Reads what ``save`` wrote.
+
+        Raises:
+            ValueError: The file holds something else.
+        """
+        try:
+            read = json.loads(path.read_text(encoding="utf-8"))
+            found = cls(float(read["temperature"]), float(read["bias"]))
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path} holds no calibration") from None
+        if not (np.isfinite([found.temperature, found.bias]).all() and found.temperature > 0):
+            raise ValueError(f"{path}: the temperature must be above 0 and the bias finite")
+        return found
+
+
+def is_for_fitting(sample_id: str) -> bool:
+    """Whether an id falls in the calibration split; that depends on nothing else."""
+    return int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:8], "big") % SHARE == 0
+
+
+def fit(scores: Sequence[float], labels: Sequence[int]) -> Calibration:
+    """Fits temperature and bias by maximum likelihood; a weak prior keeps them finite where classes do not overlap.
+
+    Raises:
+        ValueError: There are no images of both classes, or higher scores do not mean fake.
+    """
+    values, truth = np.asarray(scores, dtype=float), np.asarray(labels, dtype=int)
+    known = ~np.isnan(values)
+    values, truth = values[known], truth[known]
+    if len(set(truth.tolist())) < 2:
+        raise ValueError(
+            f"the calibration split has {len(values)} scored images and not both classes: calibrate on more images"
+        )
+    model = LogisticRegression(C=1000.0).fit(_logits(values)[:, None], truth)
+    slope, bias = float(model.coef_[0, 0]), float(model.intercept_[0])
+    if slope <= 0:
+        raise ValueError("on the calibration split a higher score does not mean fake, so no temperature fits")
+    return Calibration(1 / slope, bias)
+
+
+def _logits(scores: np.ndarray) -> np.ndarray:
+    clipped = np.clip(scores, _NEAREST, 1 - _NEAREST)
+    logits: np.ndarray = np.log(clipped) - np.log1p(-clipped)
+    return logits

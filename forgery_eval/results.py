@@ -1,0 +1,121 @@
+"""Writes what an evaluation found: metrics.json, metrics.csv, report.html; metric.txt under the paper's protocol."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from forgery_eval import paper_protocol
+from forgery_eval.benchmarks import Sample
+from forgery_eval.calibration import Calibration, fit, is_for_fitting
+from forgery_eval.files import write_whole
+from forgery_eval.predictions import Prediction
+from forgery_eval.report_page import report_page
+from forgery_eval.scoring import ALL, Similarity, all_figures, paper_figures, score
+
+PROTOCOLS = {
+    False: "default: every answer counts, one without a verdict is wrong",
+    True: "paper: as the authors evaluate; answers that they cannot read are dropped from every figure",
+}
+
+
+def open_similarity(clip_path: str) -> Similarity:
+    """Loads CLIP's text tower.
+
+    Raises:
+        ValueError: There is no such model.
+    """
+    from forgery_eval.metrics.similarity import TextSimilarity
+
+    try:
+        clip = TextSimilarity(clip_path)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{clip_path} cannot be opened as a CLIP model: {reason}") from None
+    return Similarity(clip.cut, clip.chunked)
+
+
+def write_results(
+    folder: Path,
+    samples: Sequence[Sample],
+    predictions: Sequence[Prediction],
+    about: dict[str, Any],
+    *,
+    similarity: Similarity | None = None,
+    calibration: Calibration | None = None,
+    fit_calibration: bool = False,
+    paper: bool = False,
+) -> None:
+    """Computes every figure and writes the files.
+
+    Args:
+        folder: Where they go.
+        samples: The samples.
+        predictions: One for each.
+        about: What was run on which data; stands in ``metrics.json``.
+        similarity: Compares texts by CLIP.
+        calibration: Applied to the scores.
+        fit_calibration: Fit the calibration on the ids of its split, save it, and report on the rest.
+        paper: Also compute the authors' figures.
+
+    Raises:
+        ValueError: The scores cannot be calibrated.
+    """
+    reported = list(zip(samples, predictions, strict=True))
+    if fit_calibration:
+        calibration = _fit(reported)
+        calibration.save(folder / "calibration.json")
+        reported = [(sample, prediction) for sample, prediction in reported if not is_for_fitting(sample.id)]
+        if not reported:
+            raise ValueError("every id falls in the calibration split, so there is nothing to report on")
+    kept, said = [sample for sample, _ in reported], [prediction for _, prediction in reported]
+    rows = score(kept, said, similarity=similarity, calibration=calibration)
+    metrics: dict[str, Any] = {"protocol": PROTOCOLS[paper], **about, "calibration": None}
+    if calibration:
+        before = all_figures(score(kept, said))["detection"][ALL]
+        metrics["calibration"] = {**asdict(calibration), "fitted_here": fit_calibration, "before": before}
+    if paper:
+        metrics["paper"] = paper_figures(kept, said, similarity)
+        lines = (paper_protocol.metric_line(name, values) for name, values in metrics["paper"].items())
+        write_whole(folder / "metric.txt", "".join(lines))
+    metrics |= all_figures(rows)
+    write_whole(folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_whole(folder / "metrics.csv", _csv(metrics))
+    write_whole(folder / "report.html", report_page(metrics, rows))
+
+
+def _fit(reported: Sequence[tuple[Sample, Prediction]]) -> Calibration:
+    own = [(sample, prediction) for sample, prediction in reported if is_for_fitting(sample.id)]
+    scores = [np.nan if p.fake_probability is None else p.fake_probability for _, p in own]
+    return fit(scores, [sample.label for sample, _ in own])
+
+
+def _csv(metrics: dict[str, Any]) -> str:
+    """Every number, one a line: part, name, figure, value, low and high end of its interval, reason if undefined."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("part", "name", "figure", "value", "low", "high", "undefined"))
+    for part, name, found in _parts(metrics):
+        for figure, value in found["figures"].items():
+            if not isinstance(value, dict):
+                low, high = found["intervals"].get(figure) or (None, None)
+                writer.writerow((part, name, figure, value, low, high, found["undefined"].get(figure)))
+    for name, values in metrics.get("paper", {}).items():
+        for figure, value in values.items():
+            writer.writerow(("paper", name, figure, value, None, None, None))
+    return text.getvalue()
+
+
+def _parts(metrics: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    found = metrics["detection"]
+    yield from (("detection", name, figures) for name, figures in found["sets"].items())
+    yield from (("detection", name, found[name]) for name in ("macro", ALL))
+    for group, values in found["groups"].items():
+        yield from (("detection", f"{group}={value}", figures) for value, figures in values.items())
+    for name, kinds in [*metrics["reasoning"]["sets"].items(), (ALL, metrics["reasoning"][ALL])]:
+        yield from ((f"reasoning, {kind} answers", name, figures) for kind, figures in kinds.items())

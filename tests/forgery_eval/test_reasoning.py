@@ -1,0 +1,157 @@
+"""Figures of texts: the authors' numbers, other libraries' arithmetic, and edge cases."""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from forgery_eval import paper_protocol
+from forgery_eval.calibration import Calibration, fit, is_for_fitting
+from forgery_eval.metrics.reasoning import attribute_figures, mean_with_interval, text_figures
+from forgery_eval.metrics.similarity import TextSimilarity
+
+DATA = Path(__file__).parents[1] / "data"
+AUTHORS = json.loads((DATA / "metrics.json").read_text())
+CSS = AUTHORS["css"]
+
+
+@pytest.fixture(scope="module")
+def clip() -> TextSimilarity:
+    return TextSimilarity(str(DATA / "clip_full"), device="cpu")
+
+
+@pytest.mark.parametrize("pair", AUTHORS["text_pairs"], ids=lambda pair: pair["hyp"][:20])
+def test_text_figures_are_those_of_the_authors(pair):
+    figures = text_figures(pair["hyp"], pair["ref"])
+    assert figures["bleu_1"] == pytest.approx(pair["bleu1"], abs=1e-12)
+    assert figures["rouge_l"] == pytest.approx(pair["rougeL"], abs=1e-12)
+
+
+WORDS = st.lists(st.sampled_from(["a", "bb", "c1", "d"]), max_size=12)
+
+
+def bleu_by_hand(words, wanted, order) -> float:
+    if not words:
+        return 0.0
+    product = 1.0
+    for n in range(1, order + 1):
+        said = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+        there = Counter(tuple(wanted[i : i + n]) for i in range(len(wanted) - n + 1))
+        product *= (said & there).total() / max(1, said.total())
+    brevity = 1.0 if len(words) > len(wanted) else math.exp(1 - len(wanted) / len(words))
+    return brevity * product ** (1 / order)
+
+
+def longest_common(a, b) -> int:
+    table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            table[i + 1][j + 1] = table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
+    return table[-1][-1]
+
+
+@given(WORDS, WORDS)
+@settings(max_examples=150, deadline=None)
+def test_text_figures_equal_a_computation_by_hand(words, wanted):
+    figures = text_figures(" ".join(words), " ".join(wanted))
+    for order in (1, 2, 3, 4):
+        assert figures[f"bleu_{order}"] == pytest.approx(bleu_by_hand(words, wanted, order), abs=1e-9)
+    common = longest_common(words, wanted)
+    assert figures["rouge_l"] == pytest.approx(2 * common / (len(words) + len(wanted)) if common else 0.0)
+    assert figures["words"] == len(words)
+
+
+@pytest.mark.parametrize("pair", CSS, ids=lambda pair: pair["hyp"][:20])
+def test_similarity_is_that_of_the_authors_alone_and_in_a_batch(clip, pair):
+    assert clip.token_ids(pair["hyp"]) == pair["ids_hyp"]
+    assert clip.token_ids(pair["ref"]) == pair["ids_ref"]
+    assert clip.cut([pair["hyp"]], [pair["ref"]])[0] == pytest.approx(pair["similarity"], abs=1e-5)
+    together = clip.cut([other["hyp"] for other in CSS], [other["ref"] for other in CSS])
+    assert together[CSS.index(pair)] == pytest.approx(pair["similarity"], abs=1e-5)
+
+
+def test_chunks_read_what_the_cut_leaves_out(clip):
+    short, long = CSS[5], CSS[7]
+    assert clip.chunked([short["hyp"]], [short["ref"]]) == pytest.approx(clip.cut([short["hyp"]], [short["ref"]]))
+    assert clip.cut([long["hyp"]], [long["ref"]])[0] > 0.99999
+    assert clip.chunked([long["hyp"]], [long["ref"]])[0] < 0.99999
+    assert clip.chunked([long["hyp"]], [long["hyp"]])[0] == pytest.approx(1)
+
+
+def test_attributes_are_counted_over_all_images():
+    assert attribute_figures([(["a", "b"], ["a", "c"]), ([], ["d"])]) == {
+        "attribute_precision": 1 / 2,
+        "attribute_recall": 1 / 3,
+        "attribute_f1": 2 / 5,
+    }
+    assert set(attribute_figures([]).values()) == {None}
+
+
+def test_a_mean_has_an_interval_of_the_right_width():
+    values = np.random.default_rng(0).normal(size=400)
+    found = mean_with_interval(values, 1000, 0)
+    assert found["interval"][1] - found["interval"][0] == pytest.approx(2 * 1.96 / 20, rel=0.15)
+    assert mean_with_interval([0.3], 10, 0) == {"mean": 0.3, "interval": [0.3, 0.3]}
+
+
+@pytest.mark.parametrize(
+    "case", [*AUTHORS["parse"], AUTHORS["validate_all_failed"]], ids=lambda case: case["text"][:30]
+)
+def test_answers_are_parsed_as_the_authors_parse(case):
+    parsed = paper_protocol.parse(case["text"])
+    assert ([] if parsed is None else [parsed[0]]) == case["y_pred"]
+    assert (None if parsed is None else parsed[1]) == case["reasoning"]
+
+
+def test_figures_of_the_papers_protocol_are_those_of_the_authors():
+    given = AUTHORS["validate"]
+    parsed = [paper_protocol.parse(text) for text in given["outputs"]]
+    kept = [(answer[1], gt) for answer, gt in zip(parsed, given["gts"], strict=True) if answer is not None]
+    pairs = [(found["bleu_1"], found["rouge_l"]) for found in (text_figures(text, gt) for text, gt in kept)]
+    stubbed = [given["result"]["css"]] * len(kept)
+    assert paper_protocol.figures(given["labels"], parsed, pairs, stubbed) == given["result"]
+    assert paper_protocol.figures([1], [None], [], [])["acc"] is None
+    assert paper_protocol.metric_line("flux", given["result"]) == (
+        "flux r_acc: 0.3333, f_acc: 0.5000, acc: 0.4000, bleu1: 0.0000, rougel: 0.0000, css: 0.5000\n"
+    )
+
+
+def test_calibration_finds_the_temperature_and_bias_that_spoilt_the_scores(tmp_path):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, 20_000)
+    labels = (rng.uniform(size=20_000) < 1 / (1 + np.exp(-logits))).astype(int)
+    spoilt = 1 / (1 + np.exp(-(logits - 0.6) * 3))
+    found = fit(spoilt, labels)
+    assert found.temperature == pytest.approx(3, rel=0.05) and found.bias == pytest.approx(0.6, abs=0.05)
+    found.save(tmp_path / "c.json")
+    assert Calibration.load(tmp_path / "c.json") == found
+    assert np.isnan(found(np.array([math.nan]))[0]) and 0 < found(np.array([1.0]))[0] <= 1
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "message"),
+    [([0.1, 0.2], [0, 0], "both classes"), ([], [], "both classes"), ([0.9, 0.1], [0, 1], "does not mean fake")],
+)
+def test_what_cannot_be_calibrated_is_said(scores, labels, message):
+    with pytest.raises(ValueError, match=message):
+        fit(scores, labels)
+
+
+def test_classes_that_do_not_overlap_give_a_finite_temperature():
+    assert 0 < fit([0.1, 0.2, 0.8, 0.9], [0, 0, 1, 1]).temperature < 10
+
+
+def test_a_fifth_of_the_ids_is_for_fitting():
+    assert sum(is_for_fitting(f"flux/0_real/{number}.png") for number in range(5000)) == pytest.approx(1000, rel=0.1)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"temperature": 0, "bias": 0}', '{"temperature": 1}'])
+def test_a_wrong_calibration_file_is_explained(tmp_path, content):
+    (tmp_path / "c.json").write_text(content)
+    with pytest.raises(ValueError, match=r"c\.json"):
+        Calibration.load(tmp_path / "c.json")
