@@ -102,6 +102,14 @@ def test_an_unfinished_answer_is_forced_to_its_verdict(detector, pictures):
     assert abs(report.fake_probability - forced_probability(detector, pictures[0], text)) < 1e-4
 
 
+def test_a_forced_answer_does_not_read_its_prompt_again(detector, pictures, monkeypatch):
+    wanted = detector.analyze(pictures[3], max_new_tokens=20).fake_probability
+    monkeypatch.setattr(type(detector.system), "_score_texts", None)
+    reports = list(detector.analyze_many(pictures[:4], batch_size=4, max_new_tokens=20))
+    assert {report.score_source for report in reports} == {"forced"}
+    assert reports[3].fake_probability == pytest.approx(wanted, abs=1e-4)
+
+
 def test_an_answer_cut_right_before_its_verdict_is_forced(detector, pictures):
     system = detector.system
     whole = detector.analyze(pictures[0]).text

@@ -73,6 +73,23 @@ class Decoded:
     kept_logits: Tensor
 
 
+@dataclass(frozen=True)
+class PromptCache:
+    """Keys and values of B prompts, a pair ``[B, heads, L, width]`` a layer, so that prompts are read once."""
+
+    layers: list[tuple[Tensor, Tensor]]
+
+    def of_rows(self, rows: Sequence[int]) -> Cache:
+        """Returns a cache that goes on from these prompts."""
+        layers = []
+        for keys, values in self.layers:
+            layer = RoomyLayer()
+            chosen = torch.tensor(rows, device=keys.device)
+            layer.update(keys[chosen], values[chosen])
+            layers.append(layer)
+        return Cache(layers=layers)
+
+
 class Sampler:
     """Chooses the next ids; each row draws from a random stream of its own, whatever batch it is in.
 
@@ -114,7 +131,7 @@ def decode(
     kept_words: Sequence[int],
     is_complete: Callable[[list[int]], bool],
     samples: int = 1,
-) -> list[Decoded]:
+) -> tuple[list[Decoded], PromptCache]:
     """Continues prompts of equal length until each is complete.
 
     Args:
@@ -127,12 +144,13 @@ def decode(
         samples: Answers a prompt; the prompt is read once.
 
     Returns:
-        B × samples answers, those of one prompt side by side.
+        B × samples answers, those of one prompt side by side, and the prompts' own cache.
     """
     layers = [RoomyLayer() for _ in range(model.config.num_hidden_layers)]
     cache = Cache(layers=layers)
     output = model(inputs_embeds=prompts_BLD, past_key_values=cache, use_cache=True, logits_to_keep=1)
     logits_BV = output.logits[:, -1]
+    prompts = PromptCache([(layer.keys, layer.values) for layer in layers])
     if samples > 1:
         cache.batch_repeat_interleave(samples)
         logits_BV = logits_BV.repeat_interleave(samples, dim=0)
@@ -161,4 +179,4 @@ def decode(
         output = model(input_ids=ids_B[:, None], past_key_values=cache, use_cache=True)
         logits_BV = output.logits[:, -1]
     kept = kept_BTW.cpu()
-    return [Decoded(ids, kept[row, : len(ids)]) for row, ids in enumerate(answers)]
+    return [Decoded(ids, kept[row, : len(ids)]) for row, ids in enumerate(answers)], prompts

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
 from llava.mm_utils import grid_over_picture, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.model.decoding import Decoded, Sampler, decode
+from llava.model.decoding import Decoded, PromptCache, Sampler, decode
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.llava_arch import splice
 from llava.model.multimodal_fusion.builder import fusion_class
@@ -146,10 +147,14 @@ class FakeReasoning:
             raise ValueError(f"the prompt takes {length} tokens, but the model's context has {self.context_length}")
         embeds = self._embed([begun_ids] * len(prepared), tokens_BPD).inputs_embeds
         budget = min(options.max_new_tokens, self.context_length - length)
-        decoded = self._decode(embeds, prefix_ids, prepared, options, budget)
+        decoded, read = self._decode(embeds, prefix_ids, prepared, options, budget)
         answers = [[*prefix_ids, *one.ids] for one in decoded]
         texts = [self.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
-        chances, sources = self._scores(prompt, answers, decoded, texts, tokens_BPD)
+        chances, sources, unread = self._read_scores(prompt, answers, decoded, texts)
+        again = [_continued(prompt, complete_to_verdict(texts[row])) for row in unread]
+        images = [row // options.samples for row in unread]
+        for row, chance in zip(unread, self._score_again(again, images, begun_ids, read, tokens_BPD), strict=True):
+            chances[row] = chance
         reports = []
         for start in range(0, len(decoded), options.samples):
             own = chances[start : start + options.samples]
@@ -175,9 +180,9 @@ class FakeReasoning:
         prepared: Sequence[Prepared],
         options: AnalyzeOptions,
         budget: int,
-    ) -> list[Decoded]:
+    ) -> tuple[list[Decoded], PromptCache | None]:
         if options.num_beams > 1:
-            return self._beam_search(embeds_BLD, options.num_beams, budget)
+            return self._beam_search(embeds_BLD, options.num_beams, budget), None
         verdict = self.model.probability_mapper.tokens
         streams = [f"{options.seed}/{item.digest}/{sample}" for item in prepared for sample in range(options.samples)]
         return decode(
@@ -212,22 +217,19 @@ class FakeReasoning:
         tail = [*prefix_ids[-_CLOSING_TAIL:], *ids][-_CLOSING_TAIL:]
         return _CLOSING in self.tokenizer.decode(tail, skip_special_tokens=True)
 
-    def _scores(
-        self,
-        prompt: str,
-        answers: Sequence[list[int]],
-        decoded: Sequence[Decoded],
-        texts: Sequence[str],
-        tokens_BPD: Tensor,
-    ) -> tuple[list[float], list[ScoreSource]]:
-        """P(fake) of each answer, read where its text's verdict is predicted, or after the text was brought to there.
+    def _read_scores(
+        self, prompt: str, answers: Sequence[list[int]], decoded: Sequence[Decoded], texts: Sequence[str]
+    ) -> tuple[list[float], list[ScoreSource], list[int]]:
+        """P(fake) of each answer from the logits of its decoding, where its text's verdict is predicted.
 
-        The logits of decoding are used where the text's own ids are those that were decoded. Else (rare words are cut
-        in several ways, beam search keeps no logits) the text is read once more, so that a score always belongs to
-        its text.
+        Those logits count where the text's own ids are those that were decoded. Else (rare words are cut in several
+        ways, beam search keeps no logits, there is no verdict) the text must be read once more, so that a score always
+        belongs to its text.
+
+        Returns:
+            Scores, their sources, and the rows whose score is still to be found.
         """
         mapper = self.model.probability_mapper
-        samples = len(decoded) // len(tokens_BPD)
         chances: list[float] = [0.0] * len(decoded)
         sources: list[ScoreSource] = ["verdict"] * len(decoded)
         unread = []
@@ -240,12 +242,40 @@ class FakeReasoning:
                 unread.append(row)
             else:
                 chances[row] = float((one.kept_logits[step] / mapper.temperature).softmax(dim=-1)[1])
-        if unread:
-            completed = [_continued(prompt, complete_to_verdict(texts[row])) for row in unread]
-            found = self._score_texts(completed, tokens_BPD[[row // samples for row in unread]])
-            for row, chance in zip(unread, found, strict=True):
-                chances[row] = chance
-        return chances, sources
+        return chances, sources, unread
+
+    def _score_again(
+        self,
+        texts: Sequence[str],
+        images: Sequence[int],
+        begun_ids: list[int],
+        read: PromptCache | None,
+        tokens_BPD: Tensor,
+    ) -> list[float]:
+        """P(fake) where each text ends; what was read of its prompt, image included, is not read again.
+
+        Args:
+            texts: Prompts with answers.
+            images: Number of each text's image in the batch.
+            begun_ids: Ids of what was read.
+            read: Cache of what was read, or None.
+            tokens_BPD: Image tokens.
+        """
+        if not texts:
+            return []
+        tails = [tokenizer_image_token(text, self.tokenizer) for text in texts]
+        begun = len(begun_ids)
+        if read is None or any(ids[:begun] != begun_ids or len(ids) == begun for ids in tails):
+            return self._score_texts(texts, tokens_BPD[list(images)])
+        lasts = torch.tensor([len(ids) - begun - 1 for ids in tails], device=tokens_BPD.device)
+        wanted, places = lasts.unique(return_inverse=True)
+        padded = pad_sequence([torch.tensor(ids[begun:]) for ids in tails], batch_first=True).to(tokens_BPD.device)
+        output = self.model(
+            input_ids=padded, past_key_values=read.of_rows(images), use_cache=True, logits_to_keep=wanted
+        )
+        rows = torch.arange(len(tails), device=output.logits.device)
+        at_verdict_RV = output.logits[rows, places.to(output.logits.device)]
+        return self.model.probability_mapper.fake_probability(at_verdict_RV).tolist()
 
     def _verdict_place(self, prompt: str, ids: list[int], text: str) -> int | None:
         """Place of the verdict word among an answer's ids, or None if the text's own ids are others up to there."""
@@ -268,7 +298,7 @@ class FakeReasoning:
     def _embed(self, rows: Sequence[list[int]], tokens_BPD: Tensor) -> Any:
         """Prompts with their images spliced in, padded on the left."""
         ids = [torch.tensor(row) for row in rows]
-        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_side="left").to(tokens_BPD.device)
+        padded = pad_sequence(ids, batch_first=True, padding_side="left").to(tokens_BPD.device)
         lengths = torch.tensor([len(row) for row in rows], device=padded.device)
         mask = torch.arange(padded.shape[1], device=padded.device) >= padded.shape[1] - lengths[:, None]
         images = [[tokens] for tokens in tokens_BPD]
