@@ -91,10 +91,10 @@ def write_dataset(run: Run, out: Path, workers: int) -> None:
     try:
         _claim(run, out)
         keys, known = run.keys(), _known(out)
-        todo = [shard for shard in _shards(keys) if not all(_complete(known.get(key), out) for key in shard[1])]
+        pending = [shard for shard in _shards(keys) if not all(_complete(known.get(key), out) for key in shard[1])]
         with tqdm(total=len(keys), unit="image", smoothing=0.05) as bar:
-            bar.update(len(keys) - sum(len(part) for _, part in todo))
-            for count in _render(todo, out, workers):
+            bar.update(len(keys) - sum(len(part) for _, part in pending))
+            for count in _render(pending, out, workers):
                 bar.update(count)
         known |= _known(out)
         _finish(run, [known[key] for key in keys], out)
@@ -148,18 +148,18 @@ def _complete(record: dict[str, Any] | None, out: Path) -> bool:
     return record is not None and all((out / name).is_file() for name in [record["image"], *record["masks"].values()])
 
 
-def _render(todo: list[Shard], out: Path, workers: int) -> Iterator[int]:
+def _render(pending: list[Shard], out: Path, workers: int) -> Iterator[int]:
     """Renders shards, here or in processes; yields the number of images as they are done."""
-    if min(workers, len(todo)) <= 1:
-        for shard in todo:
+    if min(workers, len(pending)) <= 1:
+        for shard in pending:
             yield from _render_shard(shard, out)
         return
     context = multiprocessing.get_context("spawn")
     sources: list[Connection] = []
     processes = []
-    for k in range(min(workers, len(todo))):
+    for k in range(min(workers, len(pending))):
         source, sink = context.Pipe(duplex=False)
-        process = context.Process(target=_work, args=(todo[k::workers], out, sink), daemon=True)
+        process = context.Process(target=_work, args=(pending[k::workers], out, sink), daemon=True)
         process.start()
         sink.close()
         sources.append(source)
