@@ -230,13 +230,14 @@ class FakeReasoning:
             Scores, their sources, and the rows whose score is still to be found.
         """
         mapper = self.model.probability_mapper
+        begun = len(tokenizer_image_token(prompt, self.tokenizer))
         chances: list[float] = [0.0] * len(decoded)
         sources: list[ScoreSource] = ["verdict"] * len(decoded)
         unread = []
         for row, (ids, one, text) in enumerate(zip(answers, decoded, texts, strict=True)):
             if text.partition(VERDICT_PREFIX)[2].strip() == "":
                 sources[row] = "forced"
-            place = self._verdict_place(prompt, ids, text) if sources[row] == "verdict" else None
+            place = self._verdict_place(prompt, begun, ids, text) if sources[row] == "verdict" else None
             step = None if place is None else place - (len(ids) - len(one.ids))
             if step is None or not 0 <= step < len(one.kept_logits):
                 unread.append(row)
@@ -277,10 +278,17 @@ class FakeReasoning:
         at_verdict_RV = output.logits[rows, places.to(output.logits.device)]
         return self.model.probability_mapper.fake_probability(at_verdict_RV).tolist()
 
-    def _verdict_place(self, prompt: str, ids: list[int], text: str) -> int | None:
-        """Place of the verdict word among an answer's ids, or None if the text's own ids are others up to there."""
+    def _verdict_place(self, prompt: str, begun: int, ids: list[int], text: str) -> int | None:
+        """Place of the verdict word among an answer's ids, or None if the text's own ids are others up to there.
+
+        Args:
+            prompt: What was asked.
+            begun: Its length in ids.
+            ids: The answer's ids.
+            text: The answer.
+        """
         before = tokenizer_image_token(_continued(prompt, complete_to_verdict(text)), self.tokenizer)
-        own = before[len(tokenizer_image_token(prompt, self.tokenizer)) :]
+        own = before[begun:]
         return len(own) if ids[: len(own)] == own else None
 
     def _score_texts(self, texts: Sequence[str], tokens_BPD: Tensor) -> list[float]:
