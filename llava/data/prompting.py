@@ -1,14 +1,18 @@
 """From a conversation to ids and a label mask, by construction: what the assistant says is supervised, nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
-from llava.mm_utils import tokenizer_image_token
+from llava.mm_utils import join_chunks, tokenizer_image_token
+
+Encode = Callable[[str], list[int]]
+"""Gives the ids of a prompt, ``<image>`` included."""
 
 _SPEAKERS = {"human": 0, "gpt": 1}
 
@@ -50,17 +54,52 @@ def tokenize_conversation(conversation: Conversation, tokenizer: PreTrainedToken
         ValueError: A turn has no answer, or the tokenizer joins pieces across the start of an answer, so that no
             boundary exists there.
     """
-    ids = tokenizer_image_token(conversation.get_prompt(), tokenizer)
+    return label_answers(conversation, lambda prompt: tokenizer_image_token(prompt, tokenizer))
+
+
+def label_answers(conversation: Conversation, encode: Encode) -> TokenizedConversation:
+    """Does what ``tokenize_conversation`` does with any way to tokenise, see ``encode_together``.
+
+    Raises:
+        ValueError: As there.
+    """
+    prompts = _growing_prompts(conversation)
+    ids = encode(prompts[-1])
+    ends = [len(_common(encode(prompt), ids)) for prompt in prompts]
     labels = [IGNORE_INDEX] * len(ids)
-    text = ""
-    for given, said in conversation.turns():
-        if not said:
-            raise ValueError("a question has no answer")
-        start = len(_common(tokenizer_image_token(text + given, tokenizer), ids))
-        end = len(_common(tokenizer_image_token(text + given + said, tokenizer), ids))
+    for start, end in zip(ends[::2], ends[1::2], strict=True):
         labels[start:end] = ids[start:end]
-        text += given + said
     return TokenizedConversation(ids, labels)
+
+
+def encode_together(conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase) -> Encode:
+    """Tokenises all prompts that labelling these conversations takes, in one call and each text only once.
+
+    Returns:
+        What gives the ids of any of these prompts, as ``tokenizer_image_token`` would.
+    """
+    prompts = {prompt for conversation in conversations for prompt in _growing_prompts(conversation)}
+    chunks = list({chunk for prompt in prompts for chunk in prompt.split(DEFAULT_IMAGE_TOKEN)})
+    ids = dict(zip(chunks, tokenizer(chunks).input_ids, strict=True))
+    return lambda prompt: join_chunks(
+        [ids[chunk] for chunk in prompt.split(DEFAULT_IMAGE_TOKEN)], tokenizer.bos_token_id
+    )
+
+
+def fitting_length(input_ids: Sequence[int], num_image_tokens: int, max_length: int) -> int:
+    """Returns how many of the ids stay when a sequence is cut to ``max_length`` after its images were put in."""
+    if len(input_ids) + input_ids.count(IMAGE_TOKEN_INDEX) * (num_image_tokens - 1) <= max_length:
+        return len(input_ids)
+    ends = accumulate(num_image_tokens if index == IMAGE_TOKEN_INDEX else 1 for index in input_ids)
+    return sum(end <= max_length for end in ends)
+
+
+def _growing_prompts(conversation: Conversation) -> list[str]:
+    """The prompt up to the end of each question and of each answer; the last one is the whole."""
+    turns = conversation.turns()
+    if not all(said for _, said in turns):
+        raise ValueError("a question has no answer")
+    return list(accumulate(piece for turn in turns for piece in turn))
 
 
 def _common(part: list[int], whole: list[int]) -> list[int]:

@@ -1,0 +1,165 @@
+"""What must hold of training data before any weight is read."""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.conversation import Conversation
+from llava.data.prompting import TokenizedConversation, encode_together, fill_template, fitting_length, label_answers
+from llava.data.records import DataError, Record
+from llava.model.probability_mapper import VerdictTokens
+from llava.systems.fakereasoning.text import LABELS, VERDICT_PREFIX, VERDICT_WORDS
+
+logger = logging.getLogger(__name__)
+
+TOKENIZED_TOGETHER = 1024
+_NAMED = 5
+
+
+def check_records(
+    records: Sequence[Record],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Conversation,
+    max_length: int,
+    num_image_tokens: int,
+    image_folder: Path | None,
+    drop_invalid: bool,
+) -> list[Record]:
+    """Finds records that would train on nothing or on something wrong.
+
+    A record is invalid whose image file is missing, whose answer has no verdict, or of whose answer or verdict
+    truncation leaves nothing. Images are not opened.
+
+    Args:
+        records: What ``read_records`` returned.
+        tokenizer: The model's.
+        template: Prompt template.
+        max_length: Longest sequence, image positions included.
+        num_image_tokens: Positions that an image takes in the language model.
+        image_folder: Where the records' images lie; None if their paths are complete.
+        drop_invalid: Whether invalid records are left out and counted in the log, rather than refused.
+
+    Returns:
+        The valid records in their order.
+
+    Raises:
+        DataError: There is no image folder, no record has an image, some records are invalid and may not be dropped,
+            or all are.
+        ValueError: The tokenizer spells real and fake alike.
+    """
+    _refuse_without_images(records)
+    verdict = VerdictTokens.from_tokenizer(tokenizer, VERDICT_PREFIX, VERDICT_WORDS)
+    problems = _image_problems(records, image_folder)
+    if drop_invalid or not problems:
+        readable = [record for record in records if record.origin not in problems]
+        found = zip(readable, tokenize_records(readable, tokenizer, template), strict=True)
+        for record, tokenized in tqdm(found, "checking", total=len(readable), unit=" records", leave=False):
+            problem = find_problem(record, tokenized, verdict, max_length, num_image_tokens)
+            if problem:
+                problems[record.origin] = problem
+    valid = _without(records, problems, drop_invalid)
+    _refuse_without_images(valid)
+    return valid
+
+
+def tokenize_records(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, template: Conversation
+) -> Iterator[TokenizedConversation | str]:
+    """Tokenises records, many at a time; gives a text where a record cannot be tokenised, saying why."""
+    rest = iter(records)
+    while together := [fill_template(record.turns, template) for record in islice(rest, TOKENIZED_TOGETHER)]:
+        encode = encode_together(together, tokenizer)
+        for conversation in together:
+            try:
+                yield label_answers(conversation, encode)
+            except ValueError as error:
+                yield str(error)
+
+
+def find_problem(
+    record: Record,
+    tokenized: TokenizedConversation | str,
+    verdict: VerdictTokens,
+    max_length: int,
+    num_image_tokens: int,
+) -> str:
+    """Says why a record cannot be trained on; nothing if it can."""
+    if isinstance(tokenized, str):
+        return tokenized
+    labels = tokenized.labels
+    kept = fitting_length(tokenized.input_ids, num_image_tokens, max_length)
+    if all(label == IGNORE_INDEX for label in labels[:kept]):
+        return f"no word of its answer lies within the first {max_length} tokens; raise the length or shorten it"
+    conclusion = record.conclusion
+    if conclusion.verdict is None:
+        return conclusion.problem
+    place = _verdict_place(labels, verdict)
+    if place is None or labels[place] != (verdict.real, verdict.fake)[LABELS.index(conclusion.verdict)]:
+        spelling = f"{VERDICT_PREFIX} {conclusion.verdict}"
+        return f"its answer does not spell its verdict {spelling!r}, so the score cannot be trained on it"
+    if place >= kept:
+        needed = place + 1 + tokenized.input_ids.count(IMAGE_TOKEN_INDEX) * (num_image_tokens - 1)
+        return f"its verdict is token {needed}, but all after {max_length} is cut off; raise the length or shorten it"
+    return ""
+
+
+def _refuse_without_images(records: Sequence[Record]) -> None:
+    if not any(record.image for record in records):
+        raise DataError(f"none of the {len(records)} records has an image, so there is nothing to learn to look at")
+
+
+def _verdict_place(labels: Sequence[int], verdict: VerdictTokens) -> int | None:
+    """Where the probability mapper will look for the verdict word: after the first pattern."""
+    pattern = list(verdict.pattern)
+    for start in range(len(labels) - len(pattern)):
+        if labels[start] == pattern[0] and labels[start : start + len(pattern)] == pattern:
+            return start + len(pattern)
+    return None
+
+
+def _image_problems(records: Sequence[Record], image_folder: Path | None) -> dict[str, str]:
+    """What is wrong with the records' images, by origin; each folder is listed once, no image opened."""
+    if image_folder is not None and not image_folder.is_dir():
+        raise DataError(f"there is no image folder {image_folder}")
+    files: dict[Path, set[str]] = {}
+    problems = {}
+    for record in records:
+        if record.image is None:
+            continue
+        path = (image_folder or Path()) / record.image
+        if path.parent not in files:
+            files[path.parent] = _files_in(path.parent)
+        # Some file systems find a file by another spelling than its own, so one that is not listed is asked for.
+        if path.name not in files[path.parent] and not path.is_file():
+            problems[record.origin] = f"there is no image {path}"
+    return problems
+
+
+def _files_in(folder: Path) -> set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+    except OSError:
+        return set()
+
+
+def _without(records: Sequence[Record], problems: Mapping[str, str], drop_invalid: bool) -> list[Record]:
+    if not problems:
+        return list(records)
+    valid = [record for record in records if record.origin not in problems]
+    count = len(records) - len(valid)
+    named = "; ".join(f"{origin}: {problem}" for origin, problem in islice(problems.items(), _NAMED))
+    listing = f"{named}; and {count - _NAMED} more" if count > _NAMED else named
+    if not drop_invalid:
+        raise DataError(f"{count} of {len(records)} records cannot be trained on; --drop_invalid drops them. {listing}")
+    if not valid:
+        raise DataError(f"none of the {len(records)} records can be trained on. {listing}")
+    logger.warning("dropped %d of %d records that cannot be trained on. %s", count, len(records), listing)
+    return valid

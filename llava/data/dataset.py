@@ -1,0 +1,139 @@
+"""From records to samples."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from llava.conversation import Conversation
+from llava.data.collator import Sample
+from llava.data.prompting import fill_template, fitting_length, tokenize_conversation
+from llava.data.records import DataError, Record
+from llava.mm_utils import ImageReadError, load_image, process_images
+from llava.model.configuration import LlavaConfig
+from llava.systems.fakereasoning.text import parse_answer, write_answer
+
+WORDS_OF_AN_IMAGE = 128
+"""How many words an image counts in ``SupervisedDataset.lengths``, as published."""
+
+
+class SupervisedDataset(Dataset[Sample]):
+    """Samples of a list of records; an image is read when its sample is asked for.
+
+    Args:
+        records: What ``check_records`` returned.
+        image_folder: Where the records' images lie; None if their paths are complete.
+        tokenizer: The model's.
+        template: Prompt template.
+        model_config: The model's; it says how pixels are made.
+        image_processor: The model's.
+        num_image_tokens: Positions that an image takes in the language model.
+        max_length: Longest sequence, image positions included; what lies beyond is cut off.
+        verdict_only_share: Share of the records, 0..1, whose answer is shortened to its CONCLUSION.
+        seed: Chooses them, see ``shorten_answers``.
+
+    Raises:
+        ValueError: The share is not within 0..1.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        *,
+        image_folder: Path | None,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Conversation,
+        model_config: LlavaConfig,
+        image_processor: Any,
+        num_image_tokens: int,
+        max_length: int,
+        verdict_only_share: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.records = shorten_answers(records, verdict_only_share, seed)
+        self.image_folder = image_folder or Path()
+        self.tokenizer = tokenizer
+        self.template = template
+        self.model_config = model_config
+        self.image_processor = image_processor
+        self.num_image_tokens = num_image_tokens
+        self.max_length = max_length
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Returns a sample.
+
+        Raises:
+            DataError: Its image cannot be read.
+        """
+        record = self.records[index]
+        tokenized = tokenize_conversation(fill_template(record.turns, self.template), self.tokenizer)
+        kept = fitting_length(tokenized.input_ids, self.num_image_tokens, self.max_length)
+        return Sample(
+            torch.tensor(tokenized.input_ids[:kept], dtype=torch.long),
+            torch.tensor(tokenized.labels[:kept], dtype=torch.long),
+            self.pixels(record),
+            record.forgery_label,
+        )
+
+    @cached_property
+    def modality_lengths(self) -> list[int]:
+        """Words of each record's turns, negative for a record without an image."""
+        words = (sum(len(turn["value"].split()) for turn in record.turns) for record in self.records)
+        return [-count if record.image is None else count for record, count in zip(self.records, words, strict=True)]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Words of each record's turns, an image counted as ``WORDS_OF_AN_IMAGE``."""
+        return [length + WORDS_OF_AN_IMAGE if length > 0 else -length for length in self.modality_lengths]
+
+    def pixels(self, record: Record) -> Tensor:
+        """Returns a record's image as shared pixels ``[3, S, S]``; zeros without an image.
+
+        Raises:
+            DataError: It cannot be read.
+        """
+        if record.image is None:
+            side = self.model_config.pixel_format()["size"]
+            return torch.zeros(3, side, side)
+        try:
+            image = load_image(self.image_folder / record.image)
+        except ImageReadError as error:
+            raise DataError(f"{record.origin}: {error}") from error
+        return process_images([image], self.image_processor, self.model_config)[0]
+
+
+def shorten_answers(records: Sequence[Record], share: float, seed: int) -> list[Record]:
+    """Shortens the answers of some records to their CONCLUSION; the questions stay.
+
+    Which ones depends on the seed and the number of records alone, so every process, worker and epoch chooses alike.
+
+    Args:
+        records: Records; one without a verdict stays as it is.
+        share: Share of them to shorten, 0..1, to the nearest record.
+        seed: Of the choice.
+
+    Raises:
+        ValueError: The share is not within 0..1.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"verdict_only_share must lie within 0 and 1, not {share}")
+    chosen = set(random.Random(seed).sample(range(len(records)), round(share * len(records))))
+    return [_shortened(record) if index in chosen else record for index, record in enumerate(records)]
+
+
+def _shortened(record: Record) -> Record:
+    turns = []
+    for turn in record.turns:
+        verdict = parse_answer(turn["value"]).verdict if turn["from"] == "gpt" else None
+        turns.append({**turn, "value": write_answer(verdict, form="verdict")} if verdict else turn)
+    return replace(record, turns=tuple(turns))

@@ -1,0 +1,171 @@
+"""Training files: what a record is, and how a file of records is read and checked. Imports no torch."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
+from llava.systems.fakereasoning.text import LABELS, VERDICT_PREFIX, ParsedAnswer, parse_answer
+
+SPEAKERS = ("human", "gpt")
+"""Who speaks, in turn."""
+
+_CONCLUSION = VERDICT_PREFIX.partition(" ")[0]
+_SPACE = re.compile(r"[ \t\r\n]*")
+_LAYOUT = '{"image": file, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": text}]}'
+
+
+class DataError(ValueError):
+    """Training data cannot be used; the message names file and row and says what to do."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One conversation of a training file.
+
+    Attributes:
+        image: The image's path below the image folder; None for a conversation without an image.
+        turns: ``from`` and ``value`` of each turn: human and gpt alternate, human first, gpt last.
+        origin: File and row, counted from 1, for messages.
+    """
+
+    image: str | None
+    turns: tuple[dict[str, str], ...]
+    origin: str
+
+    @property
+    def conclusion(self) -> ParsedAnswer:
+        """The answer with the verdict; if there is no verdict, its ``problem`` says why.
+
+        It is the first answer that has a CONCLUSION; if several have one, they must agree.
+        """
+        answers = [turn["value"] for turn in self.turns if turn["from"] == SPEAKERS[1]]
+        parsed = [parse_answer(answer) for answer in answers if _CONCLUSION in answer] or [parse_answer(answers[-1])]
+        if any(other.verdict != parsed[0].verdict for other in parsed):
+            return ParsedAnswer(problem="its answers conclude differently")
+        return parsed[0]
+
+    @property
+    def forgery_label(self) -> int:
+        """Real = 0, fake = 1, -100 if there is no verdict."""
+        verdict = self.conclusion.verdict
+        return IGNORE_INDEX if verdict is None else LABELS.index(verdict)
+
+
+def read_records(paths: Sequence[Path]) -> list[Record]:
+    """Reads training files: a JSON list of records, or one record a line.
+
+    Raises:
+        DataError: A file is missing, empty or damaged, or a row is no record; the message names it.
+    """
+    return [record for path in paths for record in _read_file(path)]
+
+
+def _read_file(path: Path) -> list[Record]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"there is no data file {path}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not text in UTF-8 (byte {error.start}); name a JSON file") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    records = [_to_record(value, f"{path}, row {row}") for row, value in enumerate(_json_values(text, path), 1)]
+    if not records:
+        raise DataError(f"{path} is empty; it must hold a list of records, each {_LAYOUT}")
+    return records
+
+
+def _json_values(text: str, path: Path) -> Iterator[Any]:
+    """Gives the entries of a JSON list, or the values that stand one after the other."""
+    decoder = json.JSONDecoder(object_pairs_hook=_without_repeated_keys)
+    position = _after_space(text, 0)
+    in_list = text.startswith("[", position)
+    position = _after_space(text, position + in_list)
+    row = 1
+    while position < len(text) and not (in_list and row == 1 and text[position] == "]"):
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            place = f"line {error.lineno}, column {error.colno}"
+            raise DataError(f"{path}, row {row}: this is not JSON: {error.msg} ({place})") from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}, row {row}: {error}") from None
+        yield value
+        position = _after_space(text, position)
+        if in_list:
+            if text.startswith("]", position):
+                break
+            if not text.startswith(",", position):
+                raise DataError(f"{path}: the list breaks off after row {row}; is the file complete?")
+            position = _after_space(text, position + 1)
+        row += 1
+    if in_list:
+        if not text.startswith("]", position):
+            raise DataError(f"{path}: the list breaks off in row {row}; is the file complete?")
+        if _after_space(text, position + 1) != len(text):
+            raise DataError(f"{path}: there is more after the end of the list; one file must hold one list")
+
+
+def _after_space(text: str, position: int) -> int:
+    match = _SPACE.match(text, position)
+    return match.end() if match else position
+
+
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {repeated!r} stands twice in one object, so one value would be lost; remove one")
+    return found
+
+
+def _to_record(value: Any, origin: str) -> Record:
+    if not isinstance(value, dict):
+        raise DataError(f"{origin}: a record must be an object {_LAYOUT}, not {_shown(value)}")
+    given = value.get("conversations")
+    if not isinstance(given, list) or not given:
+        raise DataError(f"{origin}: there are no conversations; a record is {_LAYOUT}")
+    turns = tuple(_to_turn(turn, f"{origin}, turn {number}") for number, turn in enumerate(given, start=1))
+    for number, turn in enumerate(turns, start=1):
+        if turn["from"] != SPEAKERS[(number - 1) % 2]:
+            raise DataError(f"{origin}, turn {number}: human and gpt must take turns, human first")
+    if len(turns) % 2:
+        raise DataError(f"{origin}: the last turn is a question without an answer; add a gpt turn or remove it")
+    image = value.get("image")
+    if image is not None and (not isinstance(image, str) or not image.strip()):
+        raise DataError(f"{origin}: the image must be one file's path as text, not {_shown(image)}")
+    _check_marks(turns, image, origin)
+    return Record(image, turns, origin)
+
+
+def _to_turn(turn: Any, where: str) -> dict[str, str]:
+    if not isinstance(turn, dict):
+        raise DataError(f"{where}: a turn must be an object with from and value, not {_shown(turn)}")
+    speaker, value = turn.get("from"), turn.get("value")
+    if speaker not in SPEAKERS:
+        raise DataError(f"{where}: unknown speaker {_shown(speaker)}; it must be human or gpt")
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{where}: the value must be a text that says something, not {_shown(value)}")
+    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise DataError(f"{where}: the value has half a surrogate pair (\\ud800 to \\udfff), which is no letter")
+    return {"from": speaker, "value": value}
+
+
+def _check_marks(turns: Sequence[dict[str, str]], image: str | None, origin: str) -> None:
+    marks = [turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in turns]
+    if any(marks[1::2]):
+        raise DataError(f"{origin}: an answer holds {DEFAULT_IMAGE_TOKEN}; only a question may show an image")
+    if image is None and any(marks):
+        raise DataError(f"{origin}: a question shows {DEFAULT_IMAGE_TOKEN}, but the record names no image")
+    if image is not None and sum(marks) != 1:
+        raise DataError(f"{origin}: {DEFAULT_IMAGE_TOKEN} stands {sum(marks)} times for one image, not once")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -1,0 +1,99 @@
+"""What a sample looks like to people."""
+
+import re
+
+import pytest
+
+from llava.cli import run_or_explain
+from llava.conversation import conv_templates
+from llava.data.prompting import fill_template, tokenize_conversation
+from llava.data.records import read_records
+from llava.data.show_samples import build_parser, run, spans
+from llava.model.builder import load_tokenizer
+from tests.conftest import GOLDENS
+
+FILE = str(GOLDENS / "train_mixed.json")
+BASE = ["--tokenizer", str(GOLDENS / "base"), "--num_image_tokens", "25"]
+ANSI = re.compile(r"\033\[\d+m")
+
+
+@pytest.fixture
+def shown(capsys):
+    def show(*arguments):
+        run(build_parser().parse_args([FILE, *BASE, *arguments]))
+        return capsys.readouterr().out
+
+    return show
+
+
+def test_supervised_text_is_marked(shown):
+    text = shown("-n", "3")
+    answers = [record.turns[1]["value"] for record in read_records([GOLDENS / "train_mixed.json"])[:3]]
+    assert re.findall(r"\[\[(.*?)\]\]", text, flags=re.DOTALL) == [f" {answer}</s>" for answer in answers]
+    assert text.count("<image: 25 tokens>\nIs this image real or fake?") == 3
+    assert "row 1: img0.png, verdict fake, 212 tokens, 115 of them supervised" in text
+    assert "3 of 7 records shown; verdicts of all: 2 fake, 1 no verdict, 4 real" in text
+    assert not ANSI.search(text)
+
+
+def test_masked_text_is_grey(shown):
+    text = shown("-n", "1", "--color", "always")
+    answer = read_records([GOLDENS / "train_mixed.json"])[0].turns[1]["value"]
+    assert f"ASSISTANT:\033[0m {answer}</s>\n" in text
+    assert "\033[2m<s> A chat" in text and "[[" not in text
+    assert ANSI.sub("", text) == re.sub(r"\[\[|\]\]", "", shown("-n", "1", "--color", "never"))
+
+
+def test_both_answers_of_two_turns_are_marked(shown):
+    text = shown("-n", "7")
+    assert "[[ <CONCLUSION> This image is real. </CONCLUSION></s>]]USER: Please look closely. ASSISTANT:[[ The " in text
+    assert "row 4: no image, verdict real" in text and "naïve 图 sentence" in text
+
+
+def test_what_is_wrong_is_said(shown, tmp_path):
+    assert "problem: there is no <CONCLUSION>" in shown("-n", "7")
+    cut = shown("-n", "1", "--max-length", "180", "--image_folder", str(tmp_path))
+    assert "cut off after 180 tokens: 32 more" in cut and "problem: its verdict is token 205" in cut
+    assert f"img0.png (not in {tmp_path})" in cut
+    assert "not in" not in shown("-n", "1", "--image_folder", str(GOLDENS / "images"))
+
+
+def test_the_number_of_samples(shown, capsys):
+    assert shown("-n", "0").startswith("0 of 7 records shown")
+    assert "7 of 7 records shown" in shown("-n", "99")
+    assert shown().count("[[") == 3
+    for wrong in ("-1", "two", "1.5"):
+        with pytest.raises(SystemExit):
+            build_parser().parse_args([FILE, *BASE, f"-n={wrong}"])
+        assert "number of samples" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([FILE + "x", *BASE], "there is no data file"),
+        ([str(GOLDENS / "dino.pth"), *BASE], "not text in UTF-8"),
+        ([FILE, "--tokenizer", str(GOLDENS / "clip")], "has no tokenizer"),
+        ([FILE, "--model-name-or-path", "/absent"], "there is no folder /absent"),
+    ],
+)
+def test_wrong_paths_are_explained(arguments, said, capsys):
+    assert run_or_explain(lambda: run(build_parser().parse_args(arguments))) == 1
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_a_model_says_its_length(capsys):
+    arguments = [FILE, "--model_name_or_path", str(GOLDENS / "base"), "--version", "llava_v1"]
+    run(build_parser().parse_args(arguments))
+    text = capsys.readouterr().out
+    assert "curious human" in text and "cut off" not in text
+
+
+def test_the_spans_spell_the_whole_prompt():
+    tokenizer = load_tokenizer(GOLDENS / "base")
+    for record in read_records([GOLDENS / "train_mixed.json"]):
+        conversation = fill_template(record.turns, conv_templates["v1"])
+        found = list(spans(tokenize_conversation(conversation, tokenizer), tokenizer))
+        spelled = "".join("<image>" if kind == "image" else text for kind, text in found)
+        assert spelled == f"<s> {conversation.get_prompt()}"
