@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from llava.assets import demo_model_folder
 from llava.mm_utils import load_image
 from llava.model.checkpoint_files import CheckpointError, read_json, resolve_folder
 from llava.report import ForgeryReport
@@ -24,8 +25,9 @@ ImageLike = str | os.PathLike[str] | Image.Image
 
 _LOADERS = 4
 NO_MODEL = (
-    "no model is named. Get the published weights, for example with `hf download AnnaGao/FakeReasoning`, and pass the "
-    "folder's path or the hub id"
+    "no model is named, and this installation is without the embedded demonstration model (llava/assets/demo_model). "
+    "Get the published weights, for example with `hf download AnnaGao/FakeReasoning`, and pass the folder's path or "
+    "the hub id"
 )
 
 
@@ -44,12 +46,13 @@ class ForgeryDetector:
         """Opens a checkpoint.
 
         Args:
-            path: Folder or hub id.
+            path: Folder or hub id; None for the embedded demonstration model.
             **options: As for ``load_pretrained_model``: ``model_base``, ``device``, ``dtype``, ``load_4bit``, …
 
         Raises:
-            CheckpointError: No path is given, no system opens it, or it is broken.
+            CheckpointError: No system opens it, it is broken, or there is no embedded model.
         """
+        path = demo_model_folder() if path is None else path
         if path is None:
             raise CheckpointError(NO_MODEL)
         folder = resolve_folder(path, "model")
@@ -59,6 +62,11 @@ class ForgeryDetector:
                 return cls(system.load(str(folder), **options))
         known, found = ", ".join(system.name for system in SYSTEMS), files.config.get("model_type")
         raise CheckpointError(f"{folder} is no checkpoint of a known system ({known}): its model_type is {found!r}")
+
+    @property
+    def notice(self) -> str:
+        """What whoever reads this model's answers must know; empty for most models."""
+        return self.system.notice
 
     def analyze(self, image: ImageLike, **options: Any) -> ForgeryReport:
         """Judges one image.

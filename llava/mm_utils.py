@@ -1,6 +1,7 @@
 """From a picture file to shared pixels, and from a prompt with ``<image>`` to ids. Names are LLaVA's."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,14 +158,20 @@ def tokenizer_image_token(
     """
     if return_tensors not in (None, "pt"):
         raise ValueError(f"unsupported return_tensors {return_tensors!r}; it must be None or 'pt'")
-    ids: list[int] = []
-    for index, chunk in enumerate(prompt.split(DEFAULT_IMAGE_TOKEN)):
-        chunk_ids = tokenizer(chunk).input_ids
-        opens = chunk_ids[:1] == [tokenizer.bos_token_id]
-        if index > 0:
-            ids.append(image_token_index)
-        ids += chunk_ids[1:] if opens and index > 0 else chunk_ids
+    chunks = [tokenizer(chunk).input_ids for chunk in prompt.split(DEFAULT_IMAGE_TOKEN)]
+    ids = join_chunks(chunks, tokenizer.bos_token_id, image_token_index)
     return torch.tensor(ids, dtype=torch.long) if return_tensors == "pt" else ids
+
+
+def join_chunks(
+    chunks: Sequence[list[int]], bos_token_id: int | None, image_token_index: int = IMAGE_TOKEN_INDEX
+) -> list[int]:
+    """Joins the ids of the texts between images; only the first keeps its beginning-of-sequence mark."""
+    ids = list(chunks[0])
+    for chunk in chunks[1:]:
+        ids.append(image_token_index)
+        ids += chunk[1:] if chunk[:1] == [bos_token_id] else chunk
+    return ids
 
 
 def get_model_name_from_path(model_path: str) -> str:

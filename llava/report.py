@@ -7,6 +7,13 @@ if TYPE_CHECKING:
     import numpy as np
 
 ScoreSource = Literal["verdict", "forced", "prompt", "detector"]
+SCORE_SOURCES: dict[ScoreSource, str] = {
+    "verdict": "before the verdict word of the model's own answer",
+    "forced": "after the missing verdict was opened for the model",
+    "prompt": "without an answer",
+    "detector": "from the system's own head",
+}
+"""Where a probability was read, in words."""
 
 
 @dataclass
@@ -17,6 +24,8 @@ class ForgeryReport:
         label: ``"real"`` or ``"fake"`` as the text says; None when the text says neither. Where only a score was asked
             for (``score_source`` is ``prompt``) there is no text, and the label is what the score says.
         fake_probability: P(fake) in 0..1; None for a system without a score and for an image that cannot be read.
+        answer_probability: P(fake) at the verdict of the answer where ``fake_probability`` was read without the answer
+            (``score_source`` is ``prompt``); None where they are the same, or there is no answer.
         score_source: Where the probability was read: ``verdict``, before the verdict word of the model's own answer;
             ``forced``, after the missing tags and the verdict's opening were appended for one forward; ``prompt``,
             without an answer; ``detector``, from a system's own head.
@@ -26,15 +35,17 @@ class ForgeryReport:
         system: Name of the system that answered.
         attention: Where the model looked, ``[height, width]`` over the picture's own shape, or None.
         mask: Which pixels are forged, ``[height, width]`` in 0..1, or None.
-        probabilities: P(fake) of each answer where several were sampled; ``fake_probability`` is their mean and the
-            text is the first one's.
+        probabilities: P(fake) of each answer where several were sampled; the score of the answer is their mean and
+            the text is the first one's.
         off_distribution: Whether the score was asked for in a way that the model was not trained for.
+        notice: What whoever reads this must know of the model; empty for most.
         error: Why the image could not be judged; empty if it was.
     """
 
     label: str | None
     fake_probability: float | None
     score_source: ScoreSource | None
+    answer_probability: float | None = None
     stages: dict[str, str] = field(default_factory=dict)
     attributes: dict[str, str] = field(default_factory=dict)
     text: str = ""
@@ -43,6 +54,7 @@ class ForgeryReport:
     mask: "np.ndarray | None" = None
     probabilities: list[float] = field(default_factory=list)
     off_distribution: bool = False
+    notice: str = ""
     error: str = ""
 
     @property

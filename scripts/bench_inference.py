@@ -29,13 +29,6 @@ SIZES: dict[str, dict[str, int]] = {
         "pixels": 336,
     },
 }
-GPU_CEILINGS = {
-    "H200": (4.8e12, 989e12),
-    "H100": (3.35e12, 989e12),
-    "A100": (2.0e12, 312e12),
-    "A800": (2.0e12, 312e12),
-}
-"""Peak bandwidth (bytes/s) and dense 16-bit matrix throughput (FLOP/s) as the maker states them."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -144,11 +137,11 @@ def measure_batch(system: Any, pictures: list[Any], size: int, new_tokens: int) 
         )
 
     with torch.no_grad():
-        tokens = model.encode_images(pixels).tokens
+        tokens = system.look(pixels).tokens
         text = model.get_input_embeddings()(torch.tensor([ids] * size, device=device))
         embeds = torch.cat((text, tokens), dim=1)
         answer(embeds, 2)
-        vision = seconds(lambda: model.encode_images(pixels), device)
+        vision = seconds(lambda: system.look(pixels), device)
         prefill = seconds(lambda: answer(embeds, 1), device)
         decoding = seconds(lambda: answer(embeds, new_tokens), device) - prefill
     detector = ForgeryDetector(system)
@@ -170,12 +163,9 @@ def shares_of_ceilings(
     model: Any, size: int, prompt: int, new_tokens: int, prefill: float, step: float
 ) -> dict[str, float]:
     """Returns the shares of the GPU's bandwidth (decoding) and throughput (prefill); nothing on other devices."""
-    import torch
+    from llava.gpu_ceilings import gpu_ceilings
 
-    if model.device.type != "cuda":
-        return {}
-    name = torch.cuda.get_device_name(model.device)
-    ceilings = next((value for part, value in GPU_CEILINGS.items() if part in name), None)
+    ceilings = gpu_ceilings(model.device)
     if ceilings is None:
         return {}
     layers = [p for n, p in model.named_parameters() if n.startswith(("model.layers.", "lm_head", "model.norm"))]
@@ -185,8 +175,8 @@ def shares_of_ceilings(
     attention = 4 * config.num_hidden_layers * config.hidden_size * prompt / 2
     computed = size * prompt * (2 * (weights - model.lm_head.weight.numel()) + attention)
     return {
-        "bandwidth_share": read / step / ceilings[0],
-        "compute_share": computed / prefill / ceilings[1],
+        "bandwidth_share": read / step / ceilings.bandwidth,
+        "compute_share": computed / prefill / ceilings.throughput,
     }
 
 

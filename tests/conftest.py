@@ -9,8 +9,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # small models lose more by waiting for a s
 
 import pytest
 
+from llava import assets
 from tests.reference import Reference
-from tests.trained import trained_folder
+from tests.trained import NOTICE, change_config, trained_folder
 
 GOLDENS = Path(__file__).parent / "data" / "goldens"
 
@@ -25,3 +26,15 @@ def bundled() -> Reference:
 def trained(tmp_path_factory) -> Path:
     """A folder with a small model that answers in the published format."""
     return trained_folder(tmp_path_factory.mktemp("trained") / "model", GOLDENS / "base")
+
+
+@pytest.fixture
+def default_model(trained, tmp_path, monkeypatch) -> Path:
+    """The small model in the place of the embedded one, with a notice."""
+    folder = tmp_path / "default"
+    folder.mkdir()
+    for file in trained.iterdir():
+        (folder / file.name).symlink_to(file)
+    change_config(folder, notice=NOTICE)
+    monkeypatch.setattr(assets, "DEMO_MODEL", folder)
+    return folder

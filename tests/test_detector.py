@@ -121,6 +121,57 @@ def test_an_answer_cut_right_before_its_verdict_is_forced(detector, pictures):
     assert abs(report.fake_probability - forced_probability(detector, pictures[0], whole)) < 1e-4
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_score_without_the_answer_beside_the_answer(detector, pictures, size):
+    few, options = pictures[:7], {"max_new_tokens": 150}
+    wanted = list(detector.analyze_many(few, batch_size=3, score="answer", **options))
+    found = list(detector.analyze_many(few, batch_size=size, score="prompt", **options))
+    for image, report, answer in zip(few, found, wanted, strict=True):
+        assert abs(report.fake_probability - forced_probability(detector, image, VERDICT_PREFIX)) < 1e-4
+        assert report.answer_probability == pytest.approx(answer.fake_probability, abs=1e-4)
+        assert (report.text, report.label, report.stages) == (answer.text, answer.label, answer.stages)
+        assert report.score_source == "prompt" and report.off_distribution
+        assert report.agrees == (
+            None if report.label is None else (report.fake_probability >= 0.5) == (report.label == "fake")
+        )
+        assert answer.answer_probability is None and answer.score_source != "prompt" and not answer.off_distribution
+    alone = list(detector.analyze_many(few, batch_size=size, score_only=True))
+    assert [r.fake_probability for r in found] == pytest.approx([r.fake_probability for r in alone], abs=1e-4)
+
+
+def test_the_config_says_which_score_is_reported(detector, pictures, monkeypatch):
+    def source(**options):
+        return detector.analyze(pictures[0], **options).score_source
+
+    assert source() == source(score="answer") == "verdict"
+    monkeypatch.setattr(detector.system.model.config, "default_score", "prompt")
+    monkeypatch.setattr(detector.system.model.config, "verdict_only_share", 0.3)
+    report = detector.analyze(pictures[0])
+    assert report.score_source == "prompt" and not report.off_distribution
+    assert report.to_dict()["answer_probability"] == detector.analyze(pictures[0], score="answer").fake_probability
+    assert source(score="answer") == "verdict"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"samples": 3, "temperature": 1.0},
+        {"num_beams": 2},
+        {"assistant_prefix": FORCED_SUMMARY},
+        {"max_new_tokens": 5},
+        {"question": "Real?"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_the_score_without_the_answer_does_not_depend_on_the_answer(detector, pictures, options):
+    options = {"max_new_tokens": 80, **options}
+    report, answer = (detector.analyze(pictures[4], score=score, **options) for score in ("prompt", "answer"))
+    question = options.get("question", QUESTION)
+    assert abs(report.fake_probability - forced_probability(detector, pictures[4], VERDICT_PREFIX, question)) < 1e-4
+    assert report.answer_probability == pytest.approx(answer.fake_probability, abs=1e-4)
+    assert report.probabilities == pytest.approx(answer.probabilities, abs=1e-4)
+
+
 @pytest.mark.parametrize("prefix", [FORCED_SUMMARY, "<CONCLUSION>", VERDICT_PREFIX])
 def test_an_answer_goes_on_from_a_given_beginning(detector, pictures, prefix):
     report = detector.analyze(pictures[1], assistant_prefix=prefix, max_new_tokens=200)
@@ -159,7 +210,7 @@ def test_several_answers_share_one_look_and_their_mean_is_the_score(detector, pi
     )
     options = {"temperature": 1.0, "max_new_tokens": 120}
     reports = list(detector.analyze_many(pictures[:3], batch_size=3, samples=4, **options))
-    assert looks == [3]
+    assert looks == [2, 1]  # each picture once
     for report in reports:
         assert len(report.probabilities) == 4
         assert report.fake_probability == pytest.approx(sum(report.probabilities) / 4)
@@ -212,6 +263,8 @@ def test_beams_answer_and_are_scored_like_all_others(detector, pictures):
         ({"max_new_tokens": 0}, "at least 1"),
         ({"temperature": -1}, "at least 0"),
         ({"score_only": True, "assistant_prefix": "x"}, "no meaning"),
+        ({"score_only": True, "score": "answer"}, "no meaning"),
+        ({"score": "both"}, "score must be one of auto, answer, prompt, not 'both'"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
     ],
 )
@@ -387,8 +440,6 @@ def test_a_cache_with_room_is_a_cache():
 
 
 def test_a_detector_needs_a_checkpoint_of_a_known_system(tmp_path):
-    with pytest.raises(CheckpointError, match="no model is named"):
-        ForgeryDetector.from_pretrained()
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(CheckpointError, match=r"no checkpoint of a known system .* 'bert'"):
         ForgeryDetector.from_pretrained(tmp_path)

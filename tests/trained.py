@@ -1,5 +1,6 @@
 """A small model that has learnt to answer in the published format, so that its answers have verdicts."""
 
+import json
 import random
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from llava.model.probability_mapper import VerdictTokens
 from llava.systems.fakereasoning import text as words
 from tests.small_models import small_model
 
+NOTICE = "This is a stand-in & <nothing> else."
 CAPTIONS = ("A dark street.", "A soft portrait of a house.", "A car.", "An image with light and a strange shadow.")
 
 
@@ -63,3 +65,11 @@ def trained_folder(folder: Path, tokenizer_folder: Path, steps: int = 400) -> Pa
         optimizer.step()
     model.save_pretrained(folder)
     return folder
+
+
+def change_config(folder: Path, **fields: object) -> None:
+    """Writes fields into a saved model's config."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    file.unlink()
+    file.write_text(json.dumps({**config, **fields}))

@@ -80,15 +80,15 @@ def load_pretrained_model(
     target = resolve_device(device)
     tensor_dtype = resolve_dtype(dtype, checkpoint, target)
     check_keys(config, checkpoint)
-    model = _materialize(
+    model = materialize(
         config,
         checkpoint.tensors,
         dtype=tensor_dtype,
         device_map=device_map if device_map is not None else {"": target},
-        quantization_config=_quantization(load_8bit, load_4bit, tensor_dtype),
+        quantization_config=quantization(load_8bit, load_4bit, tensor_dtype),
         attn_implementation=resolve_attention(attn_implementation, target, tensor_dtype),
     )
-    _set_generation_defaults(model, checkpoint.tokenizer_folder, tokenizer)
+    set_generation_defaults(model, checkpoint.tokenizer_folder, tokenizer)
     if checkpoint.adapter_folder is not None:
         model = apply_lora(model, checkpoint.adapter_folder, merge=merge_lora and not (load_8bit or load_4bit))
     model.get_model().freeze_towers()
@@ -97,7 +97,7 @@ def load_pretrained_model(
     return tokenizer, model.eval(), model.image_processor, context_length
 
 
-def _materialize(config: LlavaConfig, tensors: Mapping[str, TensorLike], **options: Any) -> LlavaLlamaForCausalLM:
+def materialize(config: LlavaConfig, tensors: Mapping[str, TensorLike], **options: Any) -> LlavaLlamaForCausalLM:
     """Lets transformers cast, quantise and place the tensors one by one."""
     model, info = LlavaLlamaForCausalLM.from_pretrained(
         None, config=config, state_dict=dict(tensors), output_loading_info=True, **options
@@ -172,9 +172,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _set_generation_defaults(model: LlavaLlamaForCausalLM, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def set_generation_defaults(
+    model: LlavaLlamaForCausalLM, folder: Path | None, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Takes the special ids from the checkpoint, but not its sampling settings: decoding is greedy unless asked."""
-    stored = read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
+    file = None if folder is None else folder / "generation_config.json"
+    stored = read_json(file) if file is not None and file.is_file() else {}
     model.generation_config = GenerationConfig(
         bos_token_id=stored.get("bos_token_id", tokenizer.bos_token_id),
         eos_token_id=stored.get("eos_token_id", tokenizer.eos_token_id),
@@ -236,7 +239,12 @@ def resolve_attention(attn_implementation: str, device: torch.device, dtype: tor
     return "flash_attention_2" if usable and importlib.util.find_spec("flash_attn") else "sdpa"
 
 
-def _quantization(load_8bit: bool, load_4bit: bool, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def quantization(load_8bit: bool, load_4bit: bool, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """Returns how the language model is quantised; None if it is not.
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
+    """
     if not (load_8bit or load_4bit):
         return None
     if importlib.util.find_spec("bitsandbytes") is None:

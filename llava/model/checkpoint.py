@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from llava.model.checkpoint_files import (
     CheckpointError,
@@ -101,13 +102,13 @@ def complete_config(
     """Finds the towers and writes into the config what only the tensors tell.
 
     A tower comes from the argument, else from complete tensors in the checkpoint, else from the path or hub id in the
-    config, else (DINO) from the environment variable ``DINO_WEIGHT``.
+    config (``mm_vision_tower``, ``mm_dino_tower``), else (DINO) from the environment variable ``DINO_WEIGHT``.
 
     Returns:
         The checkpoint with the towers' tensors, and the whole config.
 
     Raises:
-        CheckpointError: A tower is nowhere to be had, or the config asks for something that is not supported.
+        CheckpointError: A tower is nowhere to be had, or the config holds something that is not supported.
     """
     values = dict(checkpoint.config)
     _refuse_unsupported(values, checkpoint.folder)
@@ -126,7 +127,11 @@ def complete_config(
     others = {
         name: tensor for name, tensor in checkpoint.tensors.items() if not name.startswith((VISION_PREFIX, DINO_PREFIX))
     }
-    return replace(checkpoint, tensors=others | towers), LlavaConfig.from_dict(values)
+    try:
+        config = LlavaConfig.from_dict(values)
+    except StrictDataclassError as error:
+        raise CheckpointError(f"{checkpoint.folder}: config.json is wrong: {error.__cause__ or error}") from error
+    return replace(checkpoint, tensors=others | towers), config
 
 
 def _refuse_unsupported(values: Mapping[str, Any], folder: Path) -> None:
@@ -178,7 +183,7 @@ def _find_second_tower(
         config = DinoVisionTower.infer_config(stored, heads)
         if not _missing(config, stored):
             return _logged("DINO tower", TowerSource(config, stored, "the checkpoint"))
-    place = given or os.environ.get(DINO_WEIGHT_VARIABLE)
+    place = given or values.get("mm_dino_tower") or os.environ.get(DINO_WEIGHT_VARIABLE)
     if place is None:
         raise CheckpointError(
             f"{checkpoint.folder} does not hold its DINO tower whole; pass dino_weights=<dinov2_vitl14_pretrain.pth> "

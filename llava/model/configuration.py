@@ -1,6 +1,6 @@
 """The model's config."""
 
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
@@ -15,6 +15,7 @@ class LlavaConfig(LlamaConfig):
     Attributes:
         vision_tower_config: First tower, see ``multimodal_encoder``; None for a model without images.
         dino_tower_config: Second tower.
+        mm_dino_tower: Where the second tower's weights came from: path or hub id, as ``mm_vision_tower`` for the first.
         mm_image_processor: Settings of the image processor that makes the pixels which the towers share.
         mm_fusion_type: Name in the registry of fusions.
         mm_fusion_config: The fusion's own settings.
@@ -26,11 +27,15 @@ class LlavaConfig(LlamaConfig):
         conv_mode: Prompt template that the model is asked with.
         verdict_only_share: Share of training answers that were only a CONCLUSION, so that asking for the score alone
             is what the model was trained for; 0 for the published weights.
+        default_score: Which score a report gives as P(fake) unless asked otherwise: ``answer``, after the model's own
+            answer, or ``prompt``, without one.
+        notice: What whoever reads this model's answers must know; reports carry it and commands say it.
     """
 
     model_type = "llava_llama"
 
     mm_vision_tower: str | None = None
+    mm_dino_tower: str | None = None
     mm_hidden_size: int | None = None
     mm_projector_type: str = "mlp2x_gelu"
     mm_vision_select_layer: int = -2
@@ -52,6 +57,8 @@ class LlavaConfig(LlamaConfig):
     cpm_tokens: dict[str, Any] | None = None
     conv_mode: str = "llava_v1"
     verdict_only_share: float = 0.0
+    default_score: Literal["answer", "prompt"] = "answer"
+    notice: str = ""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

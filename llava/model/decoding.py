@@ -16,6 +16,8 @@ from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
 _ROOM = 128
 """Positions by which a cache grows at a time."""
+_PROMPTS_ON_CPU = 4
+"""Prompts that a CPU reads at a time: the activations of more do not stay in its caches."""
 _LEAVING_SHARE = 8
 """Finished rows leave once they are one in so many: leaving copies the cache of all that stay."""
 
@@ -146,10 +148,8 @@ def decode(
     Returns:
         B × samples answers, those of one prompt side by side, and the prompts' own cache.
     """
-    layers = [RoomyLayer() for _ in range(model.config.num_hidden_layers)]
+    logits_BV, layers = _read(model, prompts_BLD)
     cache = Cache(layers=layers)
-    output = model(inputs_embeds=prompts_BLD, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    logits_BV = output.logits[:, -1]
     prompts = PromptCache([(layer.keys, layer.values) for layer in layers])
     if samples > 1:
         cache.batch_repeat_interleave(samples)
@@ -180,3 +180,20 @@ def decode(
         logits_BV = output.logits[:, -1]
     kept = kept_BTW.cpu()
     return [Decoded(ids, kept[row, : len(ids)]) for row, ids in enumerate(answers)], prompts
+
+
+def _read(model: LlavaLlamaForCausalLM, prompts_BLD: Tensor) -> tuple[Tensor, list[RoomyLayer]]:
+    """Reads prompts; returns the logits after them, ``[B, V]``, and the layers of their cache."""
+    at_a_time = _PROMPTS_ON_CPU if prompts_BLD.device.type == "cpu" else len(prompts_BLD)
+    logits, caches = [], []
+    for part in prompts_BLD.split(at_a_time):
+        layers = [RoomyLayer() for _ in range(model.config.num_hidden_layers)]
+        output = model(inputs_embeds=part, past_key_values=Cache(layers=layers), use_cache=True, logits_to_keep=1)
+        logits.append(output.logits[:, -1])
+        caches.append(layers)
+    if len(caches) == 1:
+        return logits[0], caches[0]
+    joined = [RoomyLayer() for _ in caches[0]]
+    for layer, parts in zip(joined, zip(*caches, strict=True), strict=True):
+        layer.update(torch.cat([part.keys for part in parts]), torch.cat([part.values for part in parts]))
+    return torch.cat(logits), joined

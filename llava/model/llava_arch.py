@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,21 @@ from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_fusion.base import FusionInput, FusionOutput
 from llava.model.multimodal_fusion.builder import build_fusion, fusion_class
 from llava.model.multimodal_projector.builder import build_vision_projector
+
+
+class TowerOutputs(NamedTuple):
+    """What the towers say to B images, before the projectors.
+
+    Attributes:
+        clip: Features of the first tower ``[B, P, C]``; None where the fusion does not use them.
+        dino: Features of the second tower ``[B, P, C]``; None where there is none.
+        dino_attention: Softmax attention of its last block between patches ``[B, G, P, P]``; None where the fusion
+            does not use it.
+    """
+
+    clip: Tensor | None = None
+    dino: Tensor | None = None
+    dino_attention: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -76,11 +92,25 @@ class LlavaMetaModel(nn.Module):
         """Returns the first tower."""
         return self.vision_tower
 
+    def towers(self) -> list[VisionTower]:
+        """Returns the towers that there are."""
+        return [tower for tower in (self.vision_tower, self.dino_tower) if tower is not None]
+
+    def num_image_tokens(self) -> int:
+        """Returns how many tokens an image becomes.
+
+        Raises:
+            ValueError: The model has no towers.
+        """
+        if self.vision_tower is None:
+            raise ValueError("this model has no vision tower, so it cannot take images")
+        dino = self.dino_tower.num_patches if self.dino_tower is not None else 0
+        return self.fusion.num_tokens(self.vision_tower.num_patches if self.fusion.uses_clip else 0, dino)
+
     def freeze_towers(self) -> None:
         """Takes the towers out of training, as published."""
-        for tower in (self.vision_tower, self.dino_tower):
-            if tower is not None:
-                tower.requires_grad_(False)
+        for tower in self.towers():
+            tower.requires_grad_(False)
 
     def encode_images(self, images: Tensor, *, return_attention: bool = False) -> FusionOutput:
         """Turns shared pixels ``[B, 3, S, S]`` into image tokens ``[B, P, D]``.
@@ -92,18 +122,30 @@ class LlavaMetaModel(nn.Module):
         Raises:
             ValueError: The model has no towers, or an attention is asked for that the fusion does not have.
         """
+        return self.fuse(self.run_towers(images), return_attention=return_attention)
+
+    def run_towers(self, images: Tensor) -> TowerOutputs:
+        """Returns what the towers say to shared pixels ``[B, 3, S, S]``.
+
+        Raises:
+            ValueError: The model has no towers.
+        """
         if self.vision_tower is None:
             raise ValueError("this model has no vision tower, so it cannot take images")
-        clip = dino = attention = None
-        if self.fusion.uses_clip:
-            clip = self.mm_projector(self.vision_tower(images).features)
-        if self.dino_tower is not None:
-            seen = self.dino_tower(images, with_attention=self.fusion.uses_dino_attention)
-            dino = self.dino_mm_projector(seen.features)
-            if seen.attention is not None:
-                first = self.dino_tower.num_prefix_tokens
-                attention = seen.attention[:, :, first:, first:]
-        return self.fusion(FusionInput(clip, dino, attention), return_attention=return_attention)
+        clip = self.vision_tower(images).features if self.fusion.uses_clip else None
+        if self.dino_tower is None:
+            return TowerOutputs(clip)
+        seen = self.dino_tower(images, with_attention=self.fusion.uses_dino_attention)
+        if seen.attention is None:
+            return TowerOutputs(clip, seen.features)
+        first = self.dino_tower.num_prefix_tokens
+        return TowerOutputs(clip, seen.features, seen.attention[:, :, first:, first:])
+
+    def fuse(self, seen: TowerOutputs, *, return_attention: bool = False) -> FusionOutput:
+        """Projects what the towers said and joins it into image tokens, see ``encode_images``."""
+        clip = None if seen.clip is None else self.mm_projector(seen.clip)
+        dino = None if seen.dino is None else self.dino_mm_projector(seen.dino)
+        return self.fusion(FusionInput(clip, dino, seen.dino_attention), return_attention=return_attention)
 
 
 def features_by_row(input_ids: Tensor, placeholder: int, features: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -82,11 +82,13 @@ class MapperOutput:
     Attributes:
         loss: Mean cross-entropy over the rows that matched, ``[]``; 0 if none did.
         rows: How many rows matched, ``[]``.
+        correct: How many of them have the likelier class right, ``[]``.
         positions: Position k of each row, ``[B]``; -1 where none was found.
     """
 
     loss: Tensor
     rows: Tensor
+    correct: Tensor
     positions: Tensor
 
 
@@ -152,22 +154,34 @@ class ProbabilityMapper:
         Raises:
             ValueError: The labels are needed but missing.
         """
-        forgery_labels_B = forgery_labels_B.to(logits_BTV.device)
         if self.search == "labels":
             if labels_BT is None:
                 raise ValueError("cpm_search='labels' looks for the verdict in the labels, but no labels were given")
-            spelled_BS = labels_BT[:, 1:].to(logits_BTV.device)
+            positions_B = self.positions_in_labels(labels_BT, forgery_labels_B).to(logits_BTV.device)
         else:
-            spelled_BS = logits_BTV.argmax(dim=-1)
-        positions_B = self.find(spelled_BS, logits_BTV.shape[1])
-        positions_B = torch.where(forgery_labels_B == IGNORE_INDEX, -1, positions_B)
-        matched_B = positions_B >= 0
+            positions_B = self.positions(logits_BTV.argmax(dim=-1), logits_BTV.shape[1], forgery_labels_B)
         at_verdict_BV = logits_BTV[torch.arange(len(positions_B), device=logits_BTV.device), positions_B.clamp(min=0)]
-        targets_B = torch.where(matched_B, forgery_labels_B, 0)
-        losses_B = F.cross_entropy(self.class_logits(at_verdict_BV), targets_B, reduction="none")
+        return self.loss_at(at_verdict_BV, positions_B, forgery_labels_B)
+
+    def positions(self, spelled_BS: Tensor, length: int, forgery_labels_B: Tensor) -> Tensor:
+        """Finds where the verdict is predicted as ``find`` does, -1 also for a row without a class."""
+        forgery_labels_B = forgery_labels_B.to(spelled_BS.device)
+        return torch.where(forgery_labels_B == IGNORE_INDEX, -1, self.find(spelled_BS, length))
+
+    def positions_in_labels(self, labels_BT: Tensor, forgery_labels_B: Tensor) -> Tensor:
+        """Finds where the verdict is predicted by the labels of a sequence, ``[B]``; -1 where there is none."""
+        return self.positions(labels_BT[:, 1:], labels_BT.shape[1], forgery_labels_B)
+
+    def loss_at(self, at_verdict_BV: Tensor, positions_B: Tensor, forgery_labels_B: Tensor) -> MapperOutput:
+        """Computes the training loss from the logits ``[B, V]`` at each row's position; rows at -1 do not count."""
+        matched_B = positions_B >= 0
+        targets_B = torch.where(matched_B, forgery_labels_B.to(at_verdict_BV.device), 0)
+        logits_B2 = self.class_logits(at_verdict_BV)
+        losses_B = F.cross_entropy(logits_B2, targets_B, reduction="none")
         rows = matched_B.sum()
         loss = torch.where(matched_B, losses_B, 0).sum() / rows.clamp(min=1)
-        return MapperOutput(loss, rows, positions_B)
+        correct = (matched_B & (logits_B2.argmax(dim=-1) == targets_B)).sum()
+        return MapperOutput(loss, rows, correct, positions_B)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

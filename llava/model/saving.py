@@ -27,6 +27,7 @@ TOKENIZER_FILES = (
 _OUR_FIELDS = (
     "vision_tower_config",
     "dino_tower_config",
+    "mm_dino_tower",
     "mm_image_processor",
     "mm_fusion_type",
     "mm_fusion_config",
@@ -36,6 +37,8 @@ _OUR_FIELDS = (
     "cpm_tokens",
     "conv_mode",
     "verdict_only_share",
+    "default_score",
+    "notice",
 )
 """Config fields that the published layout does not have."""
 

@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from llava.report import ForgeryReport
+
+ScoreKind = Literal["auto", "answer", "prompt"]
+SCORE_KINDS: tuple[ScoreKind, ...] = get_args(ScoreKind)
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class AnalyzeOptions:
         conv_mode: Prompt template in the place of the one in the model's config.
         assistant_prefix: Beginning of the answer, which the model then goes on from.
         score_only: No answer, only P(fake), from one forward.
+        score: Which P(fake) is reported beside an answer: ``answer``, at the verdict that follows the model's own
+            reasoning; ``prompt``, from one more forward without the answer; ``auto``, what the model's config says.
         max_new_tokens: Longest answer, in tokens.
         temperature: 0 decodes greedily; above, answers are sampled.
         top_p: Sample from the smallest set of words that has this probability; None means all.
@@ -47,6 +52,7 @@ class AnalyzeOptions:
     conv_mode: str | None = None
     assistant_prefix: str = ""
     score_only: bool = False
+    score: ScoreKind = "auto"
     max_new_tokens: int = 512
     temperature: float = 0.0
     top_p: float | None = None
@@ -72,8 +78,12 @@ class AnalyzeOptions:
             raise ValueError("samples above 1 need a temperature above 0, or all answers would be the same")
         if self.num_beams > 1 and self.temperature > 0:
             raise ValueError("beam search and sampling exclude each other: set num_beams to 1 or temperature to 0")
-        if self.score_only and (self.samples > 1 or self.assistant_prefix):
-            raise ValueError("score_only asks for no answer, so samples and assistant_prefix have no meaning")
+        if self.score not in SCORE_KINDS:
+            raise ValueError(f"score must be one of {', '.join(SCORE_KINDS)}, not {self.score!r}")
+        if self.score_only and (self.samples > 1 or self.assistant_prefix or self.score == "answer"):
+            raise ValueError(
+                "score_only asks for no answer, so samples, assistant_prefix and score='answer' have no meaning"
+            )
 
 
 @runtime_checkable
@@ -81,6 +91,7 @@ class System(Protocol):
     """One published way to judge an image, from files to reports."""
 
     name: str
+    notice: str
 
     @classmethod
     def opens(cls, files: CheckpointFiles) -> bool:

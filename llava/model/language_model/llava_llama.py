@@ -17,13 +17,13 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from llava.constants import IMAGE_TOKEN_INDEX
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model.checkpoint_layout import stored_state_dict
 from llava.model.configuration import LlavaConfig
-from llava.model.llava_arch import LlavaMetaModel, SplicedBatch, features_by_row, splice
+from llava.model.llava_arch import LlavaMetaModel, SplicedBatch, TowerOutputs, features_by_row, splice
 from llava.model.multimodal_encoder.base import VisionTower
 from llava.model.multimodal_fusion.base import FusionOutput
-from llava.model.probability_mapper import ProbabilityMapper, VerdictTokens
+from llava.model.probability_mapper import MapperOutput, ProbabilityMapper, VerdictTokens
 
 
 @dataclass
@@ -34,12 +34,14 @@ class LlavaOutput(CausalLMOutputWithPast):
         lm_loss: Mean cross-entropy over supervised tokens, ``[]``; None without labels.
         mapper_loss: Loss of the probability mapper, ``[]``; None without forgery labels.
         mapper_rows: Number of rows where the verdict was found, ``[]``; None without forgery labels.
+        mapper_correct: Number of those rows where the likelier class is the right one, ``[]``.
         labels: Labels of the expanded sequence ``[B, L]``; None without labels.
     """
 
     lm_loss: Tensor | None = None
     mapper_loss: Tensor | None = None
     mapper_rows: Tensor | None = None
+    mapper_correct: Tensor | None = None
     labels: Tensor | None = None
 
 
@@ -118,11 +120,12 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
     def prepare_inputs_labels_for_multimodal(
         self,
         input_ids: Tensor,
-        images: Tensor,
+        images: Tensor | None,
         *,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         padding_side: str | None = None,
+        tower_outputs: TowerOutputs | None = None,
     ) -> SplicedBatch:
         """Puts the images' tokens into the prompts.
 
@@ -132,13 +135,17 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             attention_mask: ``[B, T]``; default: all valid.
             labels: ``[B, T]``, or None.
             padding_side: Default: the config's.
+            tower_outputs: What the towers said to the images, in the place of ``images``.
 
         Raises:
             ValueError: Images have another shape, or their number does not fit the placeholders.
         """
-        if images.ndim != 4:
-            raise ValueError(f"images must have shape [N, 3, S, S], not {list(images.shape)}")
-        tokens = self.encode_images(images.to(self.device)).tokens
+        if tower_outputs is None:
+            if images is None or images.ndim != 4:
+                shape = None if images is None else list(images.shape)
+                raise ValueError(f"images must have shape [N, 3, S, S], not {shape}")
+            tower_outputs = self.model.run_towers(images.to(self.device))
+        tokens = self.model.fuse(tower_outputs).tokens
         shares = features_by_row(input_ids, IMAGE_TOKEN_INDEX, list(tokens))
         return splice(
             input_ids,
@@ -162,6 +169,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         logits_to_keep: int | Tensor = 0,
         images: Tensor | None = None,
         forgery_labels: Tensor | None = None,
+        tower_outputs: TowerOutputs | None = None,
+        loss_only: bool = False,
         **kwargs: Any,
     ) -> LlavaOutput:
         """Runs the model on prompts with images, and computes the losses if there is something to compare with.
@@ -177,6 +186,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             logits_to_keep: Compute logits only for the last so many positions, or for these; 0 means all.
             images: Shared pixels ``[N, 3, S, S]``.
             forgery_labels: ``[B]``, real = 0, fake = 1, -100 for none.
+            tower_outputs: What the towers said to the images, in the place of ``images``.
+            loss_only: Compute the vocabulary's logits only where the losses need them, and return none.
             **kwargs: Passed on to Llama; ``num_items_in_batch`` is the number of supervised tokens to average over.
 
         Returns:
@@ -185,9 +196,9 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         Raises:
             ValueError: Placeholders and images do not fit, or losses are asked for on a part of the logits.
         """
-        if images is not None and input_ids is not None:
+        if input_ids is not None and (images is not None or tower_outputs is not None):
             batch = self.prepare_inputs_labels_for_multimodal(
-                input_ids, images, attention_mask=attention_mask, labels=labels
+                input_ids, images, attention_mask=attention_mask, labels=labels, tower_outputs=tower_outputs
             )
             input_ids, inputs_embeds, labels = None, batch.inputs_embeds, batch.labels
             attention_mask, position_ids = batch.attention_mask, batch.position_ids
@@ -197,17 +208,24 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         if wants_loss and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("losses need the logits of all positions, so logits_to_keep must stay 0")
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        output = super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **{**kwargs, "return_dict": True},
-        )
-        lm_loss = mapper_loss = mapper_rows = None
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+            **kwargs,
+            "return_dict": True,
+        }
+        if loss_only:
+            if labels is None:
+                raise ValueError("loss_only needs labels")
+            return self._losses_alone(
+                self.model(**inputs).last_hidden_state, labels, forgery_labels, num_items_in_batch
+            )
+        output = super().forward(logits_to_keep=logits_to_keep, **inputs)
+        lm_loss, mapped = None, None
         if labels is not None:
             lm_loss = self.loss_function(
                 logits=output.logits,
@@ -217,19 +235,55 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             )
         if forgery_labels is not None:
             mapped = self.probability_mapper.loss(output.logits, forgery_labels, labels)
-            mapper_loss, mapper_rows = mapped.loss, mapped.rows
-        losses = [lm_loss] if lm_loss is not None else []
-        losses += [self.config.cpm_weight * mapper_loss] if mapper_loss is not None else []
-        return LlavaOutput(
-            loss=cast(Any, sum(losses) if losses else None),
+        return self._with_losses(
+            lm_loss,
+            mapped,
+            labels,
             logits=output.logits,
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
+        )
+
+    def _losses_alone(
+        self, hidden_BTD: Tensor, labels_BT: Tensor, forgery_labels_B: Tensor | None, num_items_in_batch: Any
+    ) -> LlavaOutput:
+        """Both losses from logits at supervised positions and at the verdict alone."""
+        predicting_BT = torch.nn.functional.pad(labels_BT[:, 1:] != IGNORE_INDEX, (0, 1))
+        targets_N = labels_BT[:, 1:][predicting_BT[:, :-1]]
+        logits_NV = self.lm_head(hidden_BTD[predicting_BT]).float()
+        count = max(1, len(targets_N)) if num_items_in_batch is None else num_items_in_batch
+        lm_loss = torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="sum") / count
+        mapped = None
+        if forgery_labels_B is not None:
+            mapper = self.probability_mapper
+            if mapper.search == "labels":
+                positions_B = mapper.positions_in_labels(labels_BT, forgery_labels_B)
+            else:
+                positions_B = mapper.positions(self._likeliest(hidden_BTD), labels_BT.shape[1], forgery_labels_B)
+            rows_B = torch.arange(len(positions_B), device=hidden_BTD.device)
+            at_verdict_BV = self.lm_head(hidden_BTD[rows_B, positions_B.clamp(min=0)])
+            mapped = mapper.loss_at(at_verdict_BV, positions_B, forgery_labels_B)
+        return self._with_losses(lm_loss, mapped, labels_BT)
+
+    @torch.no_grad()
+    def _likeliest(self, hidden_BTD: Tensor) -> Tensor:
+        """The id that each position predicts, ``[B, T]``; the logits of one row at a time are held."""
+        return torch.stack([self.lm_head(row_TD).argmax(dim=-1) for row_TD in hidden_BTD])
+
+    def _with_losses(
+        self, lm_loss: Tensor | None, mapped: MapperOutput | None, labels: Tensor | None, **rest: Any
+    ) -> LlavaOutput:
+        losses = [lm_loss] if lm_loss is not None else []
+        losses += [self.config.cpm_weight * mapped.loss] if mapped is not None else []
+        return LlavaOutput(
+            loss=cast(Any, sum(losses) if losses else None),
             lm_loss=lm_loss,
-            mapper_loss=mapper_loss,
-            mapper_rows=mapper_rows,
+            mapper_loss=None if mapped is None else mapped.loss,
+            mapper_rows=None if mapped is None else mapped.rows,
+            mapper_correct=None if mapped is None else mapped.correct,
             labels=labels,
+            **rest,
         )
 
     @torch.no_grad()

@@ -5,13 +5,15 @@ All towers of a model get one shared pixel tensor, made by the model's image pro
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from llava.model.checkpoint_files import TensorLike
 
@@ -104,6 +106,11 @@ class VisionTower(nn.Module, ABC):
         """Rows and columns of patches."""
 
     @property
+    def blocks_run(self) -> Sequence[nn.Module]:
+        """The transformer blocks that are run, in order; by default none are known."""
+        return ()
+
+    @property
     def num_patches(self) -> int:
         """Number of patches P."""
         return self.grid[0] * self.grid[1]
@@ -112,6 +119,23 @@ class VisionTower(nn.Module, ABC):
     def num_prefix_tokens(self) -> int:
         """Tokens before the patches in the attention."""
         return 1
+
+    def calibrate(self, shared_pixels: Tensor) -> None:
+        """Sets what is measured on typical pictures before training from scratch; by default there is nothing.
+
+        Args:
+            shared_pixels: ``[B, 3, S, S]``, of some hundred pictures.
+        """
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Writes config and weights into a folder that ``read`` opens; by default as transformers does.
+
+        Raises:
+            ValueError: This kind of tower cannot be written by itself.
+        """
+        if not isinstance(self.vision_tower, PreTrainedModel):
+            raise ValueError(f"a tower of type {self.tower_type!r} cannot be saved by itself")
+        self.vision_tower.save_pretrained(folder)
 
     @abstractmethod
     def encode(self, pixels: Tensor, *, with_attention: bool) -> TowerOutput:
@@ -123,6 +147,10 @@ class VisionTower(nn.Module, ABC):
         pixels = self.own_pixels(shared_pixels).to(parameter.dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and parameter.requires_grad):
             return self.encode(pixels, with_attention=with_attention)
+
+    def train(self, mode: bool = True) -> "VisionTower":
+        """Sets the mode of a tower that is trained; a frozen one stays as it is used, without dropout."""
+        return super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
 
     def own_pixels(self, shared_pixels: Tensor) -> Tensor:
         """Turns shared pixels into the tower's size and normalisation."""

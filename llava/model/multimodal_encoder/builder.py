@@ -6,10 +6,11 @@ from typing import Any
 from llava.model.multimodal_encoder.base import PixelFormat, TowerSource, VisionTower
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_encoder.dino_encoder import DinoVisionTower
+from llava.model.multimodal_encoder.residual_encoder import ResidualVisionTower
 from llava.model.multimodal_encoder.timm_encoder import TimmVisionTower
 
 VISION_TOWERS: dict[str, type[VisionTower]] = {
-    tower.tower_type: tower for tower in (TimmVisionTower, DinoVisionTower, CLIPVisionTower)
+    tower.tower_type: tower for tower in (TimmVisionTower, ResidualVisionTower, DinoVisionTower, CLIPVisionTower)
 }
 """Towers by type; a source is opened by the first that says it can."""
 

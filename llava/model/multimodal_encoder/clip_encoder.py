@@ -1,11 +1,11 @@
 """The CLIP tower: patch features from one of CLIP's inner layers."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -111,6 +111,11 @@ class CLIPVisionTower(VisionTower):
         return side, side
 
     @property
+    def blocks_run(self) -> Sequence[nn.Module]:
+        """The layers up to the selected hidden state."""
+        return self.vision_tower.encoder.layers[: self.num_layers_run]
+
+    @property
     def num_patches(self) -> int:
         """Number of features an image, CLS included where it is selected."""
         return super().num_patches + (self.config.get("select_feature") == "cls_patch")
@@ -120,8 +125,8 @@ class CLIPVisionTower(VisionTower):
         if with_attention:
             raise ValueError("the CLIP tower gives no attention; name a DINO tower as second branch")
         hidden = self.vision_tower.pre_layrnorm(self.vision_tower.embeddings(pixels))
-        for layer in self.vision_tower.encoder.layers[: self.num_layers_run]:
-            hidden = layer(hidden, attention_mask=None)
+        for block in self.blocks_run:
+            hidden = block(hidden, attention_mask=None)
         return TowerOutput(hidden if self.config.get("select_feature") == "cls_patch" else hidden[:, 1:])
 
 

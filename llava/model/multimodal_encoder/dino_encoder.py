@@ -2,14 +2,14 @@
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
 
@@ -197,10 +197,15 @@ class DinoVisionTower(VisionTower):
         side = self.image_size // self.vision_tower.config.patch_size
         return side, side
 
+    @property
+    def blocks_run(self) -> Sequence[nn.Module]:
+        """All blocks."""
+        return self.vision_tower.encoder.layer
+
     def encode(self, pixels: Tensor, *, with_attention: bool) -> TowerOutput:
         """Returns the output of the last block before the final norm, CLS dropped, and that block's attention."""
         hidden = self.vision_tower.embeddings(pixels)
-        *blocks, last = self.vision_tower.encoder.layer
+        *blocks, last = self.blocks_run
         for block in blocks:
             hidden = block(hidden)
         seen: list[Tensor] = []

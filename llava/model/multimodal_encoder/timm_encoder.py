@@ -1,10 +1,10 @@
 """Any vision transformer of timm as a tower: ``timm:<name>``, optionally ``timm:<name>:<weight file>``."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava.model.checkpoint_files import CheckpointError
 from llava.model.multimodal_encoder.base import PixelFormat, TowerOutput, TowerSource, VisionTower
@@ -67,6 +67,11 @@ class TimmVisionTower(VisionTower):
         """Rows and columns of patches."""
         rows, columns = self.vision_tower.patch_embed.grid_size
         return rows, columns
+
+    @property
+    def blocks_run(self) -> Sequence[nn.Module]:
+        """All blocks."""
+        return self.vision_tower.blocks
 
     @property
     def num_prefix_tokens(self) -> int:

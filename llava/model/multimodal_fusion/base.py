@@ -62,6 +62,10 @@ class Fusion(nn.Module, ABC):
     def from_config(cls, hidden_size: int, dino_heads: int, config: dict[str, Any]) -> "Fusion":
         """Builds the fusion for tokens of width ``hidden_size`` from ``config.mm_fusion_config``."""
 
+    def num_tokens(self, clip_patches: int, dino_patches: int) -> int:
+        """Returns how many tokens an image becomes, from the patches of each branch; 0 where there is no branch."""
+        return clip_patches or dino_patches
+
     @abstractmethod
     def forward(self, branches: FusionInput, *, return_attention: bool = False) -> FusionOutput:
         """Joins the branches.

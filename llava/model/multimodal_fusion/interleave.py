@@ -15,6 +15,10 @@ class InterleaveFusion(Fusion):
         """Builds it; there is nothing to configure."""
         return cls()
 
+    def num_tokens(self, clip_patches: int, dino_patches: int) -> int:
+        """Returns the patches of both branches."""
+        return clip_patches + dino_patches
+
     def forward(self, branches: FusionInput, *, return_attention: bool = False) -> FusionOutput:
         """Returns ``[B, 2P, D]``."""
         self._refuse_attention(return_attention)

@@ -18,6 +18,7 @@ from llava.model.builder import load_pretrained_model
 from llava.model.decoding import Decoded, PromptCache, Sampler, decode
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.llava_arch import splice
+from llava.model.multimodal_fusion.base import FusionOutput
 from llava.model.multimodal_fusion.builder import fusion_class
 from llava.report import ForgeryReport, ScoreSource
 from llava.systems.base import AnalyzeOptions, CheckpointFiles
@@ -26,7 +27,9 @@ from llava.systems.fakereasoning.text import QUESTION, VERDICT_PREFIX, complete_
 _CLOSING = "</CONCLUSION>"
 _CLOSING_TAIL = 24
 """Ids at an answer's end in which its closing tag is looked for."""
-_CPU_BATCH = 8
+_CPU_BATCH = 16
+_LOOKS_ON_CPU = 2
+"""Pictures that a CPU's towers see at a time: the activations of more do not stay in its caches."""
 _LARGEST_BATCH = 64
 _PROMPT_POSITIONS = 1280
 """Room for a prompt with its image in the estimate of what a row takes."""
@@ -59,6 +62,7 @@ class FakeReasoning:
         self.model = model
         self.image_processor = image_processor
         self.context_length = context_length
+        self.notice: str = model.config.notice
         self._closing_ids = {index for piece, index in tokenizer.get_vocab().items() if _CLOSING[-1] in piece}
 
     @classmethod
@@ -100,7 +104,7 @@ class FakeReasoning:
         if options.attention and not fusion_class(fusion).has_attention:
             raise ValueError(f"the fusion {fusion!r} has no attention, so it cannot say where the model looked")
         pixels = torch.stack([item.pixels for item in prepared]).to(self.model.device, self.model.dtype)
-        seen = self.model.encode_images(pixels, return_attention=options.attention)
+        seen = self.look(pixels, attention=options.attention)
         prompt = self.prompt(options)
         if options.score_only:
             texts = [_continued(prompt, VERDICT_PREFIX)] * len(prepared)
@@ -111,6 +115,13 @@ class FakeReasoning:
             return reports
         maps = self._attention_maps(seen.attention, prepared)
         return [replace(report, attention=grid) for report, grid in zip(reports, maps, strict=True)]
+
+    def look(self, pixels_B3SS: Tensor, *, attention: bool = False) -> FusionOutput:
+        """Returns image tokens, and the fusion's attention if asked for; on a CPU a few pictures at a time."""
+        at_a_time = _LOOKS_ON_CPU if pixels_B3SS.device.type == "cpu" else len(pixels_B3SS)
+        parts = [self.model.encode_images(part, return_attention=attention) for part in pixels_B3SS.split(at_a_time)]
+        maps = [part.attention for part in parts if part.attention is not None]
+        return FusionOutput(torch.cat([part.tokens for part in parts]), torch.cat(maps) if maps else None)
 
     def prompt(self, options: AnalyzeOptions) -> str:
         """Returns what the model is asked, up to where its answer begins."""
@@ -124,13 +135,19 @@ class FakeReasoning:
         conversation.append_message(conversation.roles[1], None)
         return conversation.get_prompt()
 
+    @property
+    def _asks_off_distribution(self) -> bool:
+        """Whether asking for the verdict alone is what the model was not trained for."""
+        return bool(self.model.config.verdict_only_share == 0)
+
     def _score_report(self, chance: float) -> ForgeryReport:
         return ForgeryReport(
             label="fake" if chance >= 0.5 else "real",
             fake_probability=chance,
             score_source="prompt",
             system=self.name,
-            off_distribution=self.model.config.verdict_only_share == 0,
+            off_distribution=self._asks_off_distribution,
+            notice=self.notice,
         )
 
     def _answer(
@@ -169,9 +186,23 @@ class FakeReasoning:
                     text=texts[start],
                     system=self.name,
                     probabilities=own if options.samples > 1 else [],
+                    notice=self.notice,
                 )
             )
-        return reports
+        if (self.model.config.default_score if options.score == "auto" else options.score) == "answer":
+            return reports
+        alone = [_continued(prompt, VERDICT_PREFIX)] * len(prepared)
+        without = self._score_again(alone, range(len(prepared)), begun_ids, read, tokens_BPD)
+        return [self._scored_without_answer(report, chance) for report, chance in zip(reports, without, strict=True)]
+
+    def _scored_without_answer(self, report: ForgeryReport, chance: float) -> ForgeryReport:
+        return replace(
+            report,
+            fake_probability=chance,
+            score_source="prompt",
+            answer_probability=report.fake_probability,
+            off_distribution=self._asks_off_distribution,
+        )
 
     def _decode(
         self,

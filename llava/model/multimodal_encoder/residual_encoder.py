@@ -1,0 +1,192 @@
+"""A small tower that looks at how a picture was made: residuals and spectra of tiles, then a transformer."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from llava.model.checkpoint_files import CheckpointError, read_json, read_tensors, resolve_folder
+from llava.model.multimodal_encoder.base import PixelFormat, TowerOutput, TowerSource, VisionTower
+from llava.model.multimodal_encoder.residual_features import Measured, measure
+
+_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "patch_size", "tile_size")
+_CALIBRATION_BATCH = 64
+_LEAST_SPREAD = 0.05
+"""Added to the spread of a measure, so that one that hardly varies is not blown up."""
+_FURTHEST = 6.0
+"""Standard deviations to which measures are cut."""
+
+
+class SelfAttention(nn.Module):
+    """Self-attention that computes its softmax openly where it is asked for; N tokens, C channels, G heads."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.out = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x_BNC: Tensor, *, openly: bool) -> tuple[Tensor, Tensor | None]:
+        """Returns ``[B, N, C]``, and the attention ``[B, G, N, N]`` if it is computed openly."""
+        q, k, v = self.qkv(x_BNC).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        if not openly:
+            return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)), None
+        attention = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+        return self.out((attention @ v).transpose(1, 2).flatten(2)), attention
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, hidden_size: int, num_heads: int, inner_size: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(hidden_size)
+        self.attention = SelfAttention(hidden_size, num_heads)
+        self.mlp_norm = nn.LayerNorm(hidden_size)
+        self.mlp = nn.Sequential(nn.Linear(hidden_size, inner_size), nn.GELU(), nn.Linear(inner_size, hidden_size))
+
+    def forward(self, x_BNC: Tensor, *, openly: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Returns ``[B, N, C]``, and the attention ``[B, G, N, N]`` if it is computed openly."""
+        seen, attention = self.attention(self.attention_norm(x_BNC), openly=openly)
+        x_BNC = x_BNC + seen
+        return x_BNC + self.mlp(self.mlp_norm(x_BNC)), attention
+
+
+class ResidualVisionTower(VisionTower):
+    """Tokens are measures of tiles; a prefix token holds those of the whole picture.
+
+    What is measured stands in ``residual_features``; here ``calibrate`` brings it to mean 0 and deviation 1.
+    The measures need pixels exact to a level, so float32 or float16.
+
+    Config: ``hidden_size``, ``num_hidden_layers``, ``num_attention_heads``, ``mlp_ratio``; ``patch_size``; and
+    ``tile_size``, side of the tiles around each patch whose spectra are taken.
+
+    Raises:
+        ValueError: Sizes are missing or do not fit each other.
+    """
+
+    tower_type: ClassVar[str] = "residual"
+
+    tile_mean: Tensor
+    tile_spread: Tensor
+    picture_mean: Tensor
+    picture_spread: Tensor
+
+    def __init__(self, config: Mapping[str, Any], shared: PixelFormat) -> None:
+        super().__init__(config, shared)
+        _check_sizes(config, self.image_size)
+        width, heads = config["hidden_size"], config["num_attention_heads"]
+        self.patch_size, self.tile_size = config["patch_size"], config["tile_size"]
+        self.image_size -= self.image_size % self.patch_size
+        with torch.device("cpu"):
+            levels = torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.float32)
+            blank = measure(levels, self.tile_size, self.patch_size)
+        for name, count in (("tile", blank.tiles.shape[-1]), ("picture", blank.picture.shape[-1])):
+            self.register_buffer(f"{name}_mean", torch.zeros(count))
+            self.register_buffer(f"{name}_spread", torch.ones(count))
+        self.patches = nn.Linear(blank.tiles.shape[-1], width)
+        self.picture = nn.Linear(blank.picture.shape[-1], width)
+        self.position_embeddings = nn.Parameter(torch.randn(1, self.num_patches, width) * 0.02)
+        inner = int(width * config["mlp_ratio"])
+        self.blocks = nn.ModuleList(Block(width, heads, inner) for _ in range(config["num_hidden_layers"]))
+        self.norm = nn.LayerNorm(width)
+
+    @classmethod
+    def opens(cls, source: str) -> bool:
+        """Whether it is a folder that says it holds such a tower."""
+        config_file = Path(source).expanduser() / "config.json"
+        return config_file.is_file() and read_json(config_file).get("model_type") == cls.tower_type
+
+    @classmethod
+    def read(cls, source: str) -> TowerSource:
+        """Reads a folder that ``save_pretrained`` wrote."""
+        folder = resolve_folder(source, "residual tower")
+        config = read_json(folder / "config.json")
+        if config.pop("model_type", None) != cls.tower_type:
+            raise CheckpointError(f"{folder} holds no residual tower")
+        return TowerSource({"type": cls.tower_type, **config}, read_tensors(folder), str(folder))
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Writes config and weights."""
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {**self.config, "image_size": self.image_size, "model_type": self.tower_type}
+        del config["type"]
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(self.state_dict(), folder / "model.safetensors", {"format": "pt"})
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the features."""
+        return self.config["hidden_size"]
+
+    @property
+    def num_heads(self) -> int:
+        """Number of attention heads."""
+        return self.config["num_attention_heads"]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        side = self.image_size // self.patch_size
+        return side, side
+
+    @property
+    def blocks_run(self) -> Sequence[nn.Module]:
+        """All blocks."""
+        return list(self.blocks)
+
+    @torch.no_grad()
+    def calibrate(self, shared_pixels: Tensor) -> None:
+        """Takes mean and spread of every measure from typical pictures."""
+        seen = [self._measure(self.own_pixels(part)) for part in shared_pixels.split(_CALIBRATION_BATCH)]
+        for name, values in (
+            ("tile", torch.cat([part.tiles for part in seen]).flatten(0, 1)),
+            ("picture", torch.cat([part.picture for part in seen])),
+        ):
+            getattr(self, f"{name}_mean").copy_(values.mean(0))
+            getattr(self, f"{name}_spread").copy_(values.std(0, correction=0) + _LEAST_SPREAD)
+
+    def encode(self, pixels: Tensor, *, with_attention: bool) -> TowerOutput:
+        """Returns the normed patch tokens, and the last block's attention with the picture's token first."""
+        measured = self._measure(pixels)
+        dtype = self.position_embeddings.dtype
+        tiles_BPF = _standardised(measured.tiles, self.tile_mean, self.tile_spread).to(dtype)
+        picture_BF = _standardised(measured.picture, self.picture_mean, self.picture_spread).to(dtype)
+        patches_BPC = self.patches(tiles_BPF) + self.position_embeddings
+        hidden_BNC = torch.cat((self.picture(picture_BF)[:, None].to(patches_BPC.dtype), patches_BPC), dim=1)
+        *blocks, last = self.blocks
+        for block in blocks:
+            hidden_BNC, _ = block(hidden_BNC)
+        hidden_BNC, attention = last(hidden_BNC, openly=True)
+        return TowerOutput(self.norm(hidden_BNC)[:, 1:], attention if with_attention else None)
+
+    @torch.no_grad()
+    def _measure(self, pixels: Tensor) -> Measured:
+        """Measures the tower's own pixels in float32, whatever it computes in itself."""
+        with torch.autocast(pixels.device.type, enabled=False):
+            mean, std = (
+                torch.tensor(self.config.get(f"pixel_{name}") or values, device=pixels.device).view(1, 3, 1, 1)
+                for name, values in (("mean", self.shared.mean), ("std", self.shared.std))
+            )
+            levels = ((pixels.float() * std + mean) * 255).round().clamp(0, 255)
+            return measure(levels, self.tile_size, self.patch_size)
+
+
+def _check_sizes(config: Mapping[str, Any], image_size: int) -> None:
+    missing = [name for name in _FIELDS if name not in config]
+    if missing:
+        raise ValueError(f"the config of a residual tower lacks {', '.join(missing)}")
+    patch, tile = config["patch_size"], config["tile_size"]
+    if config["hidden_size"] % config["num_attention_heads"]:
+        raise ValueError(f"the width {config['hidden_size']} is no multiple of {config['num_attention_heads']} heads")
+    if not patch <= tile <= image_size:
+        raise ValueError(f"tile_size {tile} must be from patch_size {patch} to the image's {image_size}")
+
+
+def _standardised(values: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
+    return ((values - mean) / spread).clamp(-_FURTHEST, _FURTHEST)

@@ -1,0 +1,251 @@
+"""The residual tower: what it measures, and that it is a tower like the others."""
+
+import numpy as np
+import pytest
+import torch
+
+from llava.model.checkpoint_files import CheckpointError
+from llava.model.multimodal_encoder import residual_features
+from llava.model.multimodal_encoder.base import PixelFormat
+from llava.model.multimodal_encoder.builder import build_vision_tower, read_vision_tower
+from llava.model.multimodal_encoder.residual_encoder import ResidualVisionTower
+from llava.model.multimodal_encoder.residual_features import Residuals, log_power, measure, residual_moments
+from tests.small_models import CLIP_CONFIG, small_config, small_model
+
+SHARED = PixelFormat(64, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
+RESIDUAL_CONFIG = {
+    "type": "residual",
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "mlp_ratio": 2,
+    "patch_size": 16,
+    "tile_size": 24,
+}
+
+
+def levels(count: int = 3, size: int = 64, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(seed)).float()
+
+
+def shared(values: torch.Tensor) -> torch.Tensor:
+    mean, std = (torch.tensor(part).view(1, 3, 1, 1) for part in (SHARED.mean, SHARED.std))
+    return (values / 255 - mean) / std
+
+
+def tower(seed: int = 0, **changes) -> ResidualVisionTower:
+    torch.manual_seed(seed)
+    built = build_vision_tower({**RESIDUAL_CONFIG, **changes}, SHARED)
+    built.calibrate(shared(levels(16, seed=9)))
+    return built.eval()
+
+
+def numpy_planes(picture: np.ndarray) -> list[np.ndarray]:
+    red, green, blue = picture
+    return [0.299 * red + 0.587 * green + 0.114 * blue, red - green, blue - green]
+
+
+def numpy_residual(plane: np.ndarray) -> np.ndarray:
+    out = np.empty_like(plane)
+    rows, columns = plane.shape
+    for y in range(rows):
+        for x in range(columns):
+            up, down = plane[max(y - 1, 0), x], plane[min(y + 1, rows - 1), x]
+            left, right = plane[y, max(x - 1, 0)], plane[y, min(x + 1, columns - 1)]
+            out[y, x] = plane[y, x] - (up + down + left + right) / 4
+    return out
+
+
+def test_residuals_and_their_moments_are_those_of_a_plain_loop():
+    picture = levels(1, 32)
+    residuals = Residuals.of(picture)
+    plain = [numpy_residual(plane) for plane in numpy_planes(picture[0].double().numpy())]
+    assert np.allclose(residuals.both[0, :3], plain, atol=1e-3)
+    moments = residual_moments(picture, residuals, 16)[0].numpy()
+    cell = plain[0][16:, :16]
+    assert np.allclose(moments[6, 1, 0], np.abs(cell).mean(), atol=1e-3)
+    assert np.allclose(moments[9, 1, 0], (cell**2).mean(), rtol=1e-4)
+    assert np.allclose(moments[15, 1, 0], (cell**4).mean(), rtol=1e-4)
+    red, green = (numpy_residual(channel) for channel in picture[0, :2].double().numpy())
+    assert np.allclose(moments[18, 1, 0], (red * green)[16:, :16].mean(), rtol=1e-3)
+    assert np.allclose(moments[24:, 1, 0].reshape(7, 3)[3, 0], (np.abs(cell) < 4).mean(), atol=1e-6)
+
+
+def test_the_spectrum_of_a_tile_is_that_of_the_pixels_around_its_patch():
+    picture = levels(2)
+    spectra = residual_features.tile_spectra(residual_features.planes(picture), 24, 16)
+    assert spectra.shape == (2, 16, 3 * 24 * 13)
+    window = np.hanning(24)[:, None] * np.hanning(24)
+    for row, column in ((1, 2), (0, 3)):
+        padded = np.pad(numpy_planes(picture[1].double().numpy())[1], 4, mode="reflect")
+        tile = padded[row * 16 : row * 16 + 24, column * 16 : column * 16 + 24]
+        power = np.abs(np.fft.rfft2((tile - tile.mean()) * window)) ** 2 / (window**2).sum()
+        found = spectra[1, row * 4 + column].reshape(3, 24, 13)[1]
+        assert np.allclose(found, np.log(power + 1 / 12), atol=1e-3)
+
+
+def test_a_wave_stands_in_its_place_of_the_spectrum():
+    rows = torch.arange(64).view(-1, 1)
+    wave = torch.cos(2 * torch.pi * rows * 16 / 64).expand(64, 64) * 20
+    spectrum = log_power(wave)
+    assert spectrum.argmax() in (16 * 33, 48 * 33)
+
+
+@pytest.mark.parametrize("turn", [(20, 5), (4, 20), (-14, 14)])
+def test_a_wave_of_any_direction_raises_its_ring(turn):
+    rows, columns = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    noise = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 3
+    wave = 4 * torch.cos(2 * torch.pi * (rows * turn[0] + columns * turn[1]) / 64)
+    highest = []
+    for plane in (noise, noise + wave):
+        spectra = log_power(plane)
+        peaks = spectra - spectra.mean((-2, -1), keepdim=True)
+        highest.append(residual_features._ring_statistics(spectra, peaks)[0].view(-1, 3, 3)[:, 2, 0])
+    ring = int((turn[0] ** 2 + turn[1] ** 2) ** 0.5 / 64 / 0.05)
+    assert (highest[1] - highest[0]).argmax() == ring - 1 and (highest[1] - highest[0]).max() > 2
+
+
+def test_a_grid_and_missing_levels_change_what_is_measured_of_the_picture():
+    picture = levels(1)
+    strength = Residuals.of(picture).strength
+    gridded = strength * (1 + (torch.arange(64) % 4 == 0).float())
+    assert residual_features._phase_spread(gridded, 4).min() > 2 * residual_features._phase_spread(strength, 4).max()
+    few = (picture / 32).round() * 32
+    whole, gaps = (residual_features._histogram_statistics(part)[0, :3] for part in (picture, few))
+    assert (whole > 1.5).all() and (gaps < -1.5).all()
+
+
+def test_the_lags_are_circular_correlations():
+    residual = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 5
+    found = residual_features._lags(residual)[0]
+    for value, (dy, dx) in zip(found, residual_features._LAGS, strict=True):
+        moved = (residual * residual.roll((-dy, -dx), (2, 3))).mean() / (residual.square().mean() + 1 / 12)
+        assert torch.allclose(value, moved, atol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "patch", "tile", "grid"), [(64, 16, 24, 4), (112, 16, 32, 7), (70, 10, 15, 7)])
+def test_shapes_at_several_sizes(size, patch, tile, grid):
+    format_ = PixelFormat(size, SHARED.mean, SHARED.std)
+    config = {**RESIDUAL_CONFIG, "patch_size": patch, "tile_size": tile}
+    built = build_vision_tower(config, format_).eval()
+    seen = built(shared(levels(2, size)), with_attention=True)
+    tokens = grid * grid + 1
+    assert built.grid == (grid, grid) and (built.num_patches, built.num_prefix_tokens) == (tokens - 1, 1)
+    assert seen.features.shape == (2, tokens - 1, 24) and seen.attention.shape == (2, 3, tokens, tokens)
+    assert torch.allclose(seen.attention.sum(-1), torch.ones(2, 3, tokens), atol=1e-5)
+    assert torch.equal(built(shared(levels(2, size))).features, seen.features)
+    assert built(shared(levels(2, size))).attention is None
+
+
+def test_a_picture_is_seen_alike_in_any_batch():
+    built, pixels = tower(), shared(levels(4))
+    together = built(pixels, with_attention=True)
+    for index in range(4):
+        alone = built(pixels[index : index + 1], with_attention=True)
+        assert torch.allclose(alone.features[0], together.features[index], atol=1e-5)
+        assert torch.allclose(alone.attention[0], together.attention[index], atol=1e-5)
+    assert not torch.allclose(together.features[0], together.features[1], atol=1e-2)
+
+
+def test_features_stay_with_their_patch():
+    built = tower(num_hidden_layers=1)
+    with torch.no_grad():
+        built.blocks[0].attention.out.weight.zero_()
+        changed = levels(1)
+        changed[..., 40:, 40:] = 128
+        difference = (built(shared(levels(1))).features - built(shared(changed)).features)[0].abs().amax(-1)
+    assert difference.view(4, 4)[3, 3] > 1e-2 and difference.view(4, 4)[:1, :1].max() < 1e-5
+
+
+def test_calibration_brings_every_measure_to_one_scale():
+    built, pixels = tower(), shared(levels(16, seed=9))
+    measured = built._measure(pixels)
+    for name, values in (("tile", measured.tiles.flatten(0, 1)), ("picture", measured.picture)):
+        standard = (values - getattr(built, f"{name}_mean")) / getattr(built, f"{name}_spread")
+        assert standard.mean(0).abs().max() < 1e-3 and standard.std(0, correction=0).max() < 1.0001
+    once = {name: value.clone() for name, value in built.state_dict().items() if "mean" in name or "spread" in name}
+    built.calibrate(pixels)
+    assert all(torch.equal(built.state_dict()[name], value) for name, value in once.items())
+
+
+def test_half_precision_sees_the_same_pixels_and_nothing_overflows():
+    built = tower()
+    pixels = shared(levels(2))
+    exact = built._measure(pixels)
+    for part, half in zip(exact, built._measure(pixels.half()), strict=True):
+        assert torch.equal(part, half)
+    seen = built.half()(pixels.half(), with_attention=True)
+    assert seen.features.dtype == torch.float16 and seen.features.isfinite().all()
+    for extreme in (torch.zeros(1, 3, 64, 64), torch.full((1, 3, 64, 64), 255.0)):
+        assert tower()(shared(extreme)).features.isfinite().all()
+
+
+def test_own_normalisation_changes_nothing_that_is_measured():
+    own = build_vision_tower({**RESIDUAL_CONFIG, "pixel_mean": [0.5, 0.4, 0.3], "pixel_std": [0.2, 0.3, 0.4]}, SHARED)
+    pixels = shared(levels(2))
+    for mine, theirs in zip(own._measure(own.own_pixels(pixels)), tower()._measure(pixels), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_gradients_reach_every_parameter():
+    built = tower().train()
+    (built(shared(levels(2))).features * torch.randn(16, 24)).sum().backward()
+    without = [name for name, parameter in built.named_parameters() if not parameter.grad.abs().sum() > 0]
+    assert without == []
+
+
+def test_a_saved_tower_opens_through_the_registry(tmp_path):
+    built = tower()
+    built.save_pretrained(tmp_path)
+    source = read_vision_tower(str(tmp_path))
+    assert source.config == {**RESIDUAL_CONFIG, "image_size": 64}
+    again = build_vision_tower(source.config, SHARED).eval()
+    again.load_state_dict({name: tensor[...] for name, tensor in source.tensors.items()})
+    pixels = shared(levels(2))
+    assert torch.equal(again(pixels).features, built(pixels).features)
+
+
+def test_the_forgery_aware_fusion_takes_its_attention(tmp_path):
+    processor = small_config().mm_image_processor
+    processor = {**processor, "size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
+    model = small_model(
+        vision_tower_config={**CLIP_CONFIG, "image_size": 64, "patch_size": 16},
+        dino_tower_config=RESIDUAL_CONFIG,
+        mm_image_processor=processor,
+    )
+    output = model.encode_images(shared(levels(2)), return_attention=True)
+    assert output.tokens.shape == (2, 16, 32) and output.attention.shape == (2, 4, 16, 16)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(again.encode_images(shared(levels(2)), return_attention=True).tokens, output.tokens)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 5}, "no multiple of 5 heads"),
+        ({"tile_size": 8}, "tile_size 8 must be from patch_size 16"),
+        ({"tile_size": 80}, "to the image's 64"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_explained(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build_vision_tower({**RESIDUAL_CONFIG, **changes}, SHARED)
+
+
+def test_a_config_without_its_sizes_is_explained():
+    with pytest.raises(ValueError, match="lacks hidden_size, num_hidden_layers"):
+        build_vision_tower({"type": "residual"}, SHARED)
+
+
+def test_another_model_is_no_residual_tower(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    assert not ResidualVisionTower.opens(str(tmp_path))
+    with pytest.raises(CheckpointError, match="no residual tower"):
+        ResidualVisionTower.read(str(tmp_path))
+
+
+def test_measures_are_the_same_each_time():
+    picture = levels(2)
+    for one, other in zip(measure(picture, 24, 16), measure(picture.clone(), 24, 16), strict=True):
+        assert torch.equal(one, other)
