@@ -1,0 +1,204 @@
+"""Writes what was trained as a folder that ``load_pretrained_model`` opens, and reads it back to be sure."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from llava.model.checkpoint import check_keys, complete_config, open_checkpoint
+from llava.model.checkpoint_files import (
+    CheckpointError,
+    TensorLike,
+    list_keys,
+    read_json,
+    read_tensor_file,
+    read_tensors,
+    written_whole,
+)
+from llava.model.checkpoint_layout import stored_state_dict
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.saving import published_config, save_sharded
+from llava.systems.fakereasoning import layout
+from llava.train.lora import bare_name
+
+logger = logging.getLogger(__name__)
+
+LAYOUTS = ("adapter", "merged", "published")
+ADAPTER_FILE = "adapter_model.safetensors"
+_PUBLISHED_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def export_model(
+    model: nn.Module, state_dict: Mapping[str, Tensor], folder: Path, *, layout_name: str, base: str
+) -> None:
+    """Writes a trained model; the folder appears, in the place of an earlier one, only when all is written and checked.
+
+    Args:
+        model: The model, in PEFT's wrapper if it has adapters.
+        state_dict: Its tensors by their names in memory: all of them for ``merged`` or a model without adapters, else
+            at least the trained ones.
+        folder: Folder to write.
+        layout_name: ``adapter``: LoRA files over the base, with everything this project knows of the model;
+            ``merged``: one self-contained model; ``published``: the files and names of the authors' release, LoRA
+            over the base or, without adapters, whole.
+        base: Where the base model is; a LoRA folder names it.
+
+    Raises:
+        OSError: It cannot be written.
+        CheckpointError: What was written is not what was to be written, or cannot be opened.
+    """
+    adapted = isinstance(model, PeftModel)
+    core = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(core, LlavaLlamaForCausalLM)
+    waiting = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(waiting, ignore_errors=True)
+    try:
+        with written_whole(waiting) as partial:
+            if adapted and layout_name != "merged":
+                _write_adapter(model, core, state_dict, partial, published=layout_name == "published", base=base)
+            else:
+                tensors = merged_tensors(model, state_dict)
+                if layout_name == "published":
+                    _write_published(core, tensors, partial)
+                else:
+                    _write_merged(core, tensors, partial)
+            if layout_name != "published":
+                check_opens(partial)
+    except (OSError, RuntimeError) as error:
+        # torch tells of a full disk by a RuntimeError; what names only the folder for the time being says less.
+        raise OSError(f"{folder} could not be written: {error.__cause__ or error}") from error
+    replace_folder(waiting, folder)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Puts a folder in another one's place."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.replace(old)
+    new.replace(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_opens(folder: Path) -> None:
+    """Opens a folder as ``load_pretrained_model`` does, up to where weights would be read.
+
+    Raises:
+        CheckpointError: It cannot be opened.
+    """
+    checkpoint, config = complete_config(open_checkpoint(folder))
+    check_keys(config, checkpoint)
+
+
+def merged_tensors(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns a model's tensors by their bare names, each LoRA update added to its weight.
+
+    ``W + (alpha / r) B A`` (arXiv 2106.09685), computed in float32.
+    """
+    merged = {bare_name(name): tensor for name, tensor in state_dict.items() if "lora_" not in name}
+    for name, down in state_dict.items():
+        if ".lora_A." not in name:
+            continue
+        path = name[: name.index(".lora_A.")]
+        up = state_dict[name.replace(".lora_A.", ".lora_B.")]
+        scaling: Any = model.get_submodule(path).scaling
+        weight = merged[f"{bare_name(path)}.weight"]
+        update = (up.float() @ down.float()) * scaling["default"]
+        merged[f"{bare_name(path)}.weight"] = (weight.float() + update.to(weight.device)).to(weight.dtype)
+    return merged
+
+
+def _write_adapter(
+    model: nn.Module,
+    core: LlavaLlamaForCausalLM,
+    state_dict: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    published: bool,
+    base: str,
+) -> None:
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    adapter = {
+        name.replace(".default.", "."): tensor.detach().cpu().contiguous()
+        for name, tensor in state_dict.items()
+        if "lora_" in name
+    }
+    save_file(adapter, folder / ADAPTER_FILE, {"format": "pt"})
+    _compare(read_tensor_file(folder / ADAPTER_FILE), adapter, folder)
+    beside = {bare_name(name): state_dict[name] for name in trained if "lora_" not in name}
+    stored = stored_state_dict(core, beside)
+    theirs = {f"{layout.LORA_PREFIX}{name}": tensor for name, tensor in layout.KEY_MAP.to_theirs(stored).items()}
+    theirs = {name: tensor.detach().cpu().clone() for name, tensor in theirs.items()}
+    torch.save(theirs, folder / layout.NON_LORA_FILE)
+    _compare(read_tensor_file(folder / layout.NON_LORA_FILE), theirs, folder)
+    assert isinstance(model, PeftModel)
+    settings = model.peft_config["default"].to_dict()
+    settings["base_model_name_or_path"] = base
+    settings["inference_mode"] = True
+    settings["target_modules"] = _PUBLISHED_TARGETS if published else sorted(settings["target_modules"])
+    _write_json(settings, folder / "adapter_config.json")
+    config = core.config.to_dict()
+    # The base is not quantised, and who opens the folder chooses anew.
+    config.pop("quantization_config", None)
+    _write_json(published_config(config, core) if published else config, folder / "config.json")
+    if not published:
+        assert core.tokenizer is not None
+        core.tokenizer.save_pretrained(folder)
+
+
+def _write_merged(core: LlavaLlamaForCausalLM, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    # A tied output layer is stored once, as the embedding.
+    tied = {"lm_head.weight"} if core.config.tie_word_embeddings else set()
+    kept = {name: tensor for name, tensor in tensors.items() if name not in tied}
+    core.save_pretrained(folder, state_dict=kept)
+    # The towers are in the folder, so where they came from is of no use elsewhere.
+    config = read_json(folder / "config.json") | {"mm_vision_tower": None, "mm_dino_tower": None}
+    _write_json(config, folder / "config.json")
+    _compare(read_tensors(folder), stored_state_dict(core, kept), folder)
+
+
+def _write_published(core: LlavaLlamaForCausalLM, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    theirs = layout.KEY_MAP.to_theirs(stored_state_dict(core, tensors))
+    save_sharded(theirs, folder)
+    _compare(read_tensors(folder), theirs, folder)
+    _write_json(published_config(core.config.to_dict(), core), folder / "config.json")
+    assert core.tokenizer is not None
+    core.tokenizer.save_pretrained(folder)
+
+
+def _write_json(values: Mapping[str, Any], file: Path) -> None:
+    text = json.dumps(values, indent=2, sort_keys=True, default=_plain)
+    file.write_text(f"{text}\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+
+
+def _compare(written: Mapping[str, TensorLike], wanted: Mapping[str, Tensor], folder: Path) -> None:
+    """Reads tensors back.
+
+    Raises:
+        CheckpointError: One is missing or differs.
+    """
+    missing = set(wanted) - set(written)
+    wrong = [
+        name
+        for name, tensor in written.items()
+        if name not in wanted or not torch.equal(tensor[...], wanted[name].detach().cpu().to(tensor.dtype))
+    ]
+    if missing or wrong:
+        raise CheckpointError(
+            f"{folder} was written but does not hold what it should: {list_keys(missing | set(wrong))}; "
+            "is the disk full or failing?"
+        )

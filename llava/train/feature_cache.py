@@ -1,0 +1,157 @@
+"""What frozen towers say to each training image, kept on disk, so that they run once an image and not once an epoch."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from llava.data.collator import FEATURES, Sample
+from llava.data.dataset import SupervisedDataset
+from llava.data.records import Record
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.llava_arch import TowerOutputs
+
+_BATCH = 16
+_BATCHES_A_FLUSH = 64
+"""Flushing looks through a whole file, however little of it is new."""
+_READERS = 4
+_STATE_FILE = "state.json"
+_SETTINGS = (
+    "mm_image_processor",
+    "image_aspect_ratio",
+    "vision_tower_config",
+    "dino_tower_config",
+    "mm_fusion_type",
+    "mm_vision_select_layer",
+    "mm_vision_select_feature",
+)
+"""Fields of the config that decide what towers say."""
+
+
+class CachedDataset(SupervisedDataset):
+    """Samples whose images the towers have seen already; text-only samples get zeros.
+
+    Args:
+        arrays: Values ``[images, …]`` in half precision by the names in ``FEATURES``.
+        places: Row of each image, by its path in the records.
+        **options: As for ``SupervisedDataset``.
+    """
+
+    def __init__(self, *arguments: Any, arrays: dict[str, np.ndarray], places: dict[str, int], **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.arrays = arrays
+        self.places = places
+
+    def __getitem__(self, index: int) -> Sample:
+        """Returns a sample with features in the place of pixels."""
+        place = self.places.get(self.records[index].image or "")
+        features = {
+            name: torch.zeros(array.shape[1:]) if place is None else torch.from_numpy(array[place].astype(np.float32))
+            for name, array in self.arrays.items()
+        }
+        return replace(super().__getitem__(index), features=features)
+
+    def pixels(self, record: Record) -> Tensor:
+        """Returns nothing, since features stand in the place of pixels."""
+        return torch.zeros(0)
+
+
+@torch.no_grad()
+def cache_features(
+    model: LlavaLlamaForCausalLM,
+    dataset: SupervisedDataset,
+    folder: Path,
+    *,
+    rank: int,
+    world_size: int,
+    wait: Callable[[], None],
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Runs the towers over every image that the folder does not have yet.
+
+    The folder belongs to one list of images, one pair of towers and one way to make pixels; with another it is begun
+    anew. An interrupted run goes on.
+
+    Args:
+        model: The model, its towers frozen.
+        dataset: Its images are read.
+        folder: Where the values are kept.
+        rank: Number of this process.
+        world_size: Number of processes; each does its share.
+        wait: Returns once all processes have called it.
+
+    Returns:
+        ``arrays`` and ``places`` of ``CachedDataset``.
+    """
+    first: dict[str, int] = {}
+    for index, record in enumerate(dataset.records):
+        if record.image is not None:
+            first.setdefault(record.image, index)
+    images = list(first)
+    key = _fingerprint(model, dataset, images)
+    shapes = _shapes(model, dataset.pixels(dataset.records[first[images[0]]]))
+    if rank == 0:
+        _begin(folder, key, len(images), shapes)
+    wait()
+    arrays = {name: np.lib.format.open_memmap(folder / f"{name}.npy", mode="r+") for name in shapes}
+    done = np.lib.format.open_memmap(folder / "done.npy", mode="r+")
+    mine = [place for place in range(rank, len(images), world_size) if not done[place]]
+    starts = range(0, len(mine), _BATCH)
+    with ThreadPoolExecutor(_READERS) as readers:
+        for start in tqdm(starts, desc="towers", unit=f" x {_BATCH} images", disable=rank != 0, leave=False):
+            places = mine[start : start + _BATCH]
+            records = [dataset.records[first[images[place]]] for place in places]
+            pixels = torch.stack(list(readers.map(dataset.pixels, records)))
+            seen = model.get_model().run_towers(pixels.to(model.device))
+            for name, values in _named(seen).items():
+                arrays[name][places] = values.to("cpu", torch.float16).numpy()
+            if (start // _BATCH + 1) % _BATCHES_A_FLUSH == 0 or start == starts[-1]:
+                for array in arrays.values():
+                    array.flush()
+                done[mine[: start + _BATCH]] = True
+                done.flush()
+    wait()
+    kept = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in shapes}
+    return kept, {image: place for place, image in enumerate(images)}
+
+
+def _named(seen: TowerOutputs) -> dict[str, Tensor]:
+    return {name: values for name, values in zip(FEATURES, seen, strict=True) if values is not None}
+
+
+def _shapes(model: LlavaLlamaForCausalLM, pixels: Tensor) -> dict[str, tuple[int, ...]]:
+    seen = model.get_model().run_towers(pixels[None].to(model.device))
+    return {name: tuple(values.shape[1:]) for name, values in _named(seen).items()}
+
+
+def _begin(folder: Path, key: str, count: int, shapes: dict[str, tuple[int, ...]]) -> None:
+    state = folder / _STATE_FILE
+    if state.is_file() and json.loads(state.read_text("utf-8")).get("key") == key:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    state.unlink(missing_ok=True)
+    for name, shape in shapes.items():
+        np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.float16, shape=(count, *shape)).flush()
+    np.lib.format.open_memmap(folder / "done.npy", mode="w+", dtype=np.bool_, shape=(count,)).flush()
+    state.write_text(json.dumps({"key": key, "images": count}) + "\n", encoding="utf-8")
+
+
+def _fingerprint(model: LlavaLlamaForCausalLM, dataset: SupervisedDataset, images: Sequence[str]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for tower in model.get_model().towers():
+        for name, tensor in sorted(tower.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    config = model.config
+    digest.update(json.dumps({name: getattr(config, name) for name in _SETTINGS}, sort_keys=True).encode())
+    for image in images:
+        status = (dataset.image_folder / image).stat()
+        digest.update(f"{image}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,220 @@
+"""Opens what training starts from: a checkpoint, perhaps with new parts, or a new model from a config."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.integrations import deepspeed as deepspeed_integration
+
+from llava.conversation import conv_templates
+from llava.model.builder import load_tokenizer, materialize, quantization, resolve_attention, set_generation_defaults
+from llava.model.checkpoint import (
+    DINO_PREFIX,
+    VISION_PREFIX,
+    Checkpoint,
+    check_keys,
+    complete_config,
+    open_checkpoint,
+)
+from llava.model.checkpoint_files import CheckpointError, TensorLike, read_json
+from llava.model.checkpoint_layout import stored_state_dict
+from llava.model.configuration import LlavaConfig
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.multimodal_encoder.base import TowerSource
+from llava.model.multimodal_encoder.builder import read_vision_tower
+from llava.model.probability_mapper import VerdictTokens
+from llava.systems.fakereasoning.text import VERDICT_PREFIX, VERDICT_WORDS
+from llava.train.arguments import DataArguments, ModelArguments, new_parts
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What training starts from, before any weight is read.
+
+    Attributes:
+        config: The model's whole config, with the run's options written into it.
+        tokenizer: Its tokenizer.
+        num_image_tokens: Positions that an image takes in the language model.
+        tensors: Weights by their stored names; the language model's are missing for a new model.
+        new: Parts that get random weights.
+        folder: Where the checkpoint is; None for a new model.
+    """
+
+    config: LlavaConfig
+    tokenizer: PreTrainedTokenizerBase
+    num_image_tokens: int
+    tensors: dict[str, TensorLike]
+    new: frozenset[str]
+    folder: Path | None
+
+
+def open_start(model: ModelArguments, data: DataArguments) -> Opened:
+    """Opens what the options name.
+
+    Raises:
+        CheckpointError: It cannot be opened, or something is missing that is not named as new.
+        ValueError: Options do not fit the checkpoint.
+    """
+    if data.version not in conv_templates:
+        raise ValueError(f"--version {data.version}: no such prompt template; known: {', '.join(conv_templates)}")
+    if model.model_config is not None:
+        return _open_new(model, data)
+    assert model.model_name_or_path is not None
+    checkpoint = open_checkpoint(model.model_name_or_path)
+    if checkpoint.adapter_folder is not None:
+        raise ValueError(
+            f"{model.model_name_or_path} is a LoRA folder; merge it with scripts/merge_lora_weights.py, and start there"
+        )
+    values = dict(checkpoint.config)
+    if model.mm_fusion_type is not None:
+        values["mm_fusion_type"] = model.mm_fusion_type
+    elif "fusion" in new_parts(model) and "mm_fusion_type" not in values:
+        values["mm_fusion_type"] = LlavaConfig().mm_fusion_type
+    _refuse_other(model, values)
+    checkpoint, config = complete_config(replace(checkpoint, config=values), model.vision_tower, model.dino_weights)
+    new = frozenset(new_parts(model))
+    prefixes = tuple(f"model.{part}." for part in new)
+    kept = {name: tensor for name, tensor in checkpoint.tensors.items() if not (prefixes and name.startswith(prefixes))}
+    config = _with_options(config, model, data)
+    skeleton = _skeleton(config)
+    filled = {n: t for n, t in stored_state_dict(skeleton).items() if prefixes and n.startswith(prefixes)}
+    if len(new) != sum(any(name.startswith(f"model.{part}.") for name in filled) for part in new):
+        raise ValueError(f"--init {model.init}: the fusion {config.mm_fusion_type!r} has no such part")
+    try:
+        check_keys(config, Checkpoint(checkpoint.folder, values, {**kept, **filled}, checkpoint.tokenizer_folder))
+    except CheckpointError as error:
+        hint = "parts that a checkpoint lacks are begun anew only if --init names them, as in --init fusion"
+        if "missing" not in str(error):
+            hint = "do the towers of --vision_tower and --dino_weights belong to it?"
+        raise CheckpointError(f"{error}\n  {hint}") from None
+    tokenizer = load_tokenizer(checkpoint.tokenizer_folder)
+    return Opened(config, tokenizer, skeleton.get_model().num_image_tokens(), kept, new, checkpoint.folder)
+
+
+def _open_new(model: ModelArguments, data: DataArguments) -> Opened:
+    assert model.model_config is not None and model.tokenizer is not None
+    values = read_json(Path(model.model_config))
+    tokenizer = load_tokenizer(Path(model.tokenizer))
+    tensors: dict[str, TensorLike] = {}
+    for source, field, prefix in (
+        (model.vision_tower, "vision_tower_config", VISION_PREFIX),
+        (model.dino_weights, "dino_tower_config", DINO_PREFIX),
+    ):
+        if source is None:
+            continue
+        tower: TowerSource = read_vision_tower(source)
+        values[field] = tower.config
+        if tower.image_processor is not None and field == "vision_tower_config":
+            values["mm_image_processor"] = tower.image_processor
+        tensors |= {f"{prefix}{name}": tensor for name, tensor in tower.tensors.items()}
+    values |= {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        # A new model is asked as it was trained.
+        "conv_mode": data.version,
+    }
+    if model.mm_fusion_type is not None:
+        values["mm_fusion_type"] = model.mm_fusion_type
+    try:
+        config = _with_options(LlavaConfig.from_dict({"cpm_search": "labels", **values}), model, data)
+        skeleton = _skeleton(config)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"--model_config {model.model_config} describes no model: {error}") from error
+    unknown = set(tensors) - set(stored_state_dict(skeleton))
+    if unknown:
+        raise CheckpointError(f"the towers hold tensors that the model does not have, such as {sorted(unknown)[0]}")
+    return Opened(config, tokenizer, skeleton.get_model().num_image_tokens(), tensors, frozenset(), None)
+
+
+def _refuse_other(model: ModelArguments, values: Mapping[str, Any]) -> None:
+    """Refuses options that would change what a checkpoint is."""
+    for name, default in (("mm_projector_type", "mlp2x_gelu"), ("mm_vision_select_layer", -2)):
+        wanted, own = getattr(model, name), values.get(name, default)
+        if wanted is not None and wanted != own:
+            raise ValueError(f"--{name} is {wanted}, but the checkpoint's is {own}, and it cannot be changed")
+
+
+def _with_options(config: LlavaConfig, model: ModelArguments, data: DataArguments) -> LlavaConfig:
+    config.cpm_search = model.cpm_search
+    config.cpm_weight = model.cpm_weight
+    if model.cpm_temperature is not None:
+        config.cpm_temperature = model.cpm_temperature
+    config.verdict_only_share = data.verdict_only_share
+    config.tokenizer_model_max_length = data.model_max_length
+    config.tokenizer_padding_side = "right"
+    if data.image_aspect_ratio is not None:
+        config.image_aspect_ratio = data.image_aspect_ratio
+    for source, field in ((model.vision_tower, "mm_vision_tower"), (model.dino_weights, "mm_dino_tower")):
+        if source is not None:
+            setattr(config, field, str(Path(source).absolute()) if Path(source).exists() else source)
+    return config
+
+
+def _skeleton(config: LlavaConfig) -> LlavaLlamaForCausalLM:
+    with torch.device("meta"):
+        return LlavaLlamaForCausalLM(config)
+
+
+def build_model(
+    opened: Opened, *, dtype: torch.dtype, device: torch.device, bits: int, attn_implementation: str
+) -> LlavaLlamaForCausalLM:
+    """Reads the weights.
+
+    Args:
+        opened: What to build.
+        dtype: Of all weights.
+        device: Where the model will compute; only a quantised one is put there now.
+        bits: 16, or 8 or 4 for a quantised language model.
+        attn_implementation: As for ``load_pretrained_model``.
+    """
+    tensors = dict(opened.tensors)
+    if opened.folder is None:
+        tensors = {**stored_state_dict(LlavaLlamaForCausalLM(opened.config)), **tensors}
+    skeleton = _skeleton(opened.config)
+    for part in sorted(opened.new):
+        tensors |= {f"model.{part}.{name}": value for name, value in random_part(skeleton, part).items()}
+    with without_sharded_loading():
+        model = materialize(
+            opened.config,
+            tensors,
+            dtype=dtype,
+            device_map={"": device if bits != 16 else torch.device("cpu")},
+            quantization_config=quantization(bits == 8, bits == 4, dtype),
+            attn_implementation=resolve_attention(attn_implementation, device, dtype),
+        )
+    set_generation_defaults(model, opened.folder, opened.tokenizer)
+    model.get_model().freeze_towers()
+    verdict = VerdictTokens.from_tokenizer(opened.tokenizer, VERDICT_PREFIX, VERDICT_WORDS)
+    model.set_tokenizer(opened.tokenizer, verdict)
+    return model
+
+
+def random_part(skeleton: LlavaLlamaForCausalLM, part: str) -> dict[str, Tensor]:
+    """Returns new weights for a part, each layer as torch begins it."""
+    module: nn.Module = skeleton.get_model().get_submodule(part).to_empty(device="cpu")
+    layers: list[Any] = list(module.modules())
+    for layer in layers:
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+    return dict(module.state_dict())
+
+
+@contextmanager
+def without_sharded_loading() -> Iterator[None]:
+    """Keeps transformers from splitting weights over processes while it loads them.
+
+    The engine splits them itself when training begins; read from memory-mapped files, they cost little until then.
+    """
+    config = deepspeed_integration._hf_deepspeed_config_weak_ref
+    deepspeed_integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed_integration._hf_deepspeed_config_weak_ref = config

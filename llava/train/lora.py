@@ -1,0 +1,160 @@
+"""What is trained: LoRA on the language model, parts that are trained whole, and how the optimizer treats them."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
+
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.systems.fakereasoning import layout
+
+PROJECTORS = ("mm_projector", "dino_mm_projector")
+PARTS: dict[str, tuple[str, ...]] = {
+    "vision_tower": ("model.vision_tower.",),
+    "dino_tower": ("model.dino_tower.",),
+    "mm_projector": ("model.mm_projector.",),
+    "dino_mm_projector": ("model.dino_mm_projector.",),
+    "fusion": ("model.fusion.",),
+    "language_model": ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head."),
+}
+"""Parts of a model and what their parameters' names begin with."""
+
+
+def part_of(name: str) -> str:
+    """Returns the part that a parameter belongs to, ``lora`` for an adapter's.
+
+    Raises:
+        ValueError: It belongs to no part.
+    """
+    if "lora_" in name:
+        return "lora"
+    bare = bare_name(name)
+    for part, prefixes in PARTS.items():
+        if bare.startswith(prefixes):
+            return part
+    raise ValueError(f"the parameter {name} belongs to no part of the model")
+
+
+def bare_name(name: str) -> str:
+    """Returns a parameter's name without what PEFT puts before and into it."""
+    return name.removeprefix(layout.LORA_PREFIX).replace(".base_layer.", ".")
+
+
+def apply_lora(model: LlavaLlamaForCausalLM, *, rank: int, alpha: float, dropout: float = 0.0) -> PeftModel:
+    """Puts LoRA on every linear layer of the language model's blocks, and on nothing else.
+
+    The towers have layers of the same names, which is why each module is named whole.
+
+    Args:
+        model: The model; all its parameters are frozen.
+        rank: r; published: 128.
+        alpha: Scale of the update is ``alpha / rank``; published: 256.
+        dropout: Before the low-rank path.
+    """
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if name.startswith("model.layers.") and isinstance(module, nn.Linear)
+    ]
+    settings = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM"
+    )
+    # PEFT would turn adapters alone into float32, which sharded training refuses beside bfloat16.
+    return get_peft_model(model, settings, autocast_adapter_dtype=False)
+
+
+def prepare_quantized(model: LlavaLlamaForCausalLM, *, gradient_checkpointing: bool) -> None:
+    """Makes a quantised model trainable through (QLoRA, arXiv 2305.14314)."""
+    prepare_model_for_kbit_training(model, use_gradient_checkpointing=gradient_checkpointing)
+
+
+def choose_trainable(model: nn.Module, parts: "set[str] | frozenset[str]") -> None:
+    """Trains these parts and nothing else.
+
+    Raises:
+        ValueError: A part is unknown, or the model does not have it.
+    """
+    unknown = parts - set(PARTS) - {"lora"}
+    if unknown:
+        raise ValueError(f"unknown part {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
+    found = set()
+    for name, parameter in model.named_parameters():
+        part = part_of(name)
+        trainable = part in parts and parameter.is_floating_point()
+        parameter.requires_grad_(trainable)
+        found |= {part} if trainable else set()
+    if parts - found:
+        raise ValueError(f"the model has no {', '.join(sorted(parts - found))} to train")
+
+
+def trainable_table(model: nn.Module) -> str:
+    """Returns a table of the model's parameters by part: all, and those that are trained."""
+    total: dict[str, int] = defaultdict(int)
+    trained: dict[str, int] = defaultdict(int)
+    for name, parameter in model.named_parameters():
+        part = part_of(name)
+        # Sharded training leaves an empty tensor in the place of a parameter, and its size in this attribute.
+        count = getattr(parameter, "ds_numel", parameter.numel())
+        total[part] += count
+        trained[part] += count if parameter.requires_grad else 0
+    rows = [(part, f"{total[part]:,}", f"{trained[part]:,}") for part in (*PARTS, "lora") if part in total]
+    rows.append(("all", f"{sum(total.values()):,}", f"{sum(trained.values()):,}"))
+    rows.insert(0, ("part", "parameters", "trained"))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows)
+
+
+def optimizer_groups(
+    model: nn.Module, *, learning_rate: float, weight_decay: float, rates: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Sorts the trained parameters into groups of one learning rate and one weight decay, as published.
+
+    Biases and the language model's norms are not decayed; the fusion's norms are, since the authors' own class of norm
+    escapes their rule.
+
+    Args:
+        model: The model.
+        learning_rate: Of everything that ``rates`` does not name.
+        weight_decay: Of what is decayed.
+        rates: Learning rate of parts.
+
+    Returns:
+        Groups as an optimizer takes them, empty ones left out; decayed before undecayed.
+    """
+    undecayed = _undecayed(model)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    own = {rates[part] for part in rates} | {learning_rate}
+    for rate in (learning_rate, *sorted(own - {learning_rate})):
+        groups[(rate, weight_decay)] = []
+        groups.setdefault((rate, 0.0), [])
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = rates.get(part_of(name), learning_rate)
+            groups[(rate, 0.0 if name in undecayed else weight_decay)].append(parameter)
+    return [
+        {"params": parameters, "lr": rate, "weight_decay": decay}
+        for (rate, decay), parameters in groups.items()
+        if parameters
+    ]
+
+
+def _undecayed(model: nn.Module) -> set[str]:
+    fusion = PARTS["fusion"]
+    names = {name for name, _ in model.named_parameters()}
+    biases = {name for name in names if name.endswith(".bias")}
+    fusion_norms = {name for name in names if bare_name(name).startswith(fusion) and "_norm." in name}
+    norms = {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    return (biases | norms) - fusion_norms
+
+
+def trainable_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns the trained parameters by their names in memory."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

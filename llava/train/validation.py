@@ -1,0 +1,45 @@
+"""The verdicts that a model in training gives by itself, without the reasoning that its labels would give away."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+
+from llava.data.collator import Sample
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.systems.base import AnalyzeOptions
+from llava.systems.fakereasoning.system import FakeReasoning, Prepared
+from llava.systems.fakereasoning.text import LABELS
+
+
+def verdict_judge(
+    model: LlavaLlamaForCausalLM,
+    *,
+    context_length: int,
+    score_only: bool,
+    max_new_tokens: int,
+    precision: Callable[[], AbstractContextManager],
+) -> Callable[[list[Sample]], list[int | None]]:
+    """Returns a function from samples to verdicts: real 0, fake 1, None where an answer has none.
+
+    Args:
+        model: The model without PEFT's wrapper; its adapters act all the same.
+        context_length: Longest sequence.
+        score_only: Score the verdict alone rather than generate an answer and read it.
+        max_new_tokens: Longest answer.
+        precision: Gives the context in which the model computes.
+    """
+    assert model.tokenizer is not None
+    system = FakeReasoning(model.tokenizer, model, model.image_processor, context_length)
+    options = AnalyzeOptions(score_only=score_only, max_new_tokens=max_new_tokens)
+
+    def judge(samples: list[Sample]) -> list[int | None]:
+        prepared = [
+            Prepared(sample.image, (sample.image.shape[-1], sample.image.shape[-2]), str(number))
+            for number, sample in enumerate(samples)
+        ]
+        with torch.no_grad(), precision():
+            reports = system.analyze_batch(prepared, options)
+        return [None if report.label is None else LABELS.index(report.label) for report in reports]
+
+    return judge
