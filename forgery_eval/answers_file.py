@@ -62,13 +62,13 @@ class AnswersFile:
         self._stream.close()
 
 
-def model_fingerprint(path: str | None) -> list[tuple[str, int, int]] | str | None:
+def model_fingerprint(path: str | os.PathLike[str] | None) -> list[tuple[str, int, int]] | str | None:
     """Returns what tells a model apart from another in the same place: its files' names, sizes and times of change.
 
     A hub id stands for itself.
     """
     folder = Path(path).expanduser() if path else None
     if folder is None or not folder.is_dir():
-        return path
+        return None if path is None else str(path)
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     return [(str(folder.resolve()), 0, 0)] + [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]

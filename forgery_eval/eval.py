@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from forgery_eval import paper_protocol
 from forgery_eval.benchmarks import Sample, open_benchmark
+from forgery_eval.command import run_judging
 from forgery_eval.model_options import (
     add_answer_options,
     add_batch_size,
@@ -34,13 +35,12 @@ from forgery_eval.model_options import (
     open_detector,
 )
 from forgery_eval.predictions import Prediction, Run, RunStore, images_digest, read_run, weights_digest
-from llava.cli import OptionParser, run_or_explain
+from llava.cli import OptionParser
 
 if TYPE_CHECKING:
     from llava import ForgeryDetector, ForgeryReport
     from llava.systems.base import AnalyzeOptions
 
-SOME_FAILED = 3
 _VERSIONS = ("torch", "transformers", "pillow")
 
 
@@ -172,6 +172,7 @@ def judge(samples: Sequence[Sample], arguments: argparse.Namespace) -> tuple[lis
         del settings[place]  # their contents are in the weights' digest, wherever they lie
     detector = open_detector(arguments)
     settings["prompt"] = detector.system.prompt(options)
+    settings["notice"] = detector.notice
     size = detector.system.batch_size(options) if arguments.batch_size == "auto" else arguments.batch_size
     run = Run(settings, {"sets": arguments.sets, "max_sample": arguments.max_sample}, size)
     with closing(RunStore(arguments.result_folder / "predictions", run, [s.id for s in samples])) as store:
@@ -215,6 +216,7 @@ def _prediction(sample: Sample, report: "ForgeryReport", seconds: float) -> Pred
         label=sample.label,
         verdict=report.label,
         fake_probability=report.fake_probability,
+        answer_probability=report.answer_probability,
         score_source=report.score_source,
         text=report.text,
         stages=report.stages,
@@ -241,7 +243,12 @@ def _weight_files(arguments: argparse.Namespace) -> list[str | None]:
     folder = resolve_folder(arguments.model_path, "model")
     places = [str(folder), arguments.model_base, arguments.vision_tower, arguments.dino_weights]
     places.append(os.environ.get("DINO_WEIGHT"))
-    for name, field in (("config.json", "mm_vision_tower"), ("adapter_config.json", "base_model_name_or_path")):
+    named = (
+        ("config.json", "mm_vision_tower"),
+        ("config.json", "mm_dino_tower"),
+        ("adapter_config.json", "base_model_name_or_path"),
+    )
+    for name, field in named:
         if (folder / name).is_file():
             try:
                 places.append(json.loads((folder / name).read_bytes()).get(field))
@@ -252,13 +259,7 @@ def _weight_files(arguments: argparse.Namespace) -> list[str | None]:
 
 def run(arguments: Any = None) -> int:
     """Runs the command; returns its exit status."""
-    failed = 0
-
-    def command() -> None:
-        nonlocal failed
-        failed = main(parse_arguments(arguments))
-
-    return run_or_explain(command) or (SOME_FAILED if failed else 0)
+    return run_judging(lambda: main(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from forgery_eval.answers_file import AnswersFile, model_fingerprint
+from forgery_eval.command import run_judging
 from forgery_eval.image_files import list_images
 from forgery_eval.model_options import (
     add_answer_options,
@@ -24,7 +25,8 @@ from forgery_eval.model_options import (
     open_detector,
 )
 from forgery_eval.overlay import draw_overlay
-from llava.cli import OptionParser, run_or_explain
+from llava.cli import OptionParser
+from llava.report import SCORE_SOURCES
 from llava.systems.base import AnalyzeOptions
 from llava.systems.fakereasoning.text import STAGES
 
@@ -32,14 +34,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from llava import ForgeryDetector, ForgeryReport
-
-SOME_FAILED = 3
-_SOURCES = {
-    "verdict": "before the verdict word of the model's own answer",
-    "forced": "after the missing verdict was opened for the model",
-    "prompt": "without an answer",
-    "detector": "from the system's own head",
-}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -104,7 +98,9 @@ def describe(file: Path, report: "ForgeryReport") -> str:
     """Returns a report for reading."""
     lines = [f"{file}", f"  verdict     {report.label or 'none: the answer gives no verdict'}"]
     if report.fake_probability is not None and report.score_source is not None:
-        lines.append(f"  P(fake)     {report.fake_probability:.4f}  (read {_SOURCES[report.score_source]})")
+        lines.append(f"  P(fake)     {report.fake_probability:.4f}  (read {SCORE_SOURCES[report.score_source]})")
+    if report.answer_probability is not None:
+        lines.append(f"  of answer   {report.answer_probability:.4f}  (read at its verdict)")
     if report.probabilities:
         each = " ".join(f"{chance:.4f}" for chance in report.probabilities)
         lines.append(f"  of answers  {each}")
@@ -146,13 +142,7 @@ def overlay_path(file: Path, root: Path, folder: Path) -> Path:
 
 def run(arguments: Any = None) -> int:
     """Runs the command; returns its exit status."""
-    failed = 0
-
-    def command() -> None:
-        nonlocal failed
-        failed = main(parse_arguments(arguments))
-
-    return run_or_explain(command) or (SOME_FAILED if failed else 0)
+    return run_judging(lambda: main(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """The options of a model and of its answers, which all commands that judge pictures share."""
 
 import argparse
+import sys
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from llava.systems.base import AnalyzeOptions
+from llava.assets import demo_model_folder
+from llava.systems.base import SCORE_KINDS, AnalyzeOptions
 from llava.systems.fakereasoning.text import FORCED_SUMMARY
 
 if TYPE_CHECKING:
@@ -26,7 +28,11 @@ _LOADING = (
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say which model is opened, and how."""
     model = parser.add_argument_group("model")
-    model.add_argument("--model-path", help="folder or hub id of a checkpoint")
+    model.add_argument(
+        "--model-path",
+        default=demo_model_folder(),
+        help="folder or hub id of a checkpoint (default: the embedded demonstration model)",
+    )
     model.add_argument("--model-base", help="base of a LoRA folder, where the folder does not name it")
     model.add_argument("--vision-tower", help="CLIP tower: folder or hub id, where the checkpoint does not hold it")
     model.add_argument("--dino-weights", help="DINOv2 .pth or folder, where the checkpoint does not hold it")
@@ -61,6 +67,12 @@ def add_answer_options(parser: argparse.ArgumentParser) -> None:
     answer.add_argument("--conv-mode", help="prompt template (default: the model's; published: llava_v1)")
     answer.add_argument("--force-summary", action="store_true", help="give the constant SUMMARY, so it is not decoded")
     answer.add_argument("--score-only", action="store_true", help="only P(fake), from one forward, without an answer")
+    answer.add_argument(
+        "--score",
+        choices=SCORE_KINDS,
+        default="auto",
+        help="P(fake) after the model's own answer, from its prompt without an answer, or auto (default): the model's",
+    )
     answer.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy; the authors' is 0.2")
     answer.add_argument("--top_p", type=float, help="sample from the likeliest words of this probability")
     answer.add_argument("--num_beams", type=int, default=1, help="beam search if above 1")
@@ -88,11 +100,14 @@ def analyze_options(arguments: argparse.Namespace, *, attention: bool = False) -
 
 
 def open_detector(arguments: argparse.Namespace) -> "ForgeryDetector":
-    """Opens the model.
+    """Opens the model, and says what must be known of it.
 
     Raises:
         CheckpointError: No model is named, or it cannot be opened.
     """
     from llava import ForgeryDetector
 
-    return ForgeryDetector.from_pretrained(arguments.model_path, **loading_options(arguments))
+    detector = ForgeryDetector.from_pretrained(arguments.model_path, **loading_options(arguments))
+    if detector.notice:
+        print(f"note: {detector.notice}", file=sys.stderr)
+    return detector

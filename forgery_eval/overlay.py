@@ -1,10 +1,11 @@
-"""Draws where the model looked over the picture."""
+"""Draws over a picture where the model looked, or what is wrong with it."""
 
 import numpy as np
 from PIL import Image
 
 _STRONGEST = 0.7
 """Opacity of the strongest place; places without attention are left as they are."""
+_LIT, _DARKENED = 0.4, 0.45
 _COLOURS = np.array([[70, 20, 120], [220, 50, 70], [255, 220, 60]], dtype=np.float32)
 
 
@@ -29,3 +30,15 @@ def draw_overlay(picture: Image.Image, attention: np.ndarray) -> Image.Image:
     opacity = (_STRONGEST * heat)[..., None]
     blended = np.asarray(picture.convert("RGB"), dtype=np.float32) * (1 - opacity) + colour * opacity
     return Image.fromarray(blended.round().astype(np.uint8))
+
+
+def draw_mask(picture: Image.Image, mask: np.ndarray) -> Image.Image:
+    """Returns the picture, lit where the mask is and darkened elsewhere.
+
+    Args:
+        picture: The picture, any mode.
+        mask: ``[height, width]`` of the picture, bool.
+    """
+    pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
+    lit = pixels * (1 - _LIT) + _COLOURS[-1] * _LIT
+    return Image.fromarray(np.where(mask[..., None], lit, pixels * _DARKENED).astype(np.uint8))

@@ -32,6 +32,7 @@ class Prediction:
         label: The truth, 0 real, 1 fake.
         verdict: ``real``, ``fake``, or None where the text says neither.
         fake_probability: P(fake), None where there is none.
+        answer_probability: P(fake) at the answer's verdict where ``fake_probability`` was read without the answer.
         score_source: Where the probability was read.
         text: The answer.
         stages: Its stages.
@@ -45,6 +46,7 @@ class Prediction:
     verdict: str | None = None
     fake_probability: float | None = None
     score_source: str | None = None
+    answer_probability: float | None = None
     text: str = ""
     stages: dict[str, str] = field(default_factory=dict)
     attributes: dict[str, str] = field(default_factory=dict)
@@ -176,9 +178,7 @@ def _prediction(entry: Any, place: str) -> Prediction:
         raise ValueError(f"{place}: a prediction needs an id")
     if not any(name in entry for name in said):
         raise ValueError(f"{place}: a prediction needs one of {', '.join(said)}")
-    score, verdict, text = entry.get("fake_probability"), entry.get("verdict"), entry.get("text") or ""
-    if score is not None and not (isinstance(score, int | float) and 0 <= score <= 1):
-        raise ValueError(f"{place}: fake_probability must be from 0 to 1, not {score!r}")
+    verdict, text = entry.get("verdict"), entry.get("text") or ""
     if verdict not in (None, "real", "fake"):
         raise ValueError(f"{place}: the verdict must be real, fake or null, not {verdict!r}")
     if not isinstance(text, str):
@@ -188,14 +188,22 @@ def _prediction(entry: Any, place: str) -> Prediction:
         id=entry["id"],
         label=-1,
         verdict=verdict if "verdict" in entry else parsed.verdict,
-        fake_probability=score,
+        fake_probability=_probability(entry, "fake_probability", place),
         score_source=entry.get("score_source"),
+        answer_probability=_probability(entry, "answer_probability", place),
         text=text,
         stages=_texts(entry, "stages", parsed.stages, place),
         attributes=_texts(entry, "attributes", parsed.attributes, place),
         error=str(entry.get("error") or ""),
         seconds=float(entry.get("seconds") or 0),
     )
+
+
+def _probability(entry: Mapping[str, Any], name: str, place: str) -> float | None:
+    given = entry.get(name)
+    if given is not None and not (isinstance(given, int | float) and 0 <= given <= 1):
+        raise ValueError(f"{place}: {name} must be from 0 to 1, not {given!r}")
+    return given
 
 
 def _texts(entry: Mapping[str, Any], name: str, default: dict[str, str], place: str) -> dict[str, str]:

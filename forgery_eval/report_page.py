@@ -1,7 +1,5 @@
 """The report: one HTML file that needs nothing else. All texts are escaped."""
 
-import base64
-import html
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,13 +13,13 @@ from PIL import Image, ImageOps
 from sklearn import metrics as sk
 
 from forgery_eval.metrics.detection import BINS, score_bins
+from forgery_eval.page import COLOURS, escaped, page, picture_source
 from forgery_eval.paper_protocol import PUBLISHED_ACCURACY, PUBLISHED_MEAN
 from forgery_eval.scoring import ALL, Scored
 from llava.systems.fakereasoning.text import LABELS
 
 WORST = 24
 _THUMBNAIL = 224
-_COLOURS = {"real": "#2a7f9e", "fake": "#d1495b"}
 _DETECTION = {
     "text_accuracy": "accuracy (text)",
     "score_accuracy": "accuracy (score)",
@@ -55,17 +53,16 @@ _REASONING = {
 }
 _PAPER = ("r_acc", "f_acc", "acc", "bleu1", "rougel", "css", "pre_failure")
 _STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;color:#1c2430;max-width:1400px;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem;border-bottom:1px solid #d5dbe3;padding-bottom:.2rem}
+body{max-width:1400px}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13px}
-th,td{padding:.25rem .55rem;text-align:right;border-bottom:1px solid #e7ebf0;vertical-align:top}
+th,td{padding:.25rem .55rem;text-align:right;border-bottom:1px solid var(--line);vertical-align:top}
 th:first-child,td:first-child{text-align:left;white-space:nowrap}
-.words th,.words td{text-align:left;white-space:normal}thead th{vertical-align:bottom;background:#f4f6f9}
-small{color:#667385;display:block;white-space:nowrap}.note{color:#4b5768}
+.words th,.words td{text-align:left;white-space:normal}thead th{vertical-align:bottom;background:var(--raised)}
+td small{display:block;white-space:nowrap}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(340px,1fr));gap:1rem}
 .charts svg{width:100%;height:auto}
 .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(250px,1fr));gap:1rem}
-.card{border:1px solid #d5dbe3;border-radius:6px;padding:.7rem;font-size:13px;overflow-wrap:anywhere}
+.card{font-size:13px}
 .card img{display:block;max-width:100%;margin:0 auto .5rem}
 """
 
@@ -81,10 +78,13 @@ def report_page(metrics: Mapping[str, Any], rows: Sequence[Scored]) -> str:
     seconds = [row.prediction.seconds for row in rows if row.prediction.seconds]
     speed = f" · {1 / float(np.mean(seconds)):.3g} images/s" if seconds else ""
     parts = [
-        f"<h1>Evaluation on {_said(metrics['data'])}</h1>",
-        f"<p><b>Protocol</b> {_said(metrics['protocol'])}<br><b>Run</b> {_said(metrics['run'])} · {len(rows)} images"
-        f"{speed}<br>{_calibration(metrics['calibration'])}</p>",
+        f"<h1>Evaluation on {escaped(metrics['data'])}</h1>",
+        f"<p><b>Protocol</b> {escaped(metrics['protocol'])}<br><b>Run</b> {escaped(metrics['run'])} · "
+        f"{len(rows)} images{speed}<br>{_calibration(metrics['calibration'])}</p>",
     ]
+    notice = metrics.get("settings", {}).get("notice")
+    if notice:
+        parts.append(f'<p class="notice">{escaped(notice)}</p>')
     if "paper" in metrics:
         parts += ["<h2>By the paper's protocol</h2>", _paper_table(metrics["paper"])]
     parts += [
@@ -94,12 +94,13 @@ def report_page(metrics: Mapping[str, Any], rows: Sequence[Scored]) -> str:
         _figures_table(_named(detection), _DETECTION, _published(detection["sets"])),
     ]
     for name, values in detection["groups"].items():
-        parts += [f"<h2>By {_said(name)}</h2>", _figures_table(values, _DETECTION, {})]
+        parts += [f"<h2>By {escaped(name)}</h2>", _figures_table(values, _DETECTION, {})]
     parts += [
         "<h2>Confusion</h2>",
         _confusion(detection[ALL]["figures"]),
         "<h2>Scores</h2>",
         f'<div class="charts">{"".join(_charts(rows))}</div>',
+        _two_scores(metrics),
         "<h2>Reasoning</h2>",
         _published_reasoning(),
         *(
@@ -111,15 +112,7 @@ def report_page(metrics: Mapping[str, Any], rows: Sequence[Scored]) -> str:
         "<h2>Failures</h2>",
         _failures(metrics["failures"]),
     ]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Evaluation</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
-    )
-
-
-def _said(text: object) -> str:
-    return html.escape(str(text))
+    return page("Evaluation", parts, _STYLE)
 
 
 def _number(value: float | int | None) -> str:
@@ -166,7 +159,7 @@ def _figures_table(
     def cell(name: str, part: Mapping[str, Any], figure: str) -> str:
         value, reason = part["figures"].get(figure), part["undefined"].get(figure)
         if value is None:
-            return f'<span title="{_said(reason or "")}">–</span>'
+            return f'<span title="{escaped(reason or "")}">–</span>'
         low_high = part["intervals"].get(figure)
         below = f"<small>{low_high[0]:.3f}–{low_high[1]:.3f}</small>" if low_high else ""
         if figure == "text_accuracy" and name in published:
@@ -180,7 +173,7 @@ def _figures_table(
         head,
         (
             [
-                _said(name),
+                escaped(name),
                 *(["" if count is None else str(count)] if with_images else []),
                 *(cell(name, found[name], figure) for figure in columns),
             ]
@@ -191,7 +184,7 @@ def _figures_table(
 
 def _paper_table(found: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [
-        [_said(name), *(_number(values[key]) for key in _PAPER), _number(PUBLISHED_ACCURACY.get(name))]
+        [escaped(name), *(_number(values[key]) for key in _PAPER), _number(PUBLISHED_ACCURACY.get(name))]
         for name, values in found.items()
     ]
     return _table(["", *_PAPER, "published acc"], rows)
@@ -211,6 +204,25 @@ def _confusion(figures: Mapping[str, Any]) -> str:
         for label in LABELS
     ]
     return _table(["images that are …", "called real", "called fake", "neither"], rows)
+
+
+def _two_scores(metrics: Mapping[str, Any]) -> str:
+    """The score that is reported beside the one at the answer's verdict, each as read and calibrated."""
+    if "answer_score" not in metrics:
+        return ""
+    plain = {"auroc": "AUROC", "score_accuracy": "accuracy", "disagreement": "differs from text"}
+    calibrated = {"ece": "ECE", "nll": "NLL", "brier": "Brier"}
+    rows = []
+    for name, found, calibration in (
+        ("without the answer (the one reported)", metrics["detection"][ALL], metrics["calibration"]),
+        ("at the answer's verdict", metrics["answer_score"], metrics["answer_score"]["calibration"]),
+    ):
+        before, after = (calibration["before"], found) if calibration else (found, {"figures": {}})
+        figures = [before["figures"][figure] for figure in plain]
+        pairs = [part["figures"].get(figure) for figure in calibrated for part in (before, after)]
+        rows.append([name, *map(_number, [*figures, *pairs])])
+    head = ["P(fake)", *plain.values(), *(f"{n}{w}" for n in calibrated.values() for w in ("", ", calibrated"))]
+    return f"<h3>With and without the answer</h3>{_table(head, rows)}"
 
 
 def _charts(rows: Sequence[Scored]) -> list[str]:
@@ -240,14 +252,14 @@ def _svg(draw: Callable[[Axes, np.ndarray, np.ndarray], None], labels: np.ndarra
 
 def _roc(axes: Axes, labels: np.ndarray, scores: np.ndarray) -> None:
     false_rate, true_rate, _ = sk.roc_curve(labels, scores)
-    axes.plot(false_rate, true_rate, color=_COLOURS["fake"])
+    axes.plot(false_rate, true_rate, color=COLOURS["fake"])
     axes.plot([0, 1], [0, 1], color="grey", linestyle=":")
     axes.set(title="ROC", xlabel="reals called fake", ylabel="fakes called fake")
 
 
 def _precision_recall(axes: Axes, labels: np.ndarray, scores: np.ndarray) -> None:
     precision, recall, _ = sk.precision_recall_curve(labels, scores)
-    axes.step(recall, precision, where="post", color=_COLOURS["fake"])
+    axes.step(recall, precision, where="post", color=COLOURS["fake"])
     axes.axhline(labels.mean(), color="grey", linestyle=":")
     axes.set(title="Precision and recall", xlabel="recall of fakes", ylabel="precision", ylim=(0, 1.02))
 
@@ -259,14 +271,14 @@ def _reliability(axes: Axes, labels: np.ndarray, scores: np.ndarray) -> None:
     said = np.bincount(bins, weights=scores, minlength=BINS)[there] / counts[there]
     true = np.bincount(bins, weights=labels, minlength=BINS)[there] / counts[there]
     axes.plot([0, 1], [0, 1], color="grey", linestyle=":")
-    axes.scatter(said, true, s=12 + 150 * counts[there] / counts.sum(), color=_COLOURS["fake"])
+    axes.scatter(said, true, s=12 + 150 * counts[there] / counts.sum(), color=COLOURS["fake"])
     axes.set(title="Reliability (size: share of images)", xlabel="P(fake)", ylabel="share of fakes")
 
 
 def _histogram(axes: Axes, labels: np.ndarray, scores: np.ndarray) -> None:
     for number, name in enumerate(LABELS):
         own = scores[labels == number]
-        axes.hist(own, bins=30, range=(0, 1), alpha=0.6, label=name, color=_COLOURS[name])
+        axes.hist(own, bins=30, range=(0, 1), alpha=0.6, label=name, color=COLOURS[name])
     axes.set(title="Scores", xlabel="P(fake)", ylabel="images")
     axes.legend()
 
@@ -297,9 +309,9 @@ def _card(row: Scored) -> str:
     score = "no score" if np.isnan(row.score) else f"P(fake) {row.score:.4f}"
     reasoning = row.prediction.stages.get("REASONING") or row.prediction.text or "no reasoning"
     return (
-        f'<div class="card">{_thumbnail(row.sample.image)}<b>{_said(row.sample.id)}</b><br>'
+        f'<div class="card">{_thumbnail(row.sample.image)}<b>{escaped(row.sample.id)}</b><br>'
         f"is {LABELS[row.sample.label]}, called {row.prediction.verdict or 'neither'} · {score}"
-        f"<p>{_said(reasoning)}</p></div>"
+        f"<p>{escaped(reasoning)}</p></div>"
     )
 
 
@@ -310,9 +322,7 @@ def _thumbnail(file: Path) -> str:
         small.thumbnail((_THUMBNAIL, _THUMBNAIL))
     except Exception:  # Pillow's plugins raise many kinds; a picture that cannot be shown is no fault of the report
         return "<i>cannot be shown</i><br>"
-    stream = io.BytesIO()
-    small.save(stream, format="JPEG", quality=85)
-    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}">'
+    return f'<img alt="" src="{picture_source(small)}">'
 
 
 def _failures(found: Sequence[Mapping[str, str]]) -> str:
@@ -320,5 +330,5 @@ def _failures(found: Sequence[Mapping[str, str]]) -> str:
         return "<p>None.</p>"
     most = 200
     more = f"<p>… and {len(found) - most} more; all are in metrics.json.</p>" if len(found) > most else ""
-    rows = ([_said(failure["id"]), _said(failure["reason"])] for failure in found[:most])
+    rows = ([escaped(failure["id"]), escaped(failure["reason"])] for failure in found[:most])
     return f'<div class="words">{_table(["image", "reason"], rows)}</div>{more}'

@@ -16,7 +16,16 @@ from forgery_eval.calibration import Calibration, fit, is_for_fitting
 from forgery_eval.files import write_whole
 from forgery_eval.predictions import Prediction
 from forgery_eval.report_page import report_page
-from forgery_eval.scoring import ALL, Similarity, all_figures, paper_figures, score
+from forgery_eval.scoring import (
+    ALL,
+    Scored,
+    Similarity,
+    all_figures,
+    overall_figures,
+    paper_figures,
+    score,
+    with_scores,
+)
 
 PROTOCOLS = {
     False: "default: every answer counts, one without a verdict is wrong",
@@ -67,32 +76,45 @@ def write_results(
         ValueError: The scores cannot be calibrated.
     """
     reported = list(zip(samples, predictions, strict=True))
+    for_fitting: list[tuple[Sample, Prediction]] = []
     if fit_calibration:
-        calibration = _fit(reported)
+        for_fitting = [pair for pair in reported if is_for_fitting(pair[0].id)]
+        calibration = _fit(for_fitting, "fake_probability")
         calibration.save(folder / "calibration.json")
-        reported = [(sample, prediction) for sample, prediction in reported if not is_for_fitting(sample.id)]
+        reported = [pair for pair in reported if not is_for_fitting(pair[0].id)]
         if not reported:
             raise ValueError("every id falls in the calibration split, so there is nothing to report on")
     kept, said = [sample for sample, _ in reported], [prediction for _, prediction in reported]
     rows = score(kept, said, similarity=similarity, calibration=calibration)
     metrics: dict[str, Any] = {"protocol": PROTOCOLS[paper], **about, "calibration": None}
     if calibration:
-        before = all_figures(score(kept, said))["detection"][ALL]
+        before = overall_figures(with_scores(rows, [p.fake_probability for p in said]))
         metrics["calibration"] = {**asdict(calibration), "fitted_here": fit_calibration, "before": before}
     if paper:
         metrics["paper"] = paper_figures(kept, said, similarity)
         lines = (paper_protocol.metric_line(name, values) for name, values in metrics["paper"].items())
         write_whole(folder / "metric.txt", "".join(lines))
     metrics |= all_figures(rows)
+    if any(p.answer_probability is not None for p in said):
+        metrics["answer_score"] = _answer_score(rows, _fit(for_fitting, "answer_probability") if for_fitting else None)
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     write_whole(folder / "metrics.csv", _csv(metrics))
     write_whole(folder / "report.html", report_page(metrics, rows))
 
 
-def _fit(reported: Sequence[tuple[Sample, Prediction]]) -> Calibration:
-    own = [(sample, prediction) for sample, prediction in reported if is_for_fitting(sample.id)]
-    scores = [np.nan if p.fake_probability is None else p.fake_probability for _, p in own]
-    return fit(scores, [sample.label for sample, _ in own])
+def _fit(pairs: Sequence[tuple[Sample, Prediction]], field: str) -> Calibration:
+    scores = [getattr(prediction, field) for _, prediction in pairs]
+    return fit([np.nan if value is None else value for value in scores], [sample.label for sample, _ in pairs])
+
+
+def _answer_score(rows: Sequence[Scored], calibration: Calibration | None) -> dict[str, Any]:
+    """Figures of the score at the answer's verdict, where the score that is reported was read without the answer."""
+    said = [row.prediction.answer_probability for row in rows]
+    before = overall_figures(with_scores(rows, said))
+    if calibration is None:
+        return {"calibration": None, **before}
+    after = overall_figures(with_scores(rows, said, calibration))
+    return {"calibration": {**asdict(calibration), "fitted_here": True, "before": before}, **after}
 
 
 def _csv(metrics: dict[str, Any]) -> str:
@@ -115,6 +137,8 @@ def _parts(metrics: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]
     found = metrics["detection"]
     yield from (("detection", name, figures) for name, figures in found["sets"].items())
     yield from (("detection", name, found[name]) for name in ("macro", ALL))
+    if "answer_score" in metrics:
+        yield "detection", "all, score of the answer", metrics["answer_score"]
     for group, values in found["groups"].items():
         yield from (("detection", f"{group}={value}", figures) for value, figures in values.items())
     for name, kinds in [*metrics["reasoning"]["sets"].items(), (ALL, metrics["reasoning"][ALL])]:

@@ -65,8 +65,6 @@ def score(
     calibration: Calibration | None = None,
 ) -> list[Scored]:
     """Joins samples, predictions and the figures of their texts."""
-    scores = np.array([np.nan if p.fake_probability is None else p.fake_probability for p in predictions], float)
-    scores = calibration(scores) if calibration else scores
     silent = only_scores(predictions)
     known = [place for place, sample in enumerate(samples) if sample.reference and not silent]
     said = [predictions[place].stages.get("REASONING", "") for place in known]
@@ -78,10 +76,20 @@ def score(
         for name, compare in (("css", similarity.cut), ("css_chunked", similarity.chunked)):
             for place, value in zip(known, compare(said, wanted), strict=True):
                 texts[place][name] = value
-    return [
-        Scored(sample, prediction, float(value), texts.get(place))
-        for place, (sample, prediction, value) in enumerate(zip(samples, predictions, scores, strict=True))
+    rows = [
+        Scored(sample, prediction, np.nan, texts.get(place))
+        for place, (sample, prediction) in enumerate(zip(samples, predictions, strict=True))
     ]
+    return with_scores(rows, [prediction.fake_probability for prediction in predictions], calibration)
+
+
+def with_scores(
+    rows: Sequence[Scored], probabilities: Sequence[float | None], calibration: Calibration | None = None
+) -> list[Scored]:
+    """Returns the rows with these scores, calibrated if that is asked for."""
+    scores = np.array([np.nan if value is None else value for value in probabilities], float)
+    scores = calibration(scores) if calibration else scores
+    return [replace(row, score=float(value)) for row, value in zip(rows, scores, strict=True)]
 
 
 def only_scores(predictions: Sequence[Prediction]) -> bool:
@@ -142,6 +150,12 @@ def all_figures(rows: Sequence[Scored], *, draws: int = detection.DRAWS, seed: i
             if (np.isnan(row.score) if silent else row.prediction.verdict is None)
         ],
     }
+
+
+def overall_figures(rows: Sequence[Scored], *, draws: int = detection.DRAWS, seed: int = 0) -> dict[str, Any]:
+    """Computes the detection figures of all images together, those that ``all_figures`` gives for them."""
+    silent = only_scores([row.prediction for row in rows])
+    return _detection(ALL, rows, draws, seed, silent=silent)[0]
 
 
 def _groups(rows: Sequence[Scored]) -> dict[str, dict[str, list[Scored]]]:

@@ -14,15 +14,14 @@ if [ "${1:-}" = "--all" ]; then
     shift
 fi
 
-python=${PYTHON:-$(command -v python3.11 || command -v python3)}
-[ -x .venv/bin/python ] || "$python" -m venv .venv
-wanted=$(cat pyproject.toml constraints.txt scripts/test.sh | sha256sum)
-if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
-    .venv/bin/python -m pip install --quiet --constraint constraints.txt torch torchvision \
-        --editable ".[annotate,dev,eval,quant,synthetic,timm]"
+. scripts/environment.sh
+installed test || {
+    # DeepSpeed compiles what it needs when it is used, not when it is installed.
+    export DS_BUILD_OPS=0
+    install torch torchvision --editable ".[annotate,dev,eval,quant,synthetic,timm,train]"
     .venv/bin/python scripts/install_torchvision_shim.py
-    echo "$wanted" > .venv/installed
-fi
+    finish test
+}
 
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

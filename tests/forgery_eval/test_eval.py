@@ -14,9 +14,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from forgery_eval.benchmarks import open_benchmark
-from forgery_eval.eval import SOME_FAILED, parse_arguments, run
+from forgery_eval.command import SOME_FAILED
+from forgery_eval.eval import parse_arguments, run
 from forgery_eval.predictions import Prediction, Run, RunStore, read_run, weights_digest
 from llava.systems.fakereasoning.text import ATTRIBUTES, LABELS, write_answer
 from tests.trained import picture
@@ -202,6 +204,7 @@ def test_foreign_predictions_are_scored(sets, tmp_path):
         ("{}", "needs an id"),
         ('{"id": "a"}', "needs one of"),
         ('{"id": "a", "fake_probability": 1.5}', "from 0 to 1"),
+        ('{"id": "a", "text": "", "answer_probability": -1}', "answer_probability must be from 0 to 1"),
         ('{"id": "a", "verdict": "maybe"}', "the verdict must be"),
         ('{"id": "a", "text": 3}', "must be a text"),
         ('{"id": "a", "text": "", "stages": []}', "object of texts"),
@@ -281,6 +284,51 @@ def test_calibration_reports_on_the_rest_and_is_used_again(tmp_path, capsys):
     given[1] = str(tmp_path / "one.jsonl")
     assert run([*given, str(tmp_path / "r"), "--calibrate"]) == 1
     assert "calibrate on more images" in capsys.readouterr().err
+
+
+def test_both_scores_have_figures_before_and_after_calibration(tmp_path):
+    rows = [{"image": f"{i}.png", "label": i % 2} for i in range(200)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = []
+    for i, row in enumerate(rows):
+        text = write_answer(LABELS[row["label"] ^ (i % 8 == 0)], reasoning="r", caption="c")
+        of_answer = 0.999 if "This image is fake" in text.split("<CONCLUSION>")[1] else 0.001
+        score = 0.3 + 0.4 * (row["label"] ^ (i % 9 == 0)) + i % 7 / 100
+        entry = {"id": row["image"], "text": text, "score_source": "prompt"}
+        said.append({**entry, "fake_probability": score, "answer_probability": of_answer})
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in said))
+    given = ["--dataset_path", tmp_path / "d.jsonl", "--rescore", tmp_path / "p.jsonl", "--result_folder"]
+    given = [*map(str, given)]
+    assert run([*given, str(tmp_path / "plain")]) == 0
+    plain = metrics_of(tmp_path / "plain")
+    assert plain["calibration"] is None and plain["answer_score"]["calibration"] is None
+    assert plain["answer_score"]["figures"]["disagreement"] == 0 < plain["detection"]["all"]["figures"]["disagreement"]
+    labels = [row["label"] for row in rows]
+    wanted = roc_auc_score(labels, [entry["answer_probability"] for entry in said])
+    assert plain["answer_score"]["figures"]["auroc"] == pytest.approx(wanted)
+    assert run([*given, str(tmp_path / "fitted"), "--calibrate"]) == 0
+    fitted = metrics_of(tmp_path / "fitted")
+    for found in (fitted["answer_score"], {**fitted["detection"]["all"], "calibration": fitted["calibration"]}):
+        before = found["calibration"]["before"]["figures"]
+        assert found["figures"]["nll"] < before["nll"] and found["figures"]["images"] == before["images"] < 200
+    assert fitted["answer_score"]["calibration"]["temperature"] != fitted["calibration"]["temperature"]
+    table = (
+        (tmp_path / "fitted" / "report.html").read_text().split("With and without the answer")[1].split("</table>")[0]
+    )
+    for figure in ("ece", "nll"):
+        assert f"{fitted['answer_score']['figures'][figure]:.4f}" in table
+        assert f"{fitted['calibration']['before']['figures'][figure]:.4f}" in table
+    assert 'detection,"all, score of the answer",auroc' in (tmp_path / "fitted" / "metrics.csv").read_text()
+
+
+def test_an_evaluation_writes_both_scores(trained, sets, tmp_path):
+    assert run(arguments(trained, sets, tmp_path / "r", "--score", "prompt")) == 0
+    first = json.loads(predictions_of(tmp_path / "r")[1])
+    assert first["score_source"] == "prompt" and 0 <= first["answer_probability"] <= 1
+    assert metrics_of(tmp_path / "r")["answer_score"]["figures"]["scored"] == 17
+    assert run(arguments(trained, sets, tmp_path / "s")) == 0
+    assert "answer_score" not in metrics_of(tmp_path / "s")
+    assert "With and without" not in (tmp_path / "s" / "report.html").read_text()
 
 
 class Page(HTMLParser):

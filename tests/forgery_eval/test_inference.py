@@ -1,5 +1,6 @@
 """The inference command as its user runs it."""
 
+import itertools
 import json
 import os
 import signal
@@ -13,8 +14,9 @@ import pytest
 from PIL import Image
 
 from forgery_eval.answers_file import AnswersFile, model_fingerprint
+from forgery_eval.command import SOME_FAILED
 from forgery_eval.image_files import list_images
-from forgery_eval.inference import SOME_FAILED, overlay_path, parse_arguments, run
+from forgery_eval.inference import overlay_path, parse_arguments, run
 from forgery_eval.overlay import draw_overlay
 from llava.mm_utils import ImageReadError, load_image
 from tests.trained import picture
@@ -194,28 +196,24 @@ def test_a_killed_run_goes_on_and_ends_the_same(trained, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     once = {"check": True, "env": environment, "cwd": "/", "capture_output": True}
     subprocess.run([*command, str(tmp_path / "whole.jsonl")], **once)
+    answers = tmp_path / "killed.jsonl"
+    waits = itertools.cycle((0.0, 0.3, 0.0, 0.8, 0.2))
     kills = 0
-    for wait in (0.0, 0.3, 0.8, 0.2):
+    while kills < 4:
         process = subprocess.Popen(
-            [*command, str(tmp_path / "killed.jsonl")],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            [*command, str(answers)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        before = (tmp_path / "killed.jsonl").stat().st_size if (tmp_path / "killed.jsonl").exists() else 0
-        while process.poll() is None:
-            file = tmp_path / "killed.jsonl"
-            if file.exists() and file.stat().st_size > before:
-                time.sleep(wait)
-                process.send_signal(signal.SIGKILL)
-                break
+        before = answers.stat().st_size if answers.exists() else 0
+        while process.poll() is None and not (answers.exists() and answers.stat().st_size > before):
             time.sleep(0.01)
-        kills += process.wait() == -signal.SIGKILL
-    assert kills >= 2
-    subprocess.run(
-        [*command, str(tmp_path / "killed.jsonl")], check=True, env=environment, cwd="/", capture_output=True
-    )
-    assert_equal_answers(lines(tmp_path / "killed.jsonl"), lines(tmp_path / "whole.jsonl"))
+        time.sleep(next(waits))
+        process.send_signal(signal.SIGKILL)
+        if process.wait() == -signal.SIGKILL:
+            kills += 1
+        else:
+            answers.unlink()  # it had ended: begin again until four runs were killed
+    subprocess.run([*command, str(answers)], check=True, env=environment, cwd="/", capture_output=True)
+    assert_equal_answers(lines(answers), lines(tmp_path / "whole.jsonl"))
 
 
 def test_overlays_lie_beside_their_pictures(trained, few, tmp_path):
@@ -285,11 +283,6 @@ def test_paths_that_hold_nothing_are_explained(trained, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_without_a_model_it_says_how_to_get_one(few, capsys):
-    assert run(["--img_path", str(few)]) == 1
-    assert "AnnaGao/FakeReasoning" in capsys.readouterr().err
-
-
 def test_the_authors_flags_and_both_spellings_are_understood():
     given = [
         "--model_path",
@@ -313,6 +306,18 @@ def test_sampled_answers_are_all_reported(trained, few, capsys):
     said = capsys.readouterr().out
     assert len(next(line for line in said.splitlines() if "of answers" in line).split()) == 2 + 3
     assert "I will determine if the image is real or fake" in said
+
+
+def test_both_scores_are_written_and_told_apart(trained, few, tmp_path, capsys):
+    assert run(arguments(trained, few / "0.png", "--score", "prompt")) == 0
+    said = capsys.readouterr().out
+    assert "(read without an answer)" in said and "  of answer   " in said and "not trained to be asked" in said
+    out = tmp_path / "out.jsonl"
+    assert run(arguments(trained, few / "0.png", "--score", "prompt", "--json", out)) == 0
+    (answer,) = lines(out)
+    assert answer["score_source"] == "prompt" and 0 <= answer["answer_probability"] <= 1 and answer["notice"] == ""
+    assert run(arguments(trained, few / "0.png", "--score", "answer", "--json", out)) == 1
+    assert "other settings" in capsys.readouterr().err
 
 
 def test_help_answers_without_a_model_or_torch():

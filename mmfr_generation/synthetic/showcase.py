@@ -1,0 +1,123 @@
+"""A handful of images of every kind, with their truth: ``python -m mmfr_generation.synthetic.showcase --out D``.
+
+They come from evaluation sets of a seed of their own. Which ones is decided by a rule, before any model sees them: of
+each chosen set the first image whose scene the class has not shown yet, and where a fault is wanted, that has one.
+"""
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from llava.systems.fakereasoning.text import FAKE, LABELS, REAL
+from mmfr_generation.command_line import Parser, UserError, run_script
+from mmfr_generation.synthetic.generators import GENERATORS
+from mmfr_generation.synthetic.sample import Key, Sample, make_sample
+
+SEED = 2026
+SIZE = 112
+LIST = "samples.json"
+CHOSEN: tuple[tuple[str, int, bool], ...] = (
+    ("halo", REAL, False),
+    ("pixel_shuffle", REAL, False),
+    ("row_jitter", REAL, False),
+    ("transposed_convolution", FAKE, False),
+    ("inpainting", FAKE, False),
+    ("guided_smoothing", FAKE, True),
+    ("palette", FAKE, True),
+    ("spectral_lattice", FAKE, False),
+    ("block_walsh", FAKE, True),
+    ("channel_shift", FAKE, False),
+)
+"""Evaluation set, class, and whether a high-level fault is wanted; four seen generators, three unseen ones."""
+
+
+def choose() -> Iterator[tuple[Key, Sample]]:
+    """Yields the images that the rule gives."""
+    shown: dict[int, set[str]] = {REAL: set(), FAKE: set()}
+    for name, label, faulty in CHOSEN:
+        for index in count():
+            key = Key(SEED, SIZE, "evaluation", name, label, index)
+            sample = make_sample(key)
+            if sample.truth["scene"] not in shown[label] and bool(sample.truth["faults"]) >= faulty:
+                shown[label].add(sample.truth["scene"])
+                yield key, sample
+                break
+
+
+def write_showcase(out: Path) -> None:
+    """Writes the images, one mask for each that has any, and ``samples.json``.
+
+    Args:
+        out: Folder: new or empty.
+
+    Raises:
+        UserError: The folder holds something.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()):
+        raise UserError(f"{out} is not empty; remove what it holds, or choose another folder")
+    entries = [_write(out, number, key, sample) for number, (key, sample) in enumerate(choose(), start=1)]
+    about = {
+        "about": "Rendered scenes of MMFR-Synthetic, none of them used in training. Chosen by a rule before any model "
+        "saw them. A mask is 255 where something is wrong in one place only.",
+        "command": "python -m mmfr_generation.synthetic.showcase --out llava/assets/samples",
+        "samples": entries,
+    }
+    (out / LIST).write_text(json.dumps(about, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def _write(out: Path, number: int, key: Key, sample: Sample) -> dict[str, Any]:
+    truth = sample.truth
+    stem = f"{number:02}_{LABELS[key.label]}_{truth['generator'] or truth['scene']}"
+    (out / f"{stem}{sample.suffix}").write_bytes(sample.data)
+    mask = None
+    if sample.masks:
+        mask = f"{stem}_mask.png"
+        (out / mask).write_bytes(_png(np.logical_or.reduce(list(sample.masks.values()))))
+    generator = GENERATORS.get(truth["generator"] or "")
+    return {
+        "image": f"{stem}{sample.suffix}",
+        "label": truth["label"],
+        "generator": truth["generator"],
+        "trace": generator.description if generator else None,
+        "role": truth["split_role"] if generator else None,
+        "strength": truth["strength"],
+        "faults": truth["faults"],
+        "mask": mask,
+        "caption": truth["caption"],
+        "attributes": {name: sentence for name, sentence in truth["attributes"].items() if sentence},
+        "seed": key.seed,
+        "set": key.set,
+        "index": key.index,
+    }
+
+
+def _png(mask_HW: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(mask_HW).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def build_parser() -> Parser:
+    """Returns the options of this command."""
+    parser = Parser(
+        prog="python -m mmfr_generation.synthetic.showcase", description="Writes a few images of every kind."
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write: new or empty")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the images; returns 0."""
+    write_showcase(build_parser().parse_args(argv).out)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
