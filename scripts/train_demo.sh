@@ -54,7 +54,7 @@ tokenizer() {
 towers() {
     "$python" -m llava.train.towers --data "$out/data" --config scripts/demo_model.json --output_dir "$out/towers" \
         --epochs 2 --batch_size 32 --learning_rate 1e-3 --bf16 --seed "$seed" \
-        --dino_tower_loss verdict=1,attributes=1,reasoning=3 --vision_tower_loss caption=1
+        --dino_tower_loss verdict=1,attributes=1,reasoning=3 --strangers 0.1 --vision_tower_loss caption=1
 }
 
 # train FOLDER OPTION…: trains fusion and language model on the answers, into a folder of its own.

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -18,6 +19,7 @@ from llava.model.multimodal_encoder.builder import build_vision_tower, read_visi
 from llava.model.multimodal_encoder.residual_encoder import ResidualVisionTower
 from llava.systems.fakereasoning import text as words
 from llava.train import towers
+from llava.train.strangers import estrange
 from llava.train.tower_targets import TargetNames
 from tests.small_models import CLIP_CONFIG, small_config
 from tests.test_residual_encoder import RESIDUAL_CONFIG
@@ -92,8 +94,9 @@ def test_the_towers_learn_and_open_through_the_registry(world, tmp_path):
         assert len(file.get_tensor("dino_tower.bias")) == sum(map(len, names.values()))
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(world, tmp_path, monkeypatch):
-    train(world, tmp_path / "whole")
+@pytest.mark.parametrize("more", [[], ["--strangers", "0.5"]])
+def test_a_resumed_run_equals_an_uninterrupted_one(world, tmp_path, monkeypatch, more):
+    train(world, tmp_path / "whole", *more)
     step = towers.Training._train_step
 
     def dies_at_nine(self, index):
@@ -103,10 +106,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(world, tmp_path, monkeypatch)
 
     monkeypatch.setattr(towers.Training, "_train_step", dies_at_nine)
     with pytest.raises(KeyboardInterrupt):
-        train(world, tmp_path / "parts", "--save_minutes", "0")
+        train(world, tmp_path / "parts", "--save_minutes", "0", *more)
     assert not (tmp_path / "parts" / "dino_tower").exists()
     monkeypatch.setattr(towers.Training, "_train_step", step)
-    assert train(world, tmp_path / "parts")["steps"] == 16
+    assert train(world, tmp_path / "parts", *more)["steps"] == 16
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
 
@@ -203,6 +206,35 @@ def test_a_picture_that_cannot_be_read_is_named(world, tmp_path, capsys):
     assert f"{tmp_path / rows[1]['image']}: no picture in a known format" in capsys.readouterr().err
 
 
+def test_strangers_change_the_second_tower_alone_and_are_called_fake(world, tmp_path):
+    plain, wary = tmp_path / "plain", tmp_path / "wary"
+    given = ("--epochs", "10", "--learning_rate", "0.003")
+    train(world, plain, *given)
+    train(world, wary, *given, "--strangers", "0.5")
+    first, second = weights(plain), weights(wary)
+    same = {name: torch.equal(first[name], second[name]) for name in first if not name.endswith("num_batches_tracked")}
+    assert all(value for name, value in same.items() if name.startswith("vision_tower/"))
+    assert not all(value for name, value in same.items() if name.startswith("dino_tower/"))
+    assert fake_probability_of_strangers(wary) > fake_probability_of_strangers(plain) + 0.1
+
+
+def fake_probability_of_strangers(trained: Path) -> float:
+    """What a trained tower's head says of strangers, on average."""
+    source = read_vision_tower(str(trained / "dino_tower"))
+    shared = PixelFormat(64, (0.5,) * 3, (0.5,) * 3)
+    tower = build_vision_tower(source.config, shared)
+    tower.load_state_dict({name: tensor[...] for name, tensor in source.tensors.items()})
+    with safe_open(trained / towers.HEADS, "pt") as file:
+        weight, bias = (file.get_tensor(f"dino_tower.{name}")[0] for name in ("weight", "bias"))
+    levels = torch.stack([torch.from_numpy(np.array(picture(index, (64, 64)))) for index in range(0, 40, 2)])
+    measured = tower.measure((levels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5)
+    everyone = torch.ones(len(levels), dtype=torch.bool)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        features = tower.encode_measured(estrange(measured, everyone, everyone)).features.mean(1)
+    return (features @ weight + bias).sigmoid().mean().item()
+
+
 @pytest.mark.parametrize("text", ["verdict", "verdict=x", "truth=1", "verdict=-1", "verdict=inf"])
 def test_wrong_loss_weights_are_explained(world, tmp_path, capsys, text):
     with pytest.raises(SystemExit):
@@ -220,6 +252,9 @@ def test_wrong_loss_weights_are_explained(world, tmp_path, capsys, text):
         (["--validation_share", "0.999"], "holds out all 40"),
         (["--vision_tower_loss", "none", "--dino_tower_loss", "none"], "nothing to train"),
         (["--device", "abacus"], "--device abacus"),
+        (["--strangers", "1"], "--strangers must be from 0 up to but not including 1"),
+        (["--strangers", "0.1", "--dino_tower_loss", "attributes=1"], "--strangers is for a second tower"),
+        (["--strangers", "0.1", "--dino_tower_loss", "none"], "--strangers is for a second tower"),
     ],
 )
 def test_wrong_arguments_are_explained(world, tmp_path, capsys, changes, message):

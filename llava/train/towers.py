@@ -36,7 +36,9 @@ from llava.model.checkpoint_files import read_json, written_whole
 from llava.model.configuration import LlavaConfig
 from llava.model.multimodal_encoder.base import PixelFormat, VisionTower
 from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.residual_encoder import ResidualVisionTower
 from llava.systems.fakereasoning.text import ParsedAnswer
+from llava.train.strangers import choose_strangers, estrange
 from llava.train.tower_targets import GROUPS, TargetNames
 
 RECORDS_FILE = "forgery_reasoning_cot.json"
@@ -45,6 +47,8 @@ TOWERS = {"vision_tower": "vision_tower_config", "dino_tower": "dino_tower_confi
 CHECKPOINT, HEADS, METRICS = "checkpoint.pt", "heads.safetensors", "metrics.json"
 _CALIBRATION_IMAGES = 1024
 _LOG_EVERY = 50
+_VERDICT = 0
+"""Place of the target that says whether a picture is fake."""
 _RUN_OPTIONS = (
     "seed",
     "epochs",
@@ -57,6 +61,7 @@ _RUN_OPTIONS = (
     "bf16",
     "vision_tower_loss",
     "dino_tower_loss",
+    "strangers",
     "max_words",
     "min_word_share",
     "validation_share",
@@ -112,9 +117,21 @@ class TaughtTower(nn.Module):
         """Returns the logit of every target ``[B, K]``."""
         return self.head(self.tower(shared_pixels).features.mean(1))
 
-    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Returns the weighted sum of the targets' losses, averaged over the batch."""
+    def with_strangers(self, shared_pixels: Tensor, real_B: Tensor, strange_B: Tensor) -> Tensor:
+        """Returns the same where some of the real pictures are made strangers."""
+        tower = self.tower
+        assert isinstance(tower, ResidualVisionTower)
+        measured = estrange(tower.measure(shared_pixels), real_B, strange_B)
+        return self.head(tower.encode_measured(measured).features.mean(1))
+
+    def loss(self, logits: Tensor, targets: Tensor, strange_B: Tensor | None = None) -> Tensor:
+        """Returns the weighted sum of the targets' losses, averaged over the batch; a stranger is fake and no more."""
         each = F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none")
+        if strange_B is not None:
+            fake = F.softplus(-logits[:, _VERDICT].float())
+            nothing_else = torch.zeros_like(each)
+            nothing_else[:, _VERDICT] = fake
+            each = torch.where(strange_B[:, None], nothing_else, each)
         return (each * self.weights).sum(1).mean()
 
 
@@ -260,9 +277,12 @@ class Training:
         losses = {}
         self.optimizer.zero_grad()
         for name, taught in self.towers.items():
+            real, strange = ~targets[:, _VERDICT], None
+            if name == "dino_tower" and self.options.strangers:
+                strange = choose_strangers(real, self.options.strangers)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
-                logits = taught(pixels)
-            loss = taught.loss(logits, targets)
+                logits = taught(pixels) if strange is None else taught.with_strangers(pixels, real, strange)
+            loss = taught.loss(logits, targets, strange)
             loss.backward()
             nn.utils.clip_grad_norm_(taught.parameters(), self.options.max_grad_norm)
             losses[name] = loss.item()
@@ -407,6 +427,14 @@ def build_parser() -> argparse.ArgumentParser:
             default=default,
             help=f"weight of each group of targets ({groups}), or none to leave this tower out (default {default})",
         )
+    add(
+        "--strangers",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the real pictures that are moved to where no picture is and called fake, so that the second "
+        "tower does not take for real what it has not seen; for a tower of type residual (default 0)",
+    )
     add("--max_words", type=int, default=200, help="most words of each stage that are targets (default 200)")
     add("--min_word_share", type=float, default=0.005, help="share of answers that hold such a word (default 0.005)")
     add("--validation_share", type=float, default=0.02, help="share of the records that is held out (default 0.02)")
@@ -444,6 +472,11 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(options.seed)
     wanted = {name: weights for name in TOWERS if (weights := getattr(options, f"{name}_loss"))}
     towers = build_towers(config, names, wanted)
+    if options.strangers and not (
+        isinstance(getattr(towers.get("dino_tower"), "tower", None), ResidualVisionTower)
+        and wanted["dino_tower"].get("verdict")
+    ):
+        raise ValueError("--strangers is for a second tower of type residual that has a verdict loss")
     for name, taught in towers.items():
         print(f"{name}: {sum(p.numel() for p in taught.tower.parameters()):,} parameters")
     options.output_dir.mkdir(parents=True, exist_ok=True)
@@ -481,7 +514,7 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise ValueError(f"--{name} must be more than 0, not {value}")
-    for name in ("validation_share", "warmup_ratio", "min_word_share"):
+    for name in ("validation_share", "warmup_ratio", "min_word_share", "strangers"):
         if not 0 <= getattr(options, name) < 1:
             raise ValueError(f"--{name} must be from 0 up to but not including 1, not {getattr(options, name)}")
 

@@ -18,7 +18,7 @@ _FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio
 _CALIBRATION_BATCH = 64
 _LEAST_SPREAD = 0.05
 """Added to the spread of a measure, so that one that hardly varies is not blown up."""
-_FURTHEST = 6.0
+FURTHEST = 6.0
 """Standard deviations to which measures are cut."""
 
 
@@ -151,12 +151,17 @@ class ResidualVisionTower(VisionTower):
             getattr(self, f"{name}_mean").copy_(values.mean(0))
             getattr(self, f"{name}_spread").copy_(values.std(0, correction=0) + _LEAST_SPREAD)
 
+    def measure(self, shared_pixels: Tensor) -> Measured:
+        """Measures pictures, each measure in deviations from that of a typical one."""
+        return self._standardised(self._measure(self.own_pixels(shared_pixels)))
+
     def encode(self, pixels: Tensor, *, with_attention: bool) -> TowerOutput:
         """Returns the normed patch tokens, and the last block's attention with the picture's token first."""
-        measured = self._measure(pixels)
-        dtype = self.position_embeddings.dtype
-        tiles_BPF = _standardised(measured.tiles, self.tile_mean, self.tile_spread).to(dtype)
-        picture_BF = _standardised(measured.picture, self.picture_mean, self.picture_spread).to(dtype)
+        return self.encode_measured(self._standardised(self._measure(pixels)), with_attention=with_attention)
+
+    def encode_measured(self, measured: Measured, *, with_attention: bool = False) -> TowerOutput:
+        """Encodes what ``measure`` returns."""
+        tiles_BPF, picture_BF = (part.to(self.position_embeddings.dtype) for part in measured)
         patches_BPC = self.patches(tiles_BPF) + self.position_embeddings
         hidden_BNC = torch.cat((self.picture(picture_BF)[:, None].to(patches_BPC.dtype), patches_BPC), dim=1)
         *blocks, last = self.blocks
@@ -164,6 +169,11 @@ class ResidualVisionTower(VisionTower):
             hidden_BNC, _ = block(hidden_BNC)
         hidden_BNC, attention = last(hidden_BNC, openly=True)
         return TowerOutput(self.norm(hidden_BNC)[:, 1:], attention if with_attention else None)
+
+    def _standardised(self, measured: Measured) -> Measured:
+        tiles = (measured.tiles - self.tile_mean) / self.tile_spread
+        picture = (measured.picture - self.picture_mean) / self.picture_spread
+        return Measured(tiles.clamp(-FURTHEST, FURTHEST), picture.clamp(-FURTHEST, FURTHEST))
 
     @torch.no_grad()
     def _measure(self, pixels: Tensor) -> Measured:
@@ -186,7 +196,3 @@ def _check_sizes(config: Mapping[str, Any], image_size: int) -> None:
         raise ValueError(f"the width {config['hidden_size']} is no multiple of {config['num_attention_heads']} heads")
     if not patch <= tile <= image_size:
         raise ValueError(f"tile_size {tile} must be from patch_size {patch} to the image's {image_size}")
-
-
-def _standardised(values: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
-    return ((values - mean) / spread).clamp(-_FURTHEST, _FURTHEST)
