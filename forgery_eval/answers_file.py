@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+_BEGINNING = b'{"image": '
+"""Of every line; what is cut and does not begin like this was not written here."""
+
 
 class AnswersFile:
     """Answers on disk.
@@ -13,8 +16,11 @@ class AnswersFile:
     Every line names the run that wrote it: a digest of model and settings. A line that was cut by a kill is removed.
 
     Args:
-        path: The file; it is made if need be.
+        path: The file; it is made if need be. What is no regular file (a pipe) is only written to.
         settings: What the answers depend on.
+
+    Attributes:
+        done: The images that have a line, each with its ``error``.
 
     Raises:
         ValueError: The file holds answers of another run, or is no such file.
@@ -23,21 +29,22 @@ class AnswersFile:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
         self.run = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        self.done: set[str] = set()
+        self.done: dict[str, str] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
+        if path.is_file():
             self._read()
-        self._stream = path.open("a", encoding="utf-8")
+        # A name's bytes that are no UTF-8 are half characters here; escaped they are what JSON means by them.
+        self._stream = path.open("a", encoding="utf-8", errors="backslashreplace")
 
     def _read(self) -> None:
         whole = 0
         with self.path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
-                if not line.endswith(b"\n"):
+                if not line.endswith(b"\n") and line.startswith(_BEGINNING[: len(line)]):
                     break
                 try:
                     entry = json.loads(line)
-                    run, image = entry["run"], entry["image"]
+                    run, image, error = entry["run"], entry["image"], entry.get("error", "")
                 except (ValueError, KeyError, TypeError):
                     raise ValueError(
                         f"{self.path}, line {number}: this is no line of answers; name another file"
@@ -47,7 +54,7 @@ class AnswersFile:
                         f"{self.path} holds answers of another model or other settings (line {number}); "
                         "name another file or remove it"
                     )
-                self.done.add(image)
+                self.done[image] = error
                 whole += len(line)
         if whole != self.path.stat().st_size:
             os.truncate(self.path, whole)

@@ -1,5 +1,7 @@
 """How commands that judge pictures end."""
 
+import io
+import sys
 from collections.abc import Callable
 
 from llava.cli import run_or_explain
@@ -9,7 +11,12 @@ SOME_FAILED = 3
 
 
 def run_judging(command: Callable[[], int]) -> int:
-    """Runs a command that returns how many pictures it could not judge; returns the exit status."""
+    """Runs a command that returns how many pictures it could not judge; returns the exit status.
+
+    Names that the terminal's encoding cannot show are printed with escapes.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     failed = 0
 
     def counted() -> None:

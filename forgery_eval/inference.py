@@ -67,26 +67,35 @@ def _judge(
     answers: AnswersFile | None,
     total: int,
 ) -> int:
-    done = answers.done if answers else set()
+    done = answers.done if answers else {}
     waiting: deque[Path] = deque()
+    failed = 0
+
+    def fail(complaint: str) -> None:
+        nonlocal failed
+        failed += 1
+        tqdm.write(complaint, file=sys.stderr)
 
     def files() -> Iterator[Path]:
         for file in list_images(arguments.img_path):
             if str(file) not in done:
                 waiting.append(file)
                 yield file
+            elif done[str(file)]:
+                fail(f"could not judge {done[str(file)]} ({arguments.json} says)")
 
-    failed = 0
     reports = detector.analyze_many(files(), batch_size=arguments.batch_size, **vars(options))
     for report in tqdm(reports, unit=" images", total=total, initial=len(done)):
         file = waiting.popleft()
         if report.error:
-            failed += 1
-            tqdm.write(f"cannot judge {report.error}", file=sys.stderr)
+            fail(f"cannot judge {report.error}")
         elif answers is None:
             tqdm.write(describe(file, report))
         if report.attention is not None:
-            save_overlay(file, overlay_path(file, arguments.img_path, arguments.attention_map), report.attention)
+            try:
+                save_overlay(file, overlay_path(file, arguments.img_path, arguments.attention_map), report.attention)
+            except ValueError as error:
+                fail(f"cannot draw over {error}")
         if answers is not None:
             answers.write(str(file), report.to_dict())
     if failed:
@@ -117,12 +126,20 @@ def describe(file: Path, report: "ForgeryReport") -> str:
 
 
 def save_overlay(file: Path, target: Path, attention: "np.ndarray") -> None:
-    """Draws where the model looked over a picture; the file appears only when it is whole."""
-    from llava.mm_utils import load_image
+    """Draws where the model looked over a picture; the file appears only when it is whole.
 
+    Raises:
+        ValueError: The picture is no longer the one that was judged.
+    """
+    from llava.mm_utils import ImageReadError, load_image
+
+    try:
+        drawn = draw_overlay(load_image(file), attention)
+    except (ImageReadError, ValueError) as error:
+        raise ValueError(f"{file}, which changed after it was judged: {error}") from error
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
-    draw_overlay(load_image(file), attention).save(partial, format="PNG")
+    drawn.save(partial, format="PNG")
     partial.replace(target)
 
 

@@ -5,6 +5,8 @@ from PIL import Image
 
 _STRONGEST = 0.7
 """Opacity of the strongest place; places without attention are left as they are."""
+_PIXELS_AT_A_TIME = 1_000_000
+"""Large pictures are drawn in strips, or they would take a hundred bytes a pixel."""
 _LIT, _DARKENED = 0.4, 0.45
 _COLOURS = np.array([[70, 20, 120], [220, 50, 70], [255, 220, 60]], dtype=np.float32)
 
@@ -24,12 +26,19 @@ def draw_overlay(picture: Image.Image, attention: np.ndarray) -> Image.Image:
             f"the attention has shape {attention.shape}, the picture {picture.height}x{picture.width} (height x width)"
         )
     low, high = float(attention.min()), float(attention.max())
-    heat = (attention - low) / (high - low) if high > low else np.zeros_like(attention)
+    drawn = np.array(picture.convert("RGB"))
+    rows = max(1, _PIXELS_AT_A_TIME // picture.width)
+    for top in range(0, picture.height if high > low else 0, rows):
+        strip = slice(top, top + rows)
+        drawn[strip] = _heated(drawn[strip], (attention[strip] - low) / (high - low))
+    return Image.fromarray(drawn)
+
+
+def _heated(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:
     stops = np.linspace(0.0, 1.0, len(_COLOURS))
     colour = np.stack([np.interp(heat, stops, _COLOURS[:, channel]) for channel in range(3)], axis=-1)
     opacity = (_STRONGEST * heat)[..., None]
-    blended = np.asarray(picture.convert("RGB"), dtype=np.float32) * (1 - opacity) + colour * opacity
-    return Image.fromarray(blended.round().astype(np.uint8))
+    return (pixels.astype(np.float32) * (1 - opacity) + colour * opacity).round().astype(np.uint8)
 
 
 def draw_mask(picture: Image.Image, mask: np.ndarray) -> Image.Image:

@@ -250,6 +250,8 @@ def file_digests(files: Sequence[Path], what: str) -> Iterator[str]:
 def _file_digest(file: Path) -> str:
     digest = hashlib.sha256()
     try:
+        if not file.is_file():  # a pipe would be waited for
+            return ""
         with file.open("rb") as stream:
             while chunk := stream.read(_CHUNK):
                 digest.update(chunk)

@@ -36,8 +36,13 @@ def load_image(file: str | os.PathLike[str], *, apply_orientation: bool = True) 
         ImageReadError: The file is missing, may not be read, is no picture, is damaged, or holds so many pixels that
             it must be taken for a decompression bomb.
     """
+    if not isinstance(file, (str, os.PathLike)):
+        raise ImageReadError(f"a picture or its path is needed, not {type(file).__name__}")
     try:
-        if Path(file).is_file() and Path(file).stat().st_size == 0:
+        path = Path(file)
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ImageReadError(f"{file}: a pipe or a device, not a file")
+        if path.is_file() and path.stat().st_size == 0:
             raise ImageReadError(f"{file}: the file is empty")
         with Image.open(file) as image:
             image.seek(0)

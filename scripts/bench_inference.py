@@ -39,7 +39,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=16, help="images a measurement (at least the batch; default: 16)")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens an answer (default: 64)")
     parser.add_argument("--device", default="auto", help="auto (default), cuda, cpu")
-    parser.add_argument("--dtype", default="auto", help="auto (bfloat16 on a GPU, float32 on a CPU), or a dtype")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, default="auto", help="default: bfloat16 on a GPU, float32 on a CPU")
     return parser.parse_args(arguments)
 
 
@@ -142,7 +143,7 @@ def measure_batch(system: Any, pictures: list[Any], size: int, new_tokens: int) 
         embeds = torch.cat((text, tokens), dim=1)
         answer(embeds, 2)
         vision = seconds(lambda: system.look(pixels), device)
-        prefill = seconds(lambda: answer(embeds, 1), device)
+        prefill = min(seconds(lambda: answer(embeds, 1), device) for _ in range(2))
         decoding = seconds(lambda: answer(embeds, new_tokens), device) - prefill
     detector = ForgeryDetector(system)
     judged = seconds(lambda: list(detector.analyze_many(many, batch_size=size, max_new_tokens=new_tokens)), device)

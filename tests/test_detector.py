@@ -198,8 +198,9 @@ def test_another_question_changes_the_prompt(detector, pictures):
         detector.analyze(pictures[0], question="<image> and?")
     with pytest.raises(ValueError, match="unknown conv_mode 'x'"):
         detector.analyze(pictures[0], conv_mode="x")
-    with pytest.raises(ValueError, match="the model's context has 2048"):
-        detector.analyze(pictures[0], question="why " * 2000)
+    for score_only in (False, True):
+        with pytest.raises(ValueError, match="the model's context has 2048"):
+            detector.analyze(pictures[0], question="why " * 2000, score_only=score_only)
 
 
 def test_several_answers_share_one_look_and_their_mean_is_the_score(detector, pictures, monkeypatch):
@@ -241,6 +242,19 @@ def test_sampled_words_follow_their_probabilities():
     assert warm.tolist() == [1]
 
 
+@pytest.mark.parametrize("top_p", [None, 0.999999])
+def test_the_rounding_of_another_batch_changes_no_sampled_word(top_p):
+    noise = torch.Generator().manual_seed(0)
+    alike = 1e-4 * torch.randn(400, 1000, generator=noise)
+    alike[:, ::3] -= 30
+    rounded = alike + 1e-6 * torch.randn(400, 1000, generator=noise)
+    words, again = (
+        Sampler(1.0, top_p, [str(row) for row in range(400)]).choose(logits, range(400)) for logits in (alike, rounded)
+    )
+    assert (words != again).sum() <= 2 and len(words.unique()) > 200
+    assert top_p is None or (words % 3 != 0).all()
+
+
 def test_an_answer_that_speaks_of_images_is_scored(detector, pictures):
     report = detector.analyze(pictures[0], assistant_prefix="<SUMMARY> an <image> here", max_new_tokens=5)
     assert report.score_source == "forced" and 0 <= report.fake_probability <= 1
@@ -261,7 +275,10 @@ def test_beams_answer_and_are_scored_like_all_others(detector, pictures):
         ({"num_beams": 2, "temperature": 0.2}, "exclude each other"),
         ({"top_p": 0.0}, "top_p"),
         ({"max_new_tokens": 0}, "at least 1"),
-        ({"temperature": -1}, "at least 0"),
+        ({"temperature": -1}, "temperature must be 0 or from"),
+        ({"temperature": float("nan")}, "temperature must be 0 or from"),
+        ({"temperature": float("inf")}, "temperature must be 0 or from"),
+        ({"temperature": 1e-40}, "temperature must be 0 or from"),
         ({"score_only": True, "assistant_prefix": "x"}, "no meaning"),
         ({"score_only": True, "score": "answer"}, "no meaning"),
         ({"score": "both"}, "score must be one of auto, answer, prompt, not 'both'"),

@@ -92,6 +92,17 @@ def test_a_config_that_cannot_be_is_explained(default_model, few, capsys, fields
     assert len(error) == 1 and message in error[0]
 
 
+def test_half_precision_as_on_a_gpu_says_the_same():
+    files = [assets.SAMPLES / entry["image"] for entry in SAMPLES]
+    whole, half = (
+        list(ForgeryDetector.from_pretrained(device="cpu", dtype=dtype).analyze_many(files, score_only=True))
+        for dtype in ("float32", "float16")
+    )
+    assert [report.error for report in half] == [""] * len(files)
+    for exact, rounded in zip(whole, half, strict=True):
+        assert rounded.fake_probability == pytest.approx(exact.fake_probability, abs=0.02)
+
+
 def test_naming_it_loads_no_torch():
     code = "import sys, llava.assets as a; a.demo_model_folder(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

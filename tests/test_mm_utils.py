@@ -1,5 +1,7 @@
 """Pictures to pixels, prompts to ids."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from PIL import Image
 from llava.conversation import conv_templates
 from llava.data.prompting import fill_template, tokenize_conversation
 from llava.mm_utils import (
+    ImageReadError,
     expand2square,
     get_model_name_from_path,
     load_image,
@@ -53,6 +56,11 @@ def test_what_is_no_picture_raises(tmp_path):
     for name in ("empty.png", "absent.png"):
         with pytest.raises(OSError):
             load_image(tmp_path / name)
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ImageReadError, match=r"pipe\.png: a pipe or a device"):
+        load_image(tmp_path / "pipe.png")
+    with pytest.raises(ImageReadError, match=r"^a picture or its path is needed, not bytes$"):
+        load_image(b"many bytes")
 
 
 @pytest.mark.parametrize(("size", "corner"), [((5, 2), (0, 1)), ((2, 5), (1, 0)), ((3, 3), (0, 0)), ((1, 7), (3, 0))])

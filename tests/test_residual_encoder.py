@@ -180,6 +180,21 @@ def test_half_precision_sees_the_same_pixels_and_nothing_overflows():
         assert tower()(shared(extreme)).features.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_tower_built_in_half_precision_measures_the_same(dtype):
+    pixels = shared(levels(2))
+    wanted = tower()._measure(pixels)
+    torch.set_default_dtype(dtype)
+    try:
+        built = build_vision_tower(RESIDUAL_CONFIG, SHARED)
+        found = built._measure(pixels)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert built.position_embeddings.dtype == dtype
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine.dtype == torch.float32 and torch.equal(mine, theirs)
+
+
 def test_own_normalisation_changes_nothing_that_is_measured():
     own = build_vision_tower({**RESIDUAL_CONFIG, "pixel_mean": [0.5, 0.4, 0.3], "pixel_std": [0.2, 0.3, 0.4]}, SHARED)
     pixels = shared(levels(2))

@@ -199,6 +199,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
     except RuntimeError:
         raise ValueError(f"unknown device {device!r}; it must be auto, cpu, mps, cuda or cuda:<number>") from None
+    if found.type not in ("cpu", "mps", "cuda"):
+        raise ValueError(f"unsupported device {device!r}; it must be auto, cpu, mps, cuda or cuda:<number>")
     missing_cuda = found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()
     if missing_cuda or (found.type == "mps" and not torch.backends.mps.is_available()):
         raise ValueError(f"there is no device {device} on this machine; device='auto' takes what there is")

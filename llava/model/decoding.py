@@ -110,17 +110,17 @@ class Sampler:
         """Returns the next id of each row, ``[B]``; ``rows`` are the rows' numbers."""
         if self.temperature == 0:
             return logits_BV.argmax(dim=-1)
-        scaled_BV = logits_BV.float() / self.temperature
-        probabilities_BV, words_BV = scaled_BV.softmax(dim=-1).sort(dim=-1, descending=True)
+        probabilities_BV = (logits_BV.float() / self.temperature).softmax(dim=-1)
         if self.top_p is not None:
-            before_BV = probabilities_BV.cumsum(dim=-1) - probabilities_BV
-            probabilities_BV = probabilities_BV.masked_fill(before_BV >= self.top_p, 0.0)
-        reached_BV = probabilities_BV.cumsum(dim=-1)
-        draws = [self._streams[row].random() for row in rows]
-        targets_B1 = torch.tensor(draws, device=logits_BV.device)[:, None] * reached_BV[:, -1:]
-        places_B1 = torch.searchsorted(reached_BV, targets_B1, right=True)
-        last_B1 = (probabilities_BV > 0).sum(dim=-1, keepdim=True) - 1
-        return words_BV.gather(1, torch.minimum(places_B1, last_B1)).squeeze(1)
+            sorted_BV, words_BV = probabilities_BV.sort(dim=-1, descending=True)
+            outside_BV = sorted_BV.cumsum(dim=-1) - sorted_BV >= self.top_p
+            probabilities_BV = probabilities_BV.masked_fill(outside_BV.scatter(1, words_BV, outside_BV), 0.0)
+        # In the vocabulary's order, not that of probabilities: words that are about equally likely swap places in it
+        # with the rounding of another batch, and the draw would fall on another word.
+        reached_BV = probabilities_BV.cumsum(dim=-1).masked_fill(probabilities_BV == 0, 0.0)
+        draws = [1 - self._streams[row].random() for row in rows]  # above 0, at most 1
+        targets_B1 = torch.tensor(draws, device=logits_BV.device)[:, None] * reached_BV.amax(dim=-1, keepdim=True)
+        return (reached_BV >= targets_B1).int().argmax(dim=-1)
 
 
 @torch.no_grad()

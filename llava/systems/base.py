@@ -68,10 +68,12 @@ class AnalyzeOptions:
         Raises:
             ValueError: A value is out of range, or two exclude each other.
         """
-        least = {"max_new_tokens": 1, "num_beams": 1, "samples": 1, "temperature": 0}
+        least = {"max_new_tokens": 1, "num_beams": 1, "samples": 1}
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"{name} must be at least {value}, not {getattr(self, name)}")
+        if not (self.temperature == 0 or 1e-6 <= self.temperature <= 1e6):
+            raise ValueError(f"temperature must be 0 or from 0.000001 to 1000000, not {self.temperature}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if self.samples > 1 and self.temperature == 0:

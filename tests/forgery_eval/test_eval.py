@@ -19,7 +19,7 @@ from sklearn.metrics import roc_auc_score
 from forgery_eval.benchmarks import open_benchmark
 from forgery_eval.command import SOME_FAILED
 from forgery_eval.eval import parse_arguments, run
-from forgery_eval.predictions import Prediction, Run, RunStore, read_run, weights_digest
+from forgery_eval.predictions import Prediction, Run, RunStore, file_digests, read_run, weights_digest
 from llava.systems.fakereasoning.text import ATTRIBUTES, LABELS, write_answer
 from tests.trained import picture
 
@@ -152,6 +152,13 @@ def test_anything_changed_starts_afresh(trained, sets, tmp_path):
     picture(99).save(sets / "flux/0_real/000.png")
     run(arguments(moved, sets, results, *short))
     assert runs() == 4
+
+
+def test_a_pipe_among_the_images_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "file.png").write_bytes(b"x")
+    found = list(file_digests([tmp_path / "pipe.png", tmp_path / "file.png", tmp_path / "absent.png"], "hashing"))
+    assert found[0] == found[2] == "" != found[1]
 
 
 def test_the_digest_of_weights_is_of_contents_and_names(tmp_path):

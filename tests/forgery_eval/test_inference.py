@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from forgery_eval import inference, overlay
 from forgery_eval.answers_file import AnswersFile, model_fingerprint
 from forgery_eval.command import SOME_FAILED
 from forgery_eval.image_files import list_images
-from forgery_eval.inference import overlay_path, parse_arguments, run
+from forgery_eval.inference import overlay_path, parse_arguments, run, save_overlay
 from forgery_eval.overlay import draw_overlay
 from llava.mm_utils import ImageReadError, load_image
 from tests.trained import picture
@@ -180,10 +181,70 @@ def test_a_cut_line_is_removed_before_the_next_is_written(tmp_path):
     with (tmp_path / "a.jsonl").open("a") as stream:
         stream.write('{"image": "b", "lab')
     again = AnswersFile(tmp_path / "a.jsonl", {"x": 1})
-    assert again.done == {"a"}
+    assert again.done == {"a": ""}
     again.write("b", {"label": "fake"})
     again.close()
     assert [entry["image"] for entry in lines(tmp_path / "a.jsonl")] == ["a", "b"]
+
+
+@pytest.mark.parametrize("text", ["notes without an end of line", '{"accuracy": 0.9}'])
+def test_a_file_of_ones_own_is_never_cut(tmp_path, text):
+    (tmp_path / "mine.json").write_text(text)
+    with pytest.raises(ValueError, match=r"mine\.json, line 1: this is no line of answers"):
+        AnswersFile(tmp_path / "mine.json", {})
+    assert (tmp_path / "mine.json").read_text() == text
+
+
+def test_what_is_no_file_is_only_written_to():
+    answers = AnswersFile(Path("/dev/full"), {})
+    with pytest.raises(OSError, match="No space left"):
+        answers.write("a", {})
+    with pytest.raises(OSError, match="No space left"):
+        answers.close()
+
+
+def test_earlier_failures_still_count(trained, few, tmp_path, capsys):
+    (few / "bad.png").write_text("no picture")
+    given = arguments(trained, few, "--json", tmp_path / "out.jsonl", "--score-only")
+    for _ in range(2):
+        assert run(given) == SOME_FAILED
+        errors = capsys.readouterr().err
+        assert "bad.png: no picture in a known format" in errors and "1 pictures could not be judged" in errors
+    assert len(lines(tmp_path / "out.jsonl")) == 5
+
+
+def test_names_of_any_bytes_are_judged_written_and_continued(trained, tmp_path, capfd):
+    name = os.fsdecode(b"odd \xff\xfe.png")
+    picture(1).save(tmp_path / "plain.png")
+    (tmp_path / "plain.png").rename(tmp_path / name)
+    (tmp_path / "list.txt").write_bytes(os.fsencode(name) + b"\r\n")
+    given = arguments(trained, tmp_path / "list.txt", "--score-only")
+    for _ in range(2):
+        assert run([*given, "--json", str(tmp_path / "out.jsonl")]) == 0
+        assert [entry["image"] for entry in lines(tmp_path / "out.jsonl")] == [str(tmp_path / name)]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run([sys.executable, str(SCRIPT), *given], capture_output=True, check=True, env=environment)
+    assert rb"odd \udcff\udcfe.png" in done.stdout
+
+
+def test_nothing_with_a_pictures_name_is_passed_over_in_silence(trained, tmp_path, capsys):
+    (tmp_path / "broken.png").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    picture(0).save(tmp_path / "good.png")
+    assert run(arguments(trained, tmp_path, "--score-only")) == SOME_FAILED
+    errors = capsys.readouterr().err
+    assert "broken.png: No such file" in errors and "pipe.png: a pipe or a device" in errors
+    assert "2 pictures could not be judged" in errors
+
+
+def test_a_folder_that_may_not_be_read_is_yielded_itself(few, monkeypatch):
+    def walk(top, onerror):
+        onerror(PermissionError(13, "Permission denied", str(few / "sub")))
+        yield str(few), ["sub"], ["0.png"]
+
+    monkeypatch.setattr(os, "walk", walk)
+    assert list(list_images(few)) == [few / "0.png", few / "sub"]
 
 
 @pytest.mark.slow
@@ -224,6 +285,23 @@ def test_overlays_lie_beside_their_pictures(trained, few, tmp_path):
     assert Image.open(maps / "0.png.attention.png").size == (60, 20)
 
 
+def test_a_picture_that_changes_while_it_is_judged_stops_nothing(trained, few, tmp_path, monkeypatch, capsys):
+    def changing(file, target, attention):
+        if file.name == "1.png":
+            picture(8, (10, 10)).save(file)
+        if file.name == "2.png":
+            file.unlink()
+        save_overlay(file, target, attention)
+
+    monkeypatch.setattr(inference, "save_overlay", changing)
+    given = ["--attention-map", tmp_path / "maps", "--max_new_tokens", 5, "--json", tmp_path / "out.jsonl"]
+    assert run(arguments(trained, few, *given)) == SOME_FAILED
+    assert len(lines(tmp_path / "out.jsonl")) == 4
+    errors = capsys.readouterr().err
+    assert "1.png, which changed after it was judged: the attention has shape" in errors
+    assert "2.png: No such file" in errors and "2 pictures could not be judged" in errors
+
+
 def test_overlays_of_a_list_keep_their_paths():
     assert overlay_path(Path("/a/x.png"), Path("/a/x.png"), Path("o")) == Path("o/x.png.attention.png")
     assert overlay_path(Path("/a/b/x.png"), Path("/l.txt"), Path("o")) == Path("o/a/b/x.png.attention.png")
@@ -241,6 +319,13 @@ def test_an_overlay_lights_the_strongest_place_and_leaves_the_rest():
         draw_overlay(grey, heat.T)
 
 
+def test_strips_of_an_overlay_join_without_a_seam(monkeypatch):
+    heat = np.random.default_rng(0).random((21, 60), dtype=np.float32)
+    whole = np.asarray(draw_overlay(picture(0, (60, 21)), heat))
+    monkeypatch.setattr(overlay, "_PIXELS_AT_A_TIME", 60 * 4)
+    assert np.array_equal(draw_overlay(picture(0, (60, 21)), heat), whole)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -251,6 +336,7 @@ def test_an_overlay_lights_the_strongest_place_and_leaves_the_rest():
         (["--load-8bit", "--load-4bit"], "exclude each other"),
         (["--device", "gpu"], "unknown device 'gpu'"),
         (["--device", "cuda:99"], "no device cuda:99"),
+        (["--device", "meta"], "unsupported device 'meta'"),
         (["--attn-implementation", "flash_attention_2"], "needs flash-attn"),
         (["--attn-implementation", "fast"], "fast"),
         (["--device-map", "everywhere"], "everywhere"),

@@ -179,11 +179,12 @@ class ResidualVisionTower(VisionTower):
     def _measure(self, pixels: Tensor) -> Measured:
         """Measures the tower's own pixels in float32, whatever it computes in itself."""
         with torch.autocast(pixels.device.type, enabled=False):
+            exact = pixels.float()
             mean, std = (
-                torch.tensor(self.config.get(f"pixel_{name}") or values, device=pixels.device).view(1, 3, 1, 1)
+                exact.new_tensor(self.config.get(f"pixel_{name}") or values).view(1, 3, 1, 1)
                 for name, values in (("mean", self.shared.mean), ("std", self.shared.std))
             )
-            levels = ((pixels.float() * std + mean) * 255).round().clamp(0, 255)
+            levels = ((exact * std + mean) * 255).round().clamp(0, 255)
             return measure(levels, self.tile_size, self.patch_size)
 
 

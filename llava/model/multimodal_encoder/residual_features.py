@@ -173,8 +173,9 @@ def picture_statistics(levels_B3HW: Tensor, residuals: Residuals, moments_BMRQ: 
 def _ring_statistics(spectra_BCHW: Tensor, peaks_BCHW: Tensor) -> Tensor:
     """Returns mean power, spread and highest peak of each ring of the spectrum ``[B, F]``, whatever its direction."""
     rows, columns = spectra_BCHW.shape[-2:]
-    down = torch.fft.fftfreq(rows, device=spectra_BCHW.device).abs()[:, None]
-    across = torch.linspace(0, 0.5, columns, device=spectra_BCHW.device)
+    dtype, device = spectra_BCHW.dtype, spectra_BCHW.device
+    down = torch.fft.fftfreq(rows, dtype=dtype, device=device).abs()[:, None]
+    across = torch.linspace(0, 0.5, columns, dtype=dtype, device=device)
     ring = ((down.square() + across.square()).sqrt() / _RING_WIDTH).long()
     rings = []
     for number in range(1, int(ring.max()) + 1):
@@ -205,7 +206,7 @@ def _phase_spread(strength_BCHW: Tensor, period: int) -> Tensor:
 def _histogram_statistics(levels_B3HW: Tensor) -> Tensor:
     """Returns how many levels each colour uses, how rough its histogram is, and the histogram's own spectrum."""
     index = levels_B3HW.round().long().clamp(0, _LEVELS - 1).flatten(2)
-    counts = torch.zeros(*index.shape[:2], _LEVELS, device=index.device)
+    counts = levels_B3HW.new_zeros(*index.shape[:2], _LEVELS)
     counts.scatter_add_(2, index, torch.ones_like(index, dtype=counts.dtype))
     share = counts / index.shape[-1]
     used = (counts > 0).float().mean(-1)

@@ -107,7 +107,9 @@ class FakeReasoning:
         seen = self.look(pixels, attention=options.attention)
         prompt = self.prompt(options)
         if options.score_only:
-            texts = [_continued(prompt, VERDICT_PREFIX)] * len(prepared)
+            alone = _continued(prompt, VERDICT_PREFIX)
+            self._room_after(tokenizer_image_token(alone, self.tokenizer), seen.tokens)
+            texts = [alone] * len(prepared)
             reports = [self._score_report(chance) for chance in self._score_texts(texts, seen.tokens)]
         else:
             reports = self._answer(prompt, prepared, seen.tokens, options)
@@ -159,11 +161,9 @@ class FakeReasoning:
             begun = _continued(prompt, options.assistant_prefix).rstrip(" ")
         begun_ids = tokenizer_image_token(begun, self.tokenizer)
         prefix_ids = begun_ids[len(prompt_ids) :]
-        length = len(begun_ids) - 1 + tokens_BPD.shape[1]
-        if length >= self.context_length:
-            raise ValueError(f"the prompt takes {length} tokens, but the model's context has {self.context_length}")
+        room = self._room_after(begun_ids, tokens_BPD)
         embeds = self._embed([begun_ids] * len(prepared), tokens_BPD).inputs_embeds
-        budget = min(options.max_new_tokens, self.context_length - length)
+        budget = min(options.max_new_tokens, room)
         decoded, read = self._decode(embeds, prefix_ids, prepared, options, budget)
         answers = [[*prefix_ids, *one.ids] for one in decoded]
         texts = [self.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
@@ -203,6 +203,13 @@ class FakeReasoning:
             answer_probability=report.fake_probability,
             off_distribution=self._asks_off_distribution,
         )
+
+    def _room_after(self, prompt_ids: list[int], tokens_BPD: Tensor) -> int:
+        """Returns how many tokens the context has left after a prompt with its image; at least 1."""
+        length = len(prompt_ids) - 1 + tokens_BPD.shape[1]
+        if length >= self.context_length:
+            raise ValueError(f"the prompt takes {length} tokens, but the model's context has {self.context_length}")
+        return self.context_length - length
 
     def _decode(
         self,
