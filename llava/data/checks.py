@@ -137,9 +137,16 @@ def _image_problems(records: Sequence[Record], image_folder: Path | None) -> dic
         if path.parent not in files:
             files[path.parent] = _files_in(path.parent)
         # Some file systems find a file by another spelling than its own, so one that is not listed is asked for.
-        if path.name not in files[path.parent] and not path.is_file():
+        if path.name not in files[path.parent] and not _is_file(path):
             problems[record.origin] = f"there is no image {path}"
     return problems
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        return False  # such as a name that is too long
 
 
 def _files_in(folder: Path) -> set[str]:
