@@ -198,7 +198,8 @@ def test_a_disk_that_takes_no_more_is_said(trained, data, tmp_path, save_layout,
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {"run.json"}
 
 
-def test_a_folder_that_cannot_be_made_is_said_before_training(trained, data, tmp_path, capsys):
+def test_a_folder_that_cannot_be_made_is_said_before_weights_are_read(trained, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_module, "build_model", lambda *_, **__: pytest.fail("weights were read"))
     (tmp_path / "file").write_text("")
     assert main(options(tmp_path / "file" / "run", trained, data, **LORA)) == 1
     said = capsys.readouterr().err
