@@ -142,6 +142,11 @@ def test_another_fusion_is_begun_anew(trained, data, tmp_path, capsys, fusion):
     assert logits(model).isfinite().all()
 
 
+def test_a_fusion_is_not_exchanged_for_one_with_fewer_parts(trained, data, tmp_path, capsys):
+    assert main(options(tmp_path / "run", trained, data, **LORA, mm_fusion_type="interleave")) == 1
+    assert "the fusion 'interleave' has no such parts" in capsys.readouterr().err
+
+
 def test_lacking_parts_are_begun_anew_only_if_named(data, tmp_path, capsys):
     start = without(tmp_path / "start", GOLDENS / "base", "model.crossattention.", "model.dino_mm_projector.")
     given = {

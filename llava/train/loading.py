@@ -91,6 +91,8 @@ def open_start(model: ModelArguments, data: DataArguments) -> Opened:
         hint = "parts that a checkpoint lacks are begun anew only if --init names them, as in --init fusion"
         if "missing" not in str(error):
             hint = "do the towers of --vision_tower and --dino_weights belong to it?"
+            if model.mm_fusion_type is not None:
+                hint = f"the fusion {model.mm_fusion_type!r} has no such parts; start from a checkpoint without them"
         raise CheckpointError(f"{error}\n  {hint}") from None
     tokenizer = load_tokenizer(checkpoint.tokenizer_folder)
     return Opened(config, tokenizer, skeleton.get_model().num_image_tokens(), kept, new, checkpoint.folder)

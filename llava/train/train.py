@@ -99,6 +99,10 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     _set_up_logs(args)
     transformers.set_seed(args.seed)
     opened = open_start(model_args, data_args)
+    if args.save_layout == "published" and not opened.config.mm_vision_tower:
+        raise ValueError(
+            "--save_layout published names its vision tower rather than describing it; name it by --vision_tower"
+        )
     records, held_back = _records(data_args, args, opened)
     output = Path(args.output_dir)
     start = find_start(output, args.resume)
