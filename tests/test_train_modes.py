@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -250,6 +251,16 @@ def test_kept_features_train_like_images(trained, data, tmp_path, monkeypatch, g
     runs.clear()
     interrupted = train_here(tmp_path / "interrupted", trained, data, **run, cache_features=tmp_path / "cache")
     assert steps(interrupted, "loss") == steps(cached, "loss") and sum(runs) == 3 + 1
+
+
+@pytest.mark.parametrize("cut", ["state.json", "clip_features.npy", "done.npy"])
+@pytest.mark.parametrize("kept_bytes", [0, 30])
+def test_damaged_features_are_made_again(trained, data, tmp_path, cut, kept_bytes):
+    run = {**LORA, "cache_features": tmp_path / "cache"}
+    first = train_here(tmp_path / "first", trained, data, **run)
+    os.truncate(tmp_path / "cache" / cut, kept_bytes)
+    second = train_here(tmp_path / "second", trained, data, **run)
+    assert steps(second, "loss") == steps(first, "loss")
 
 
 def test_features_of_other_images_are_not_taken(trained, data, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations import deepspeed as deepspeed_integration
@@ -127,8 +128,9 @@ def _open_new(model: ModelArguments, data: DataArguments) -> Opened:
     try:
         config = _with_options(LlavaConfig.from_dict({"cpm_search": "labels", **values}), model, data)
         skeleton = _skeleton(config)
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"--model_config {model.model_config} describes no model: {error}") from error
+    except (TypeError, KeyError, StrictDataclassError) as error:
+        why = error.__cause__ or error
+        raise ValueError(f"--model_config {model.model_config} describes no model: {why}") from error
     unknown = set(tensors) - set(stored_state_dict(skeleton))
     if unknown:
         raise CheckpointError(f"the towers hold tensors that the model does not have, such as {sorted(unknown)[0]}")
