@@ -134,8 +134,9 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     else:
         try:
             trainer.train(resume_from_checkpoint=None if start is None else str(start))
-        finally:
+        except BaseException:
             trainer.end_progress_bar()
+            raise
     final = output / FINAL
     trainer.export_to(final)
     if args.should_save:

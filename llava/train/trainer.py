@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -268,6 +269,8 @@ class ForgeryTrainer(transformers.Trainer):
         """
         for name in ("lm_loss", "mapper_loss"):
             if not math.isfinite(logs[name]) and not self.args.fp16:
+                if not self.is_world_process_zero():
+                    raise SystemExit(1)  # all processes find the same, and one says it
                 raise ValueError(
                     f"the {name} is {logs[name]} at step {self.state.global_step}, so the training was stopped; begin "
                     f"anew with a lower --learning_rate (earlier checkpoints stay in {self.args.output_dir})"
@@ -417,6 +420,8 @@ class ForgeryTrainer(transformers.Trainer):
 
     def end_progress_bar(self) -> None:
         """Ends the line of the progress bar, so that what is said next stands on its own."""
+        if not self.is_world_process_zero():
+            print(file=sys.stderr)  # the bar is another process's
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
                 callback.training_bar.close()
