@@ -439,7 +439,8 @@ class ForgeryTrainer(transformers.Trainer):
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(folder, ignore_errors=True)
-            raise OSError(f"{folder} could not be written, earlier checkpoints are untouched: {error}") from error
+            why = error if isinstance(error, OSError) else f"is the disk full? ({error})"
+            raise OSError(f"{folder} could not be written, earlier checkpoints are untouched: {why}") from error
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
