@@ -140,9 +140,7 @@ def _to_record(value: Any, origin: str) -> Record:
     if image is not None and (not isinstance(image, str) or not image.strip()):
         raise DataError(f"{origin}: the image must be one file's path as text, not {_shown(image)}")
     if image and _has_half_letter(image):
-        raise DataError(
-            f"{origin}: the image has half a surrogate pair (\\ud800 to \\udfff), which is no letter"
-        )
+        raise DataError(f"{origin}: the image has half a surrogate pair (\\ud800 to \\udfff), which is no letter")
     _check_marks(turns, image, origin)
     return Record(image, turns, origin)
 
