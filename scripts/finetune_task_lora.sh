@@ -34,6 +34,8 @@ read_flags() {
             name=${name#--}
             name=${name//-/_}
             [[ $name =~ ^[A-Za-z0-9_]+$ ]] || fail "'$word' is no flag"
+            # Both names of what the batch hangs on are one flag, lest one be counted and the other act.
+            if [[ $name == per_gpu_train_batch_size ]]; then name=per_device_train_batch_size; fi
             if ! is_given "$name"; then order+=("$name"); fi
             begin[$name]=${#words[@]}
             count[$name]=0
@@ -101,7 +103,7 @@ recipe() {
         default tf32 True
     fi
     if [[ $zero != 0 ]]; then default deepspeed "$root/scripts/zero$zero.json"; fi
-    default per_device_train_batch_size "$per_device" per_gpu_train_batch_size
+    default per_device_train_batch_size "$per_device"
     default gradient_accumulation_steps "$accumulation"
     default logging_steps 1
     default save_strategy steps
@@ -153,7 +155,7 @@ count_processes() {
 }
 
 plan_batch() {
-    per_device=$(value per_device_train_batch_size per_gpu_train_batch_size)
+    per_device=$(value per_device_train_batch_size)
     per_device=${per_device:-8}
     need_number --per_device_train_batch_size "$per_device"
     local each=$((per_device * processes))

@@ -179,7 +179,6 @@ def test_the_last_of_several_counts_and_lists_stay_whole():
     [
         (["--warmup_steps", "10"], "--warmup_ratio"),
         (["--group_by_length", "True"], "--group_by_modality_length"),
-        (["--per_gpu_train_batch_size", "8"], "--per_device_train_batch_size"),
         (["--evaluation_strategy", "no"], "--eval_strategy"),
         (["--no_cuda", "True"], "--use_cpu"),
     ],
@@ -187,6 +186,11 @@ def test_the_last_of_several_counts_and_lists_stay_whole():
 def test_old_names_pass_and_stand_for_the_new(given, dropped):
     flags = flags_of(dry_run(*given)[0])
     assert flags[given[0]] == [given[1]] and dropped not in flags
+
+
+def test_the_batch_that_is_shown_is_the_one_that_acts_under_both_names():
+    words, batch = dry_run("--per_device_train_batch_size", "8", "--per_gpu_train_batch_size", "4")
+    assert flags_of(words)["--per_device_train_batch_size"] == ["4"] and batch == [4, 4, 8, 128]
 
 
 def test_half_precision_of_another_kind_takes_the_place_of_bf16():

@@ -51,7 +51,7 @@ def test_the_status_is_that_of_the_process_that_failed_first(monkeypatch, capsys
 def test_a_signal_to_the_launcher_is_no_traceback(monkeypatch, capsys):
     monkeypatch.setattr(launch, "torchrun", raising(SignalException("stopped", sigval=signal.SIGTERM)))
     assert launch.main([]) == 143
-    assert capsys.readouterr().err == "interrupted by SIGTERM\n"
+    assert capsys.readouterr().err == "\ninterrupted by SIGTERM\n"
 
 
 @pytest.mark.slow

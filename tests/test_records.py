@@ -95,6 +95,7 @@ def test_several_files_follow_each_other(tmp_path):
         (row(conversations=turns("<image>", "  \n")), "turn 2: the value must be a text"),
         (row(conversations=turns(["<image>"], FAKE)), "turn 1: the value must be a text"),
         (row(conversations=turns("<image> \ud83d", FAKE)), "surrogate"),
+        (row(image="\ud83d.png"), "the image has half a surrogate"),
         (row(image=3), "not 3"),
         (row(image=["a.png", "b.png"]), "one file's path"),
         (row(image=""), "one file's path"),

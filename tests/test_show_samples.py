@@ -1,5 +1,6 @@
 """What a sample looks like to people."""
 
+import json
 import re
 
 import pytest
@@ -19,8 +20,8 @@ ANSI = re.compile(r"\033\[\d+m")
 
 @pytest.fixture
 def shown(capsys):
-    def show(*arguments):
-        run(build_parser().parse_args([FILE, *BASE, *arguments]))
+    def show(*arguments, file=FILE):
+        run(build_parser().parse_args([str(file), *BASE, *arguments]))
         return capsys.readouterr().out
 
     return show
@@ -56,6 +57,12 @@ def test_what_is_wrong_is_said(shown, tmp_path):
     assert "cut off after 180 tokens: 32 more" in cut and "problem: its verdict is token 205" in cut
     assert f"img0.png (not in {tmp_path})" in cut
     assert "not in" not in shown("-n", "1", "--image_folder", str(GOLDENS / "images"))
+
+
+def test_a_name_that_no_disk_takes_is_missing(shown, tmp_path):
+    record = json.loads((GOLDENS / "train.json").read_text("utf-8"))[0] | {"image": f"{'x' * 5000}.png"}
+    (tmp_path / "train.json").write_text(json.dumps([record]), encoding="utf-8")
+    assert f".png (not in {tmp_path})" in shown("--image_folder", str(tmp_path), file=tmp_path / "train.json")
 
 
 def test_the_number_of_samples(shown, capsys):

@@ -50,11 +50,13 @@ def refusal(capsys, output: Path, **changes) -> str:
         ({"lora_r": "many"}, "lora_r"),
         ({"lora_r": 0}, "lora_r"),
         ({"lora_alpha": 0}, "lora_alpha"),
+        ({"lora_alpha": "nan"}, "lora_alpha"),
         ({"lora_dropout": 1}, "lora_dropout"),
         ({"bits": 5}, "bits"),
         ({"bits": 4, "lora_enable": False}, "--lora_enable"),
         ({"cpm_search": "nowhere"}, "cpm_search"),
         ({"cpm_temperature": 0}, "cpm_temperature"),
+        ({"cpm_temperature": "nan"}, "cpm_temperature"),
         ({"cpm_weight": -1}, "cpm_weight"),
         ({"mm_fusion_type": "glue"}, "glue"),
         ({"init": "vision_tower"}, "vision_tower"),
@@ -76,10 +78,13 @@ def refusal(capsys, output: Path, **changes) -> str:
         ({"model_max_length": 100}, "100"),
         ({"model_max_length": 0}, "model_max_length"),
         ({"validation_share": 2}, "validation_share"),
-        ({"validation_share": 0.1}, "validation_share"),
+        ({"validation_share": 0.1, "eval_strategy": "epoch"}, "leaves none of one kind"),
+        ({"validation_share": 0.5}, "--eval_strategy"),
+        ({"eval_data_path": GOLDENS / "train.json"}, "--eval_strategy"),
         ({"validation_share": 0.5, "eval_data_path": GOLDENS / "train.json"}, "exclude each other"),
         ({"verdict_only_share": -0.1}, "verdict_only_share"),
         ({"eval_strategy": "steps"}, "--eval_data_path"),
+        ({"eval_on_start": True}, "--eval_data_path"),
         ({"alike_lengths": True}, "--group_by_modality_length"),
         ({"tune_mm_mlp_adapter": True}, "--lora_enable"),
         ({"unfreeze_towers": True, "cache_features": "x"}, "cache_features"),
@@ -92,6 +97,8 @@ def refusal(capsys, output: Path, **changes) -> str:
         ({"freeze_backbone": True}, "freeze_backbone"),
         ({"load_best_model_at_end": True}, "best"),
         ({"group_by_length": True}, "group_by_modality_length"),
+        ({"train_sampling_strategy": "group_by_length"}, "group_by_modality_length"),
+        ({"use_liger_kernel": True}, "use_liger_kernel"),
         ({"save_only_model": True}, "save_only_model"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size"),
@@ -102,14 +109,24 @@ def refusal(capsys, output: Path, **changes) -> str:
         ({"mm_projector_lr": -1}, "mm_projector_lr"),
         ({"weight_decay": -1}, "weight_decay"),
         ({"num_train_epochs": 0, "max_steps": None}, "num_train_epochs"),
+        ({"max_steps": 0}, "max_steps"),
+        ({"adam_beta2": 1}, "adam_beta2"),
+        ({"adam_epsilon": -1}, "adam_epsilon"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers"),
         ({"warmup_ratio": "some"}, "warmup_ratio"),
         ({"warmup_ratio": 3}, "warmup_ratio"),
         ({"validation_new_tokens": 0}, "validation_new_tokens"),
         ({"lr_scheduler_type": "zigzag"}, "zigzag"),
         ({"optim": "magic"}, "magic"),
+        ({"optim": "lomo"}, "lomo_optim"),
+        ({"report_to": "smoke"}, "--report_to smoke is unknown"),
+        ({"report_to": "azure_ml"}, "--report_to azure_ml: it is not installed"),
         ({"bf16": True, "fp16": True}, "fp16"),
+        ({"fp16": True}, "--fp16 needs a GPU"),
         ({"deepspeed": "/nowhere/zero.json"}, "/nowhere/zero.json"),
         ({"resume": "/nowhere/checkpoint-1"}, "/nowhere/checkpoint-1"),
+        ({"resume_from_checkpoint": "/nowhere/checkpoint-1"}, "/nowhere/checkpoint-1"),
+        ({"cache_features": GOLDENS / "train.json" / "x"}, "--cache_features"),
         ({"attn_implementation": "flash_attention_2"}, "flash"),
         ({"attn_implementation": "magic"}, "magic"),
         ({"mm_projector_type": "linear"}, "mm_projector_type"),
@@ -127,6 +144,15 @@ def test_what_cannot_be_is_refused_in_one_line(capsys, tmp_path, changes, named)
 def test_a_new_model_cannot_have_an_adapter_over_nothing(capsys, tmp_path):
     new = {"model_name_or_path": None, "model_config": GOLDENS / "base" / "config.json", "tokenizer": GOLDENS / "base"}
     assert "--model_config" in refusal(capsys, tmp_path / "out", **new)
+
+
+@pytest.mark.parametrize("wrong", [{"hidden_size": "wide"}, {"num_attention_heads": 7}], ids=str)
+def test_a_config_that_describes_no_model_is_refused(capsys, tmp_path, wrong):
+    config = json.loads((GOLDENS / "base" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **wrong}))
+    new = {"model_name_or_path": None, "model_config": tmp_path / "config.json", "tokenizer": GOLDENS / "base"}
+    said = refusal(capsys, tmp_path / "out", **new, lora_enable=False)
+    assert str(tmp_path / "config.json") in said and "hidden" in said
 
 
 def test_sharded_training_is_not_begun_without_a_launcher(capsys, tmp_path):
@@ -192,19 +218,19 @@ def test_a_process_ends_with_status_1(tmp_path):
 
 
 def settings(*arguments: str):
-    return parse_arguments([*NEEDED, "--eval_data_path", __file__, *arguments])
+    return parse_arguments([*NEEDED, "--eval_data_path", __file__, "--eval_strategy", "steps", *arguments])
 
 
 @pytest.mark.parametrize(
     ("arguments", "name", "value"),
     [
         (["--evaluation_strategy", "steps", "--eval_steps", "5"], "eval_strategy", "steps"),
-        (["--evaluation-strategy=no"], "eval_strategy", "no"),
+        (["--evaluation-strategy=epoch"], "eval_strategy", "epoch"),
         (["--warmup_ratio", "0.03"], "warmup_steps", 0.03),
         (["--warmup_ratio", "0"], "warmup_steps", 0),
         (["--per_gpu_train_batch_size", "3"], "per_device_train_batch_size", 3),
         (["--no_cuda"], "use_cpu", True),
-        (["--report-to", "tensorboard"], "report_to", ["tensorboard"]),
+        (["--report-to", "flyte"], "report_to", ["flyte"]),
         ([], "report_to", []),
         (
             ["--gradient_checkpointing", "--gradient_checkpointing_kwargs", '{"use_reentrant": true}'],
@@ -214,6 +240,9 @@ def settings(*arguments: str):
         (["--save_safetensors", "True"], "save_steps", 500),
         (["--overwrite_output_dir", "False"], "output_dir", "x"),
         (["--local_rank", "0"], "output_dir", "x"),
+        (["--resume_from_checkpoint", "run/checkpoint-2"], "resume", "run/checkpoint-2"),
+        (["--resume-from-checkpoint", "True"], "resume", "auto"),
+        (["--resume_from_checkpoint", "False"], "resume", ""),
         (["--group_by_length", "False"], "output_dir", "x"),
     ],
     ids=str,
@@ -259,5 +288,6 @@ def test_a_damaged_image_is_named_without_a_traceback(capsys, trained, tmp_path,
         assert main(given) == 1
         said = capsys.readouterr().err
         error = next(line for line in said.splitlines() if "error: " in line)
+        assert error.startswith("error: "), "it stands on the progress bar's line"
         assert "train.json, row 3" in error and "2.png" in error and said.count("error: ") == 1
         assert "Traceback" not in said

@@ -138,7 +138,8 @@ def test_whichever_process_fails_says_why(trained, data, tmp_path):
     process = begin_on_two(tmp_path / "run", trained, folder / "train.json", **given)
     said = process.communicate(timeout=300)[1]
     assert process.returncode != 0
-    assert f"train.json, row {second + 1}" in said and "no picture" in said
+    error = next(line for line in said.splitlines() if "error: " in line)
+    assert error.startswith("error: ") and f"train.json, row {second + 1}" in error and "no picture" in error
 
 
 def test_matching_rows_are_counted_with_the_dropout_of_the_step_itself(trained, data, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from tests.training_runs import LORA, options, steps, train_here, write_records
 
 TOWERS = {"vision_tower": GOLDENS / "clip", "dino_weights": GOLDENS / "dino.pth"}
 GOLDEN_DATA = {"data_path": GOLDENS / "train.json", "image_folder": GOLDENS / "images"}
+PUBLISHED = {**TOWERS, **GOLDEN_DATA, "model_name_or_path": GOLDENS / "base", "save_layout": "published"}
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +78,7 @@ def test_the_final_folder_is_the_trained_model(trained, data, kept, tmp_path, sa
 
 
 def test_the_published_layout_has_the_authors_files_and_names(kept, tmp_path):
-    given = {**LORA, **TOWERS, **GOLDEN_DATA, "save_layout": "published"}
-    final = train_here(tmp_path / "run", GOLDENS / "base", **given)
+    final = train_here(tmp_path / "run", **LORA, **PUBLISHED)
     assert {path.name for path in final.iterdir()} == {path.name for path in (GOLDENS / "lora").iterdir()}
     for name in ("adapter_model.safetensors", layout.NON_LORA_FILE):
         assert shapes(final / name) == shapes(GOLDENS / "lora" / name)
@@ -96,11 +96,15 @@ def test_the_published_layout_has_the_authors_files_and_names(kept, tmp_path):
 
 
 def test_the_published_layout_of_a_whole_model_is_the_authors(kept, tmp_path):
-    given = {**TOWERS, **GOLDEN_DATA, "save_layout": "published"}
-    final = train_here(tmp_path / "run", GOLDENS / "base", **given)
+    final = train_here(tmp_path / "run", **PUBLISHED)
     assert shapes(final / "model.safetensors") == shapes(GOLDENS / "base" / "model.safetensors")
     _, model, _, _ = load_pretrained_model(final, vision_tower=GOLDENS / "clip", device="cpu")
     assert torch.allclose(logits(model), logits(kept["model"]), atol=1e-4, rtol=1e-5)
+
+
+def test_the_published_layout_cannot_hold_what_a_tower_is(trained, data, tmp_path, capsys):
+    assert main(options(tmp_path / "run", trained, data, **LORA, save_layout="published")) == 1
+    assert "--vision_tower" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_half_precision_keeps_trained_weights_whole(trained, data, kept, tmp_path):
@@ -143,8 +147,9 @@ def test_a_faulty_write_is_noticed_before_training(trained, data, tmp_path, monk
             fault(load_file(file), file, {"format": "pt"})
 
         monkeypatch.setattr(LlavaLlamaForCausalLM, "save_pretrained", faulty)
-    given = options(tmp_path / "run", trained, data, **lora, save_layout=save_layout.split()[0])
-    assert main(given) == 1
+    layout_name, *_ = save_layout.split()
+    given = PUBLISHED if layout_name == "published" else {"model_name_or_path": trained, "save_layout": layout_name}
+    assert main(options(tmp_path / "run", data=data, **{**lora, **given})) == 1
     said = capsys.readouterr().err
     assert "does not hold what it should" in said and "Traceback" not in said
     assert list((tmp_path / "run").iterdir()) == []
@@ -180,17 +185,18 @@ def test_a_full_disk_is_said_before_training(trained, data, tmp_path, monkeypatc
         ("adapter", 60_000, "trial could not be written"),  # the adapter fits, the file beside it does not
         ("merged", 300_000, "trial could not be written"),
         ("published", 60_000, "trial could not be written"),
-        ("adapter", 250_000, "checkpoint-2 could not be written"),  # the optimizer's state is the largest
+        ("adapter", 250_000, "untouched: is the disk full?"),  # the optimizer's state is the largest
     ],
 )
 def test_a_disk_that_takes_no_more_is_said(trained, data, tmp_path, save_layout, most_bytes, named):
-    given = {**LORA, "save_layout": save_layout, "save_strategy": "steps", "save_steps": 2}
+    given = PUBLISHED if save_layout == "published" else {"model_name_or_path": trained, "save_layout": save_layout}
+    given = {**LORA, **given, "save_strategy": "steps", "save_steps": 2}
     process = os.fork()
     if process == 0:
         with (tmp_path / "said").open("w") as sys.stderr:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
-            status = main(options(tmp_path / "run", trained, data, **given))
+            status = main(options(tmp_path / "run", data=data, **given))
         os._exit(status)
     assert os.WEXITSTATUS(os.waitpid(process, 0)[1]) == 1
     said = (tmp_path / "said").read_text()
@@ -198,7 +204,8 @@ def test_a_disk_that_takes_no_more_is_said(trained, data, tmp_path, save_layout,
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {"run.json"}
 
 
-def test_a_folder_that_cannot_be_made_is_said_before_training(trained, data, tmp_path, capsys):
+def test_a_folder_that_cannot_be_made_is_said_before_weights_are_read(trained, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_module, "build_model", lambda *_, **__: pytest.fail("weights were read"))
     (tmp_path / "file").write_text("")
     assert main(options(tmp_path / "file" / "run", trained, data, **LORA)) == 1
     said = capsys.readouterr().err

@@ -16,11 +16,11 @@ from llava.systems.fakereasoning import layout
 from llava.train.arguments import parse_arguments
 from llava.train.loading import build_model, open_start
 from llava.train.lora import apply_lora, choose_trainable, optimizer_groups, trainable_tensors
-from llava.train.train import _grouped_order
-from llava.train.trainer import ForgeryTrainer
+from llava.train.train import _grouped_order, main
+from llava.train.trainer import ForgeryTrainer, whole_checkpoints
 from tests.conftest import GOLDENS
 from tests.reference import GRADIENTS, LM_LOSS
-from tests.training_runs import write_records
+from tests.training_runs import LORA, options, write_records
 
 RECIPE = {"lora", "fusion", "mm_projector", "dino_mm_projector"}
 
@@ -176,3 +176,21 @@ def test_a_batch_without_supervised_tokens_has_a_loss_of_zero(trained):
     output.loss.backward()
     assert output.loss == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_a_run_whose_loss_is_no_number_stops_and_keeps_its_checkpoints(trained, tmp_path, monkeypatch, capsys):
+    original = ForgeryTrainer.training_step
+
+    def poisoning(self, model, *arguments, **named):
+        if self.state.global_step == 2:
+            next(parameter for parameter in model.parameters() if parameter.requires_grad).data.fill_(torch.nan)
+        return original(self, model, *arguments, **named)
+
+    monkeypatch.setattr(ForgeryTrainer, "training_step", poisoning)
+    saving = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    given = options(tmp_path / "run", trained, write_records(tmp_path / "data"), **LORA, **saving)
+    assert main(given) == 1
+    said = capsys.readouterr().err
+    assert "\nerror: the lm_loss is nan at step 3" in said and "--learning_rate" in said and "Traceback" not in said
+    assert [path.name for path in whole_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    assert not (tmp_path / "run" / "final").exists()

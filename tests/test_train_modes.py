@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -142,6 +143,11 @@ def test_another_fusion_is_begun_anew(trained, data, tmp_path, capsys, fusion):
     assert logits(model).isfinite().all()
 
 
+def test_a_fusion_is_not_exchanged_for_one_with_fewer_parts(trained, data, tmp_path, capsys):
+    assert main(options(tmp_path / "run", trained, data, **LORA, mm_fusion_type="interleave")) == 1
+    assert "the fusion 'interleave' has no such parts" in capsys.readouterr().err
+
+
 def test_lacking_parts_are_begun_anew_only_if_named(data, tmp_path, capsys):
     start = without(tmp_path / "start", GOLDENS / "base", "model.crossattention.", "model.dino_mm_projector.")
     given = {
@@ -245,6 +251,16 @@ def test_kept_features_train_like_images(trained, data, tmp_path, monkeypatch, g
     runs.clear()
     interrupted = train_here(tmp_path / "interrupted", trained, data, **run, cache_features=tmp_path / "cache")
     assert steps(interrupted, "loss") == steps(cached, "loss") and sum(runs) == 3 + 1
+
+
+@pytest.mark.parametrize("cut", ["state.json", "clip_features.npy", "done.npy"])
+@pytest.mark.parametrize("kept_bytes", [0, 30])
+def test_damaged_features_are_made_again(trained, data, tmp_path, cut, kept_bytes):
+    run = {**LORA, "cache_features": tmp_path / "cache"}
+    first = train_here(tmp_path / "first", trained, data, **run)
+    os.truncate(tmp_path / "cache" / cut, kept_bytes)
+    second = train_here(tmp_path / "second", trained, data, **run)
+    assert steps(second, "loss") == steps(first, "loss")
 
 
 def test_features_of_other_images_are_not_taken(trained, data, tmp_path):

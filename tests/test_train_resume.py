@@ -150,11 +150,13 @@ def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(trained, data
     assert largest_gap(adapter_weights(tmp_path / "run" / "final"), adapter_weights(whole)) <= 1e-5
 
 
-def test_a_checkpoint_that_is_not_whole_is_never_chosen(trained, data, whole, tmp_path, capsys):
+@pytest.mark.parametrize("lost", [WHOLE_FILE, "optimizer.pt", "trainable.safetensors", "trainer_state.json"])
+def test_a_checkpoint_that_is_not_whole_is_never_chosen(trained, data, whole, tmp_path, capsys, lost):
     output = tmp_path / "run"
     shutil.copytree(whole.parent, output)
     shutil.rmtree(output / "final")
-    (output / "checkpoint-10" / WHOLE_FILE).unlink()
+    # As after a machine's breakdown, which cuts what was not yet on its disk.
+    os.truncate(output / "checkpoint-10" / lost, 20)
     assert main(options(output, trained, data, **{**RUN, "resume": output / "checkpoint-10"})) == 1
     assert "no whole checkpoint" in capsys.readouterr().err
     train_here(output, trained, data, **RUN)
@@ -204,6 +206,14 @@ def test_a_run_with_another_option_is_not_continued(trained, data, whole, capsys
     assert main(options(whole.parent, trained, data, **{**RUN, **changed})) == 1
     said = capsys.readouterr().err
     assert named in said and said.count("error: ") == 1 and "Traceback" not in said
+
+
+def test_a_damaged_description_of_the_run_is_named(trained, data, whole, tmp_path, capsys):
+    output = tmp_path / "run"
+    shutil.copytree(whole.parent, output)
+    os.truncate(output / "run.json", 20)
+    assert main(options(output, trained, data, **RUN)) == 1
+    assert f"error: {output / 'run.json'} cannot be read" in capsys.readouterr().err
 
 
 def test_a_run_on_other_data_is_not_continued(trained, whole, tmp_path, capsys):

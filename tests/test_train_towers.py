@@ -262,3 +262,9 @@ def test_wrong_arguments_are_explained(world, tmp_path, capsys, changes, message
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert re.search(message, error)
+
+
+def test_a_config_that_describes_no_model_is_named(world, tmp_path, capsys):
+    (tmp_path / "wrong.json").write_text(json.dumps({"hidden_size": "wide"}))
+    assert towers.main(arguments(world, tmp_path / "out", "--config", str(tmp_path / "wrong.json"))) == 1
+    assert re.search("error: .*wrong.json describes no model: .*hidden_size", capsys.readouterr().err)

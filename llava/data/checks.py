@@ -110,6 +110,14 @@ def find_problem(
     return ""
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a file; a name that no file can have is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def _refuse_without_images(records: Sequence[Record]) -> None:
     if not any(record.image for record in records):
         raise DataError(f"none of the {len(records)} records has an image, so there is nothing to learn to look at")
@@ -137,7 +145,7 @@ def _image_problems(records: Sequence[Record], image_folder: Path | None) -> dic
         if path.parent not in files:
             files[path.parent] = _files_in(path.parent)
         # Some file systems find a file by another spelling than its own, so one that is not listed is asked for.
-        if path.name not in files[path.parent] and not path.is_file():
+        if path.name not in files[path.parent] and not is_file(path):
             problems[record.origin] = f"there is no image {path}"
     return problems
 

@@ -139,6 +139,8 @@ def _to_record(value: Any, origin: str) -> Record:
     image = value.get("image")
     if image is not None and (not isinstance(image, str) or not image.strip()):
         raise DataError(f"{origin}: the image must be one file's path as text, not {_shown(image)}")
+    if image and _has_half_letter(image):
+        raise DataError(f"{origin}: the image has half a surrogate pair (\\ud800 to \\udfff), which is no letter")
     _check_marks(turns, image, origin)
     return Record(image, turns, origin)
 
@@ -151,9 +153,13 @@ def _to_turn(turn: Any, where: str) -> dict[str, str]:
         raise DataError(f"{where}: unknown speaker {_shown(speaker)}; it must be human or gpt")
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{where}: the value must be a text that says something, not {_shown(value)}")
-    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+    if _has_half_letter(value):
         raise DataError(f"{where}: the value has half a surrogate pair (\\ud800 to \\udfff), which is no letter")
     return {"from": speaker, "value": value}
+
+
+def _has_half_letter(text: str) -> bool:
+    return not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _check_marks(turns: Sequence[dict[str, str]], image: str | None, origin: str) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from llava.cli import OptionParser, run_or_explain
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
-from llava.data.checks import find_problem, tokenize_records
+from llava.data.checks import find_problem, is_file, tokenize_records
 from llava.data.prompting import TokenizedConversation, fitting_length
 from llava.data.records import Record, read_records
 from llava.model.builder import DEFAULT_CONTEXT_LENGTH, load_tokenizer
@@ -65,7 +65,7 @@ def describe(
 ) -> str:
     """Returns a sample for people: a line of facts, its text, and what is wrong with it."""
     image = record.image or "no image"
-    if record.image and image_folder and not (image_folder / record.image).is_file():
+    if record.image and image_folder and not is_file(image_folder / record.image):
         image += f" (not in {image_folder})"
     facts = f"{record.origin}: {image}, verdict {record.conclusion.verdict or 'none'}"
     problem = find_problem(record, tokenized, verdict, max_length, num_image_tokens)

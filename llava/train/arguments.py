@@ -12,6 +12,7 @@ from typing import Any
 
 import transformers
 from transformers import HfArgumentParser
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from llava.model.probability_mapper import SEARCHES
 from llava.train.export import LAYOUTS
@@ -140,6 +141,7 @@ _WITHOUT_EFFECT = {
     "local_rank": "the launcher says it through the environment",
     "group_by_length": "use --group_by_modality_length",
     "freeze_backbone": "say what to train: --lora_enable, --tune_mm_mlp_adapter, or neither for all",
+    "use_liger_kernel": "the model computes its losses itself, at supervised positions only",
     "save_only_model": "a checkpoint without the optimizer's state could not be gone on from",
     "load_best_model_at_end": "the best model by validation is kept in <output_dir>/best in any case",
 }
@@ -152,6 +154,7 @@ _AT_LEAST_ONE = (
     "model_max_length",
     "validation_new_tokens",
 )
+_ABOVE_ZERO = ("lora_alpha", "cpm_temperature")
 _NOT_NEGATIVE = (
     "learning_rate",
     "mm_projector_lr",
@@ -160,6 +163,8 @@ _NOT_NEGATIVE = (
     "warmup_steps",
     "max_grad_norm",
     "cpm_weight",
+    "adam_epsilon",
+    "dataloader_num_workers",
 )
 
 
@@ -230,6 +235,8 @@ def _current(name: str, values: list[str]) -> list[str]:
         if not _is_share(first):
             raise ValueError(f"--warmup_ratio must be a number from 0 to below 1, not {first}")
         return ["--warmup_steps", *values] if float(first) > 0 else []
+    if name == "resume_from_checkpoint":
+        return [] if first.lower() in _FALSE else ["--resume", "auto" if first.lower() in _TRUE else first]
     if name == "group_by_length" and first.lower() in _FALSE:
         return []
     if name in _WITHOUT_EFFECT:
@@ -280,8 +287,8 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
         raise ValueError(
             "LoRA over a new model, --model_config, has no base to be stored over; use --save_layout merged"
         )
-    if model.lora_enable and (model.lora_r < 1 or model.lora_alpha <= 0 or not 0 <= model.lora_dropout < 1):
-        raise ValueError("lora_r must be at least 1, lora_alpha above 0, lora_dropout within 0 and 1")
+    if model.lora_enable and (model.lora_r < 1 or not 0 <= model.lora_dropout < 1):
+        raise ValueError("lora_r must be at least 1, lora_dropout within 0 and 1")
     for name in ("validation_share", "verdict_only_share"):
         if not 0 <= getattr(data, name) <= 1:
             raise ValueError(f"--{name} must lie within 0 and 1, not {getattr(data, name)}")
@@ -290,6 +297,12 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
     validates = bool(data.eval_data_path or data.validation_share)
     if training.eval_strategy != "no" and not validates:
         raise ValueError(f"--eval_strategy {training.eval_strategy} needs --eval_data_path or --validation_share")
+    if validates and training.eval_strategy == "no" and not training.eval_on_start:
+        raise ValueError("--eval_data_path and --validation_share need --eval_strategy steps or epoch")
+    if training.eval_on_start and not validates:
+        raise ValueError("--eval_on_start needs --eval_data_path or --validation_share")
+    if training.train_sampling_strategy == "group_by_length":
+        raise ValueError("--train_sampling_strategy group_by_length: use --group_by_modality_length True")
     if training.save_layout == "adapter" and not model.lora_enable:
         raise ValueError("--save_layout adapter needs --lora_enable True")
     if training.save_layout == "merged" and model.bits != 16:
@@ -302,12 +315,39 @@ def check_arguments(model: ModelArguments, data: DataArguments, training: Traini
     for name in _AT_LEAST_ONE:
         if given[name] < 1:
             raise ValueError(f"--{name} must be at least 1, not {given[name]}")
+    for name in _ABOVE_ZERO:
+        if given[name] is not None and not 0 < given[name] < math.inf:
+            raise ValueError(f"--{name} must be a number above 0, not {given[name]}")
     for name in _NOT_NEGATIVE:
         if given[name] is not None and not 0 <= given[name] < math.inf:
             raise ValueError(f"--{name} must be a number of at least 0, not {given[name]}")
-    if training.max_steps <= 0 and not 0 < training.num_train_epochs < math.inf:
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= given[name] < 1:
+            raise ValueError(f"--{name} must be from 0 to below 1, not {given[name]}")
+    if training.max_steps == 0:
+        raise ValueError("--max_steps must be above 0; -1 leaves the end to --num_train_epochs")
+    if training.max_steps < 0 and not 0 < training.num_train_epochs < math.inf:
         raise ValueError(f"--num_train_epochs must be above 0, not {training.num_train_epochs}")
     new_parts(model)
+    _check_installed(training)
+
+
+def _check_installed(training: TrainingArguments) -> None:
+    """Refuses what this machine has no library or device for."""
+    installed = {*get_available_reporting_integrations(), "flyte"}  # transformers does not look for flyte
+    for name in training.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(
+                f"--report_to {name} is unknown; known: none, {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+            )
+        if name not in installed:
+            raise ValueError(f"--report_to {name}: it is not installed here")
+    if training.fp16 and training.device.type == "cpu":
+        raise ValueError("--fp16 needs a GPU; on a CPU use --bf16 True, or neither")
+    try:
+        transformers.Trainer.get_optimizer_cls_and_kwargs(training)
+    except ImportError as error:
+        raise ValueError(f"--optim {training.optim.value}: {error}") from error
 
 
 def new_parts(model: ModelArguments) -> set[str]:

@@ -133,14 +133,25 @@ def _shapes(model: LlavaLlamaForCausalLM, pixels: Tensor) -> dict[str, tuple[int
 
 def _begin(folder: Path, key: str, count: int, shapes: dict[str, tuple[int, ...]]) -> None:
     state = folder / _STATE_FILE
-    if state.is_file() and json.loads(state.read_text("utf-8")).get("key") == key:
+    whole = {**{name: (count, *shape) for name, shape in shapes.items()}, "done": (count,)}
+    if _has_begun(folder, key, whole):
         return
     folder.mkdir(parents=True, exist_ok=True)
     state.unlink(missing_ok=True)
-    for name, shape in shapes.items():
-        np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=np.float16, shape=(count, *shape)).flush()
-    np.lib.format.open_memmap(folder / "done.npy", mode="w+", dtype=np.bool_, shape=(count,)).flush()
+    for name, shape in whole.items():
+        kind = np.bool_ if name == "done" else np.float16
+        np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=kind, shape=shape).flush()
     state.write_text(json.dumps({"key": key, "images": count}) + "\n", encoding="utf-8")
+
+
+def _has_begun(folder: Path, key: str, shapes: dict[str, tuple[int, ...]]) -> bool:
+    """Whether the folder has these images' files; what is damaged counts as not there."""
+    try:
+        state = json.loads((folder / _STATE_FILE).read_text("utf-8"))
+        found = {name: np.load(folder / f"{name}.npy", mmap_mode="r").shape for name in shapes}
+    except (OSError, EOFError, ValueError):
+        return False
+    return state.get("key") == key and found == shapes
 
 
 def _fingerprint(model: LlavaLlamaForCausalLM, dataset: SupervisedDataset, images: Sequence[str]) -> str:

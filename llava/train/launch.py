@@ -11,7 +11,7 @@ from torch.distributed.run import main as torchrun
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Starts processes as torchrun does, with its options.
+    """Starts processes as torchrun does, with its options; what it says stands below a progress bar's line.
 
     Returns:
         The exit status of the process that failed first, 128 and the signal's number after a signal, or 0.
@@ -25,10 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return failure.exitcode
         name = signal.Signals(-failure.exitcode).name
         hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
-        print(f"error: process {rank} was ended by {name}{hint}", file=sys.stderr)
+        print(f"\nerror: process {rank} was ended by {name}{hint}", file=sys.stderr)
         return 128 - failure.exitcode
     except SignalException as stopped:
-        print(f"interrupted by {stopped.sigval.name}", file=sys.stderr)
+        print(f"\ninterrupted by {stopped.sigval.name}", file=sys.stderr)
         return 128 + stopped.sigval
     return 0
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations import deepspeed as deepspeed_integration
@@ -91,6 +92,8 @@ def open_start(model: ModelArguments, data: DataArguments) -> Opened:
         hint = "parts that a checkpoint lacks are begun anew only if --init names them, as in --init fusion"
         if "missing" not in str(error):
             hint = "do the towers of --vision_tower and --dino_weights belong to it?"
+            if model.mm_fusion_type is not None:
+                hint = f"the fusion {model.mm_fusion_type!r} has no such parts; start from a checkpoint without them"
         raise CheckpointError(f"{error}\n  {hint}") from None
     tokenizer = load_tokenizer(checkpoint.tokenizer_folder)
     return Opened(config, tokenizer, skeleton.get_model().num_image_tokens(), kept, new, checkpoint.folder)
@@ -125,8 +128,9 @@ def _open_new(model: ModelArguments, data: DataArguments) -> Opened:
     try:
         config = _with_options(LlavaConfig.from_dict({"cpm_search": "labels", **values}), model, data)
         skeleton = _skeleton(config)
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"--model_config {model.model_config} describes no model: {error}") from error
+    except (TypeError, KeyError, StrictDataclassError) as error:
+        why = error.__cause__ or error
+        raise ValueError(f"--model_config {model.model_config} describes no model: {why}") from error
     unknown = set(tensors) - set(stored_state_dict(skeleton))
     if unknown:
         raise CheckpointError(f"the towers hold tensors that the model does not have, such as {sorted(unknown)[0]}")

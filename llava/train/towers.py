@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -460,7 +461,10 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         ValueError: Something in the options or the data does not fit; the message says what.
     """
     _check(options)
-    config = LlavaConfig.from_dict(read_json(options.config))
+    try:
+        config = LlavaConfig.from_dict(read_json(options.config))
+    except StrictDataclassError as error:
+        raise ValueError(f"--config {options.config} describes no model: {error.__cause__ or error}") from error
     examples = read_examples(options.data, options.image_folder)
     shuffled = torch.randperm(len(examples), generator=torch.Generator().manual_seed(options.seed)).tolist()
     examples = [examples[index] for index in shuffled]

@@ -32,6 +32,7 @@ from llava.data.dataset import SupervisedDataset
 from llava.data.records import DataError, Record, read_records
 from llava.data.sampler import ModalityLengthSampler
 from llava.model.builder import resolve_attention
+from llava.model.checkpoint_files import read_json
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.train.arguments import (
     DataArguments,
@@ -98,12 +99,20 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     _set_up_logs(args)
     transformers.set_seed(args.seed)
     opened = open_start(model_args, data_args)
+    if args.save_layout == "published" and not opened.config.mm_vision_tower:
+        raise ValueError(
+            "--save_layout published names its vision tower rather than describing it; name it by --vision_tower"
+        )
     records, held_back = _records(data_args, args, opened)
     output = Path(args.output_dir)
     start = find_start(output, args.resume)
     run = describe_run(model_args, data_args, args, records)
     if start is not None:
         refuse_other_run(output / RUN_FILE, run)
+        logger.info("going on from %s", start)
+    make_folder(output, "--output_dir")
+    if data_args.cache_features:
+        make_folder(Path(data_args.cache_features), "--cache_features")
     _join_processes(args)
     model = _build(model_args, args, opened)
     whole = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -115,7 +124,6 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     trainer = _trainer(model, whole, model_args, data_args, args, opened, options, train_set, held_back)
     if args.should_save:
         print(trainable_table(model), file=sys.stderr)
-    output.mkdir(parents=True, exist_ok=True)
     _trial_save(trainer, output)
     if args.should_save:
         write_text(output / RUN_FILE, json.dumps(run, indent=2) + "\n")
@@ -124,7 +132,11 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     if start is not None and is_finished(start):
         trainer.load_finished(start)
     else:
-        trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        try:
+            trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        except BaseException:
+            trainer.end_progress_bar()
+            raise
     final = output / FINAL
     trainer.export_to(final)
     if args.should_save:
@@ -174,6 +186,20 @@ def _records(data_args: DataArguments, args: TrainingArguments, opened: Opened) 
         [record for place, record in enumerate(records) if place not in chosen],
         [record for place, record in enumerate(records) if place in chosen],
     )
+
+
+def make_folder(folder: Path, option: str) -> None:
+    """Makes the folder that an option names, before it takes long to get where it is written.
+
+    Raises:
+        ValueError: It cannot be made, or nothing can be written into it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{option}: the folder {folder} cannot be made: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{option}: nothing may be written into {folder}")
 
 
 def find_start(output: Path, resume: str) -> Path | None:
@@ -230,7 +256,7 @@ def refuse_other_run(file: Path, run: Mapping[str, Any]) -> None:
     Raises:
         ValueError: They differ; the message says in what.
     """
-    before = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    before = read_json(file) if file.is_file() else {}
     other = [
         f"{name} was {before[name]!r}, is {value!r}" for name, value in run.items() if before.get(name, value) != value
     ]

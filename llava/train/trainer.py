@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
+from transformers.trainer_callback import ProgressCallback, TrainerState
 
 from llava.constants import IGNORE_INDEX
 from llava.data.collator import FEATURES, Sample
@@ -253,9 +254,27 @@ class ForgeryTrainer(transformers.Trainer):
             sums = dict(zip(_COUNTS, summed, strict=True))
             logs.update(describe_counts(sums, seconds))
             logs.update(self._utilisation(sums, seconds))
+            self._refuse_divergence(logs)
             self._sums = None
             self._since = time.perf_counter()
         super().log(logs, start_time)
+
+    def _refuse_divergence(self, logs: Mapping[str, float]) -> None:
+        """Stops a run that cannot recover, before it saves over checkpoints of better days.
+
+        With fp16, steps whose numbers are too large are left out, so that a run does recover.
+
+        Raises:
+            ValueError: A loss is no finite number.
+        """
+        for name in ("lm_loss", "mapper_loss"):
+            if not math.isfinite(logs[name]) and not self.args.fp16:
+                if not self.is_world_process_zero():
+                    raise SystemExit(1)  # all processes find the same, and one says it
+                raise ValueError(
+                    f"the {name} is {logs[name]} at step {self.state.global_step}, so the training was stopped; begin "
+                    f"anew with a lower --learning_rate (earlier checkpoints stay in {self.args.output_dir})"
+                )
 
     def _utilisation(self, sums: Mapping[str, float], seconds: float) -> dict[str, float]:
         """TFLOP/s of one device: ``mfu`` by six FLOPs a weight and token, ``hfu`` by what is computed.
@@ -399,6 +418,14 @@ class ForgeryTrainer(transformers.Trainer):
             for name, parameter in own.items():
                 parameter.copy_(weights[name])
 
+    def end_progress_bar(self) -> None:
+        """Ends the line of the progress bar, so that what is said next stands on its own."""
+        if not self.is_world_process_zero():
+            print(file=sys.stderr)  # the bar is another process's
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                callback.training_bar.close()
+
     def load_finished(self, checkpoint: Path) -> None:
         """Takes weights and log from a run's last checkpoint, after which there is nothing to train."""
         self._load_from_checkpoint(str(checkpoint))
@@ -412,12 +439,14 @@ class ForgeryTrainer(transformers.Trainer):
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(folder, ignore_errors=True)
-            raise OSError(f"{folder} could not be written, earlier checkpoints are untouched: {error}") from error
+            why = error if isinstance(error, OSError) else f"is the disk full? ({error})"
+            raise OSError(f"{folder} could not be written, earlier checkpoints are untouched: {why}") from error
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            write_text(folder / WHOLE_FILE, json.dumps({"step": self.state.global_step}) + "\n")
+            mark = {"step": self.state.global_step, "bytes": _sizes(folder)}
+            write_text(folder / WHOLE_FILE, json.dumps(mark) + "\n")
             remove_old_checkpoints(Path(self.args.output_dir), limit)
 
 
@@ -443,8 +472,21 @@ def numbered_checkpoints(folder: Path) -> list[Path]:
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
-    """Returns the checkpoints of a run that were written to their end, oldest first."""
-    return [path for path in numbered_checkpoints(folder) if (path / WHOLE_FILE).is_file()]
+    """Returns the checkpoints of a run that were written to their end and lost nothing since, oldest first."""
+    return [path for path in numbered_checkpoints(folder) if _is_whole(path)]
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        mark = json.loads((checkpoint / WHOLE_FILE).read_text("utf-8"))
+        return mark.get("bytes", {}).items() <= _sizes(checkpoint).items()
+    except (OSError, ValueError):
+        return False
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """The bytes of each file, which a machine that breaks down can cut after they were written."""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
 def is_finished(checkpoint: Path) -> bool:

@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from mmfr_generation.command_line import Parser
-from mmfr_generation.synthetic.sample import MAX_SIZE, MIN_SIZE
-from mmfr_generation.synthetic.writer import DatasetError, Run, write_dataset
+
+try:
+    from mmfr_generation.synthetic.sample import MAX_SIZE, MIN_SIZE
+    from mmfr_generation.synthetic.writer import DatasetError, Run, write_dataset
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error.name} is not installed; it comes with: pip install 'fakereasoning[synthetic]'")
 
 
 class _Parser(Parser):

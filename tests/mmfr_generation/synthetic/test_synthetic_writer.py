@@ -56,6 +56,13 @@ def test_the_generator_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def test_a_library_that_is_missing_is_named():
+    code = "import sys; sys.modules['scipy'] = None; import mmfr_generation.synthetic.__main__"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: scipy is not installed") and "fakereasoning[synthetic]" in done.stderr
+
+
 def test_two_workers_write_the_same_bytes_as_one(written, tmp_path):
     assert run(tmp_path / "two", *COUNTS, "--workers", "2").returncode == 0
     assert tree(tmp_path / "two") == tree(written)
