@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,14 +15,22 @@ SHARE = 5
 """One id of so many is for fitting."""
 _NEAREST = 1e-7
 """Distance that a probability keeps from 0 and 1, so that its logit is finite."""
+_KINDS = {"verdict": "answer", "forced": "answer", "prompt": "prompt", "detector": "detector"}
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibrated P(fake) = sigmoid(logit(P) / temperature + bias)."""
+    """Calibrated P(fake) = sigmoid(logit(P) / temperature + bias).
+
+    Attributes:
+        temperature: Above 0; more than 1 makes scores less sure.
+        bias: Above 0 moves scores towards fake.
+        score: The score that it is for: ``answer``, ``prompt`` or ``detector``; None where that was not known.
+    """
 
     temperature: float
     bias: float
+    score: str | None = None
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:
         """Returns the calibrated probabilities; NaN stays NaN."""
@@ -42,7 +50,7 @@ class Calibration:
         """
         try:
             read = json.loads(path.read_text(encoding="utf-8"))
-            found = cls(float(read["temperature"]), float(read["bias"]))
+            found = cls(float(read["temperature"]), float(read["bias"]), read.get("score") and str(read["score"]))
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path} holds no calibration") from None
         if not (np.isfinite([found.temperature, found.bias]).all() and found.temperature > 0):
@@ -55,8 +63,23 @@ def is_for_fitting(sample_id: str) -> bool:
     return int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:8], "big") % SHARE == 0
 
 
-def fit(scores: Sequence[float], labels: Sequence[int]) -> Calibration:
+def kind_of_score(sources: Iterable[str | None]) -> str | None:
+    """Returns which score was read, ``answer``, ``prompt`` or ``detector``; None where it is not said, or several.
+
+    Args:
+        sources: ``score_source`` of each report.
+    """
+    kinds = {_KINDS.get(source or "") for source in sources}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def fit(scores: Sequence[float], labels: Sequence[int], score: str | None = None) -> Calibration:
     """Fits temperature and bias by maximum likelihood; a weak prior keeps them finite where classes do not overlap.
+
+    Args:
+        scores: P(fake), NaN where there is none.
+        labels: 0 real, 1 fake.
+        score: What ``kind_of_score`` says.
 
     Raises:
         ValueError: There are no images of both classes, or higher scores do not mean fake.
@@ -72,7 +95,7 @@ def fit(scores: Sequence[float], labels: Sequence[int]) -> Calibration:
     slope, bias = float(model.coef_[0, 0]), float(model.intercept_[0])
     if slope <= 0:
         raise ValueError("on the calibration split a higher score does not mean fake, so no temperature fits")
-    return Calibration(1 / slope, bias)
+    return Calibration(1 / slope, bias, score)
 
 
 def _logits(scores: np.ndarray) -> np.ndarray:

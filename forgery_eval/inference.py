@@ -4,6 +4,9 @@ Exit status: 0 all pictures were judged, 1 nothing could be done, 3 some picture
 """
 
 import argparse
+import errno
+import hashlib
+import os
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from llava import ForgeryDetector, ForgeryReport
+
+_OVERLAY_ENDING = ".attention.png"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -129,7 +134,8 @@ def save_overlay(file: Path, target: Path, attention: "np.ndarray") -> None:
     """Draws where the model looked over a picture; the file appears only when it is whole.
 
     Raises:
-        ValueError: The picture is no longer the one that was judged.
+        ValueError: The picture is no longer the one that was judged, or its name is too long to add to.
+        OSError: The overlay cannot be written, for example since the disk is full.
     """
     from llava.mm_utils import ImageReadError, load_image
 
@@ -137,10 +143,16 @@ def save_overlay(file: Path, target: Path, attention: "np.ndarray") -> None:
         drawn = draw_overlay(load_image(file), attention)
     except (ImageReadError, ValueError) as error:
         raise ValueError(f"{file}, which changed after it was judged: {error}") from error
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    drawn.save(partial, format="PNG")
-    partial.replace(target)
+    partial = target.with_name(f".{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        drawn.save(partial, format="PNG")
+        partial.replace(target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError(f"{file}: the name of its overlay, {_OVERLAY_ENDING} added, is too long") from error
+        raise
 
 
 def overlay_path(file: Path, root: Path, folder: Path) -> Path:
@@ -154,7 +166,7 @@ def overlay_path(file: Path, root: Path, folder: Path) -> Path:
         inside = file.relative_to(root)
     else:
         inside = Path(*file.absolute().parts[1:])
-    return folder / f"{inside}.attention.png"
+    return folder / f"{inside}{_OVERLAY_ENDING}"
 
 
 def run(arguments: Any = None) -> int:

@@ -181,21 +181,24 @@ def _prediction(entry: Any, place: str) -> Prediction:
     verdict, text = entry.get("verdict"), entry.get("text") or ""
     if verdict not in (None, "real", "fake"):
         raise ValueError(f"{place}: the verdict must be real, fake or null, not {verdict!r}")
-    if not isinstance(text, str):
-        raise ValueError(f"{place}: the text must be a text")
+    source, seconds = entry.get("score_source"), entry.get("seconds") or 0
+    if not isinstance(text, str) or not isinstance(source, str | None):
+        raise ValueError(f"{place}: text and score_source must be texts")
+    if not isinstance(seconds, int | float):
+        raise ValueError(f"{place}: seconds must be a number, not {seconds!r}")
     parsed = parse_answer(text)
     return Prediction(
         id=entry["id"],
         label=-1,
         verdict=verdict if "verdict" in entry else parsed.verdict,
         fake_probability=_probability(entry, "fake_probability", place),
-        score_source=entry.get("score_source"),
+        score_source=source,
         answer_probability=_probability(entry, "answer_probability", place),
         text=text,
         stages=_texts(entry, "stages", parsed.stages, place),
         attributes=_texts(entry, "attributes", parsed.attributes, place),
         error=str(entry.get("error") or ""),
-        seconds=float(entry.get("seconds") or 0),
+        seconds=float(seconds),
     )
 
 

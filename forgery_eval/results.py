@@ -12,7 +12,7 @@ import numpy as np
 
 from forgery_eval import paper_protocol
 from forgery_eval.benchmarks import Sample
-from forgery_eval.calibration import Calibration, fit, is_for_fitting
+from forgery_eval.calibration import Calibration, fit, is_for_fitting, kind_of_score
 from forgery_eval.files import write_whole
 from forgery_eval.predictions import Prediction
 from forgery_eval.report_page import report_page
@@ -73,13 +73,14 @@ def write_results(
         paper: Also compute the authors' figures.
 
     Raises:
-        ValueError: The scores cannot be calibrated.
+        ValueError: The scores cannot be calibrated, or the calibration is for another score.
     """
+    _check_score(calibration, predictions)
     reported = list(zip(samples, predictions, strict=True))
     for_fitting: list[tuple[Sample, Prediction]] = []
     if fit_calibration:
         for_fitting = [pair for pair in reported if is_for_fitting(pair[0].id)]
-        calibration = _fit(for_fitting, "fake_probability")
+        calibration = _fit(for_fitting, "fake_probability", _score_read(predictions))
         calibration.save(folder / "calibration.json")
         reported = [pair for pair in reported if not is_for_fitting(pair[0].id)]
         if not reported:
@@ -96,15 +97,30 @@ def write_results(
         write_whole(folder / "metric.txt", "".join(lines))
     metrics |= all_figures(rows)
     if any(p.answer_probability is not None for p in said):
-        metrics["answer_score"] = _answer_score(rows, _fit(for_fitting, "answer_probability") if for_fitting else None)
+        own = _fit(for_fitting, "answer_probability", "answer") if for_fitting else None
+        metrics["answer_score"] = _answer_score(rows, own)
     write_whole(folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     write_whole(folder / "metrics.csv", _csv(metrics))
     write_whole(folder / "report.html", report_page(metrics, rows))
 
 
-def _fit(pairs: Sequence[tuple[Sample, Prediction]], field: str) -> Calibration:
+def _score_read(predictions: Sequence[Prediction]) -> str | None:
+    return kind_of_score(said.score_source for said in predictions if said.fake_probability is not None)
+
+
+def _check_score(calibration: Calibration | None, predictions: Sequence[Prediction]) -> None:
+    read = _score_read(predictions)
+    if calibration and calibration.score and read and calibration.score != read:
+        raise ValueError(
+            f"the calibration is for the {calibration.score!r} score, but these scores are {read!r}: "
+            f"evaluate with --score {calibration.score}, or fit anew with --calibrate; the answers are kept"
+        )
+
+
+def _fit(pairs: Sequence[tuple[Sample, Prediction]], field: str, score: str | None) -> Calibration:
     scores = [getattr(prediction, field) for _, prediction in pairs]
-    return fit([np.nan if value is None else value for value in scores], [sample.label for sample, _ in pairs])
+    labels = [sample.label for sample, _ in pairs]
+    return fit([np.nan if value is None else value for value in scores], labels, score)
 
 
 def _answer_score(rows: Sequence[Scored], calibration: Calibration | None) -> dict[str, Any]:

@@ -33,8 +33,8 @@ def load_image(file: str | os.PathLike[str], *, apply_orientation: bool = True) 
     ignores it, is to be followed.
 
     Raises:
-        ImageReadError: The file is missing, may not be read, is no picture, is damaged, or holds so many pixels that
-            it must be taken for a decompression bomb.
+        ImageReadError: The file is missing, may not be read, is no picture, is damaged, has floating-point pixels, or
+            holds so many that it must be taken for a decompression bomb.
     """
     if not isinstance(file, (str, os.PathLike)):
         raise ImageReadError(f"a picture or its path is needed, not {type(file).__name__}")
@@ -47,6 +47,11 @@ def load_image(file: str | os.PathLike[str], *, apply_orientation: bool = True) 
         with Image.open(file) as image:
             image.seek(0)
             image.load()
+            if image.mode == "F":
+                raise ImageReadError(
+                    f"{file}: its pixels are floating-point numbers, and nothing says which of them is white; "
+                    "save it with 8 or 16 bits"
+                )
             return to_rgb(ImageOps.exif_transpose(image) if apply_orientation else image)
     except ImageReadError:
         raise

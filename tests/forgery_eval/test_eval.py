@@ -213,7 +213,9 @@ def test_foreign_predictions_are_scored(sets, tmp_path):
         ('{"id": "a", "fake_probability": 1.5}', "from 0 to 1"),
         ('{"id": "a", "text": "", "answer_probability": -1}', "answer_probability must be from 0 to 1"),
         ('{"id": "a", "verdict": "maybe"}', "the verdict must be"),
-        ('{"id": "a", "text": 3}', "must be a text"),
+        ('{"id": "a", "text": 3}', "must be texts"),
+        ('{"id": "a", "fake_probability": 0.5, "score_source": ["verdict"]}', "must be texts"),
+        ('{"id": "a", "fake_probability": 0.5, "seconds": "long"}', "seconds must be a number"),
         ('{"id": "a", "text": "", "stages": []}', "object of texts"),
         ("hello", "not JSON"),
         ('{"id": "a", "text": ""}\n{"id": "a", "text": ""}', "more than once"),
@@ -293,6 +295,31 @@ def test_calibration_reports_on_the_rest_and_is_used_again(tmp_path, capsys):
     assert "calibrate on more images" in capsys.readouterr().err
 
 
+def test_a_calibration_of_another_score_is_refused(tmp_path, capsys):
+    rows = [{"image": f"{i}.png", "label": i % 2} for i in range(200)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = {"answer": ["verdict", "forced"], "prompt": ["prompt"], "unknown": [None]}
+    for kind, names in sources.items():
+        said = [
+            {"id": row["image"], "fake_probability": 0.3 + 0.4 * row["label"], "score_source": names[i % len(names)]}
+            for i, row in enumerate(rows)
+        ]
+        (tmp_path / f"{kind}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in said))
+
+    def evaluated(kind: str, *more: object) -> int:
+        given = ["--dataset_path", tmp_path / "d.jsonl", "--rescore", tmp_path / f"{kind}.jsonl"]
+        return run([str(part) for part in (*given, "--result_folder", tmp_path / kind, *more)])
+
+    assert evaluated("answer", "--calibrate") == 0
+    saved = tmp_path / "answer" / "calibration.json"
+    assert json.loads(saved.read_text())["score"] == "answer"
+    assert evaluated("answer", "--calibration", saved) == evaluated("unknown", "--calibration", saved) == 0
+    assert evaluated("prompt", "--calibration", saved) == 1
+    assert "for the 'answer' score, but these scores are 'prompt': evaluate with --score answer" in (
+        capsys.readouterr().err
+    )
+
+
 def test_both_scores_have_figures_before_and_after_calibration(tmp_path):
     rows = [{"image": f"{i}.png", "label": i % 2} for i in range(200)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -319,6 +346,7 @@ def test_both_scores_have_figures_before_and_after_calibration(tmp_path):
         before = found["calibration"]["before"]["figures"]
         assert found["figures"]["nll"] < before["nll"] and found["figures"]["images"] == before["images"] < 200
     assert fitted["answer_score"]["calibration"]["temperature"] != fitted["calibration"]["temperature"]
+    assert (fitted["calibration"]["score"], fitted["answer_score"]["calibration"]["score"]) == ("prompt", "answer")
     table = (
         (tmp_path / "fitted" / "report.html").read_text().split("With and without the answer")[1].split("</table>")[0]
     )

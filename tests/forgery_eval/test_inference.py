@@ -68,6 +68,7 @@ BAD_FILES = {
     "cut.png": (damaged, "cut.png: "),
     "bomb.png": (bomb, "DecompressionBombError"),
     "folder.png": (lambda file: file.mkdir(), "Is a directory"),
+    "float.tif": (lambda file: Image.fromarray(np.full((20, 30), 0.5, np.float32)).save(file), "floating-point"),
 }
 
 
@@ -118,7 +119,7 @@ def test_every_kind_of_picture_is_judged_and_every_bad_one_named(trained, tmp_pa
     for name, (_, reason) in BAD_FILES.items():
         assert reason in answers[name]["error"] and name in answers[name]["error"]
         assert answers[name]["error"] in errors
-    assert "6 pictures could not be judged" in errors
+    assert f"{len(BAD_FILES) + 1} pictures could not be judged" in errors
 
 
 def test_a_file_without_permission_is_named(tmp_path, monkeypatch):
@@ -300,6 +301,18 @@ def test_a_picture_that_changes_while_it_is_judged_stops_nothing(trained, few, t
     errors = capsys.readouterr().err
     assert "1.png, which changed after it was judged: the attention has shape" in errors
     assert "2.png: No such file" in errors and "2 pictures could not be judged" in errors
+
+
+def test_a_name_too_long_for_an_overlay_stops_nothing(trained, tmp_path, capsys):
+    longest, fits = "a" * 251 + ".png", "b" * 237 + ".png"
+    for name in (longest, fits):
+        picture(1).save(tmp_path / name)
+    maps = tmp_path / "maps"
+    given = ["--attention-map", maps, "--max_new_tokens", 5, "--json", tmp_path / "out.jsonl"]
+    assert run(arguments(trained, tmp_path, *given)) == SOME_FAILED
+    assert [entry["error"] for entry in lines(tmp_path / "out.jsonl")] == ["", ""]
+    assert [file.name for file in maps.iterdir()] == [f"{fits}.attention.png"]
+    assert f"{longest}: the name of its overlay" in capsys.readouterr().err
 
 
 def test_overlays_of_a_list_keep_their_paths():
