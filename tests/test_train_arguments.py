@@ -146,13 +146,21 @@ def test_a_new_model_cannot_have_an_adapter_over_nothing(capsys, tmp_path):
     assert "--model_config" in refusal(capsys, tmp_path / "out", **new)
 
 
-@pytest.mark.parametrize("wrong", [{"hidden_size": "wide"}, {"num_attention_heads": 7}], ids=str)
-def test_a_config_that_describes_no_model_is_refused(capsys, tmp_path, wrong):
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"hidden_size": "wide"}, "hidden"),
+        ({"num_attention_heads": 7}, "hidden"),
+        ({"num_key_value_heads": 3}, "attention heads cannot share 3"),
+    ],
+    ids=str,
+)
+def test_a_config_that_describes_no_model_is_refused(capsys, tmp_path, wrong, why):
     config = json.loads((GOLDENS / "base" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **wrong}))
     new = {"model_name_or_path": None, "model_config": tmp_path / "config.json", "tokenizer": GOLDENS / "base"}
     said = refusal(capsys, tmp_path / "out", **new, lora_enable=False)
-    assert str(tmp_path / "config.json") in said and "hidden" in said
+    assert str(tmp_path / "config.json") in said and why in said
 
 
 def test_sharded_training_is_not_begun_without_a_launcher(capsys, tmp_path):

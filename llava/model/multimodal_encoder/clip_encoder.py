@@ -59,7 +59,7 @@ class CLIPVisionTower(VisionTower):
     @classmethod
     def read(cls, source: str) -> TowerSource:
         """Reads a folder or hub id that holds a CLIP vision model, alone or beside its text model."""
-        folder = resolve_folder(source, "CLIP tower")
+        folder = resolve_folder(source, "vision tower")
         config = read_json(folder / "config.json")
         config = config.get("vision_config", config)
         if config.get("model_type", "clip_vision_model") != "clip_vision_model":
