@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 
 from forgery_eval.benchmarks import open_benchmark
 from forgery_eval.command import SOME_FAILED
-from forgery_eval.eval import parse_arguments, run
+from forgery_eval.eval import _weight_files, parse_arguments, run
 from forgery_eval.predictions import Prediction, Run, RunStore, file_digests, read_run, weights_digest
 from llava.systems.fakereasoning.text import ATTRIBUTES, LABELS, write_answer
 from tests.trained import picture
@@ -203,6 +203,25 @@ def test_foreign_predictions_are_scored(sets, tmp_path):
     assert figures["text_accuracy"] == pytest.approx(15 / 17) and figures["scored"] == 1
     assert metrics["detection"]["all"]["undefined"]["auroc"] == "both classes are needed"
     assert metrics["failures"][-1] == {"id": samples[-1].id, "reason": "there is no prediction"}
+
+
+def test_every_file_that_weights_come_from_makes_the_run(tmp_path, monkeypatch):
+    places = ("vision_tower", "dino_tower", "base", "given_vision", "given_dino.pth", "from_environment.pth")
+    for name in places:
+        (tmp_path / name).write_text("0")
+    model = tmp_path / "model"
+    model.mkdir()
+    towers = {f"mm_{name}": str(tmp_path / name) for name in places[:2]}
+    (model / "config.json").write_text(json.dumps(towers))
+    (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "base")}))
+    monkeypatch.setenv("DINO_WEIGHT", str(tmp_path / "from_environment.pth"))
+    more = ["--vision-tower", tmp_path / "given_vision", "--dino-weights", tmp_path / "given_dino.pth"]
+    parsed = parse_arguments(arguments(model, tmp_path, tmp_path, *more))
+    found = {weights_digest(_weight_files(parsed))}
+    for name in places:
+        (tmp_path / name).write_text("1")
+        found.add(weights_digest(_weight_files(parsed)))
+    assert len(found) == 1 + len(places)
 
 
 @pytest.mark.parametrize(
