@@ -331,6 +331,20 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)], ids=["shared", "private"])
+def test_whoever_may_read_the_folder_may_read_its_weights(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with written_whole(tmp_path / "model") as partial:
+            (partial / "tokenizer").mkdir()
+            for file in (partial / "model.safetensors", partial / "tokenizer" / "a.safetensors"):
+                save_file({"a": torch.zeros(1)}, file)
+    finally:
+        os.umask(before)
+    modes = {file.stat().st_mode & 0o777 for file in (tmp_path / "model").rglob("*.safetensors")}
+    assert modes == {mode}
+
+
 def test_a_full_disk_leaves_nothing_behind_and_is_named(tmp_path):
     with pytest.raises(OSError, match=r"model could not be written: .*No space"), written_whole(tmp_path / "model"):
         raise SafetensorError("I/O error: No space left on device")

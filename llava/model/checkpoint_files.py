@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
@@ -222,6 +222,17 @@ def written_whole(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    _open_to_whom_the_folder_is(partial)
     if folder.exists():
         folder.rmdir()
     partial.replace(folder)
+
+
+def _open_to_whom_the_folder_is(folder: Path) -> None:
+    """Lets whoever may read the folder read its files; safetensors writes for their owner alone."""
+    mode = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        # Some file systems keep no modes.
+        with suppress(OSError):
+            if file.is_file():
+                file.chmod(mode)
