@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from forgery_eval.files import claim
+
 _BEGINNING = b'{"image": '
 """Of every line; what is cut and does not begin like this was not written here."""
 
@@ -23,7 +25,7 @@ class AnswersFile:
         done: The images that have a line, each with its ``error``.
 
     Raises:
-        ValueError: The file holds answers of another run, or is no such file.
+        ValueError: The file holds answers of another run, is no such file, or another process writes it.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
@@ -31,10 +33,15 @@ class AnswersFile:
         self.run = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
         self.done: dict[str, str] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file():
-            self._read()
         # A name's bytes that are no UTF-8 are half characters here; escaped they are what JSON means by them.
         self._stream = path.open("a", encoding="utf-8", errors="backslashreplace")
+        if path.is_file():
+            try:
+                claim(self._stream, path)
+                self._read()
+            except ValueError:
+                self._stream.close()
+                raise
 
     def _read(self) -> None:
         whole = 0

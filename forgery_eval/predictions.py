@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from forgery_eval.files import claim
 from llava.systems.fakereasoning.text import parse_answer
 
 _READERS = 4
@@ -88,24 +89,27 @@ class RunStore:
         batch_size: Images at a time.
 
     Raises:
-        ValueError: The file does not belong to the run.
+        ValueError: The file does not belong to the run, or another process writes it.
     """
 
     def __init__(self, folder: Path, run: Run, ids: Sequence[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{run.key}.jsonl"
         self.batch_size, self.done = run.batch_size, 0
-        kept = self._whole_lines()
-        if kept:
-            self._check(kept, run, ids)
         self._stream = self.path.open("ab")
+        try:
+            claim(self._stream, self.path)
+            kept = self._whole_lines()
+            if kept:
+                self._check(kept, run, ids)
+        except ValueError:
+            self._stream.close()
+            raise
         self._stream.truncate(sum(map(len, kept[: 1 + self.done])))
         if not kept:
             self._append([asdict(run)])
 
     def _whole_lines(self) -> list[bytes]:
-        if not self.path.exists():
-            return []
         lines = self.path.read_bytes().splitlines(keepends=True)
         return lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
 

@@ -172,6 +172,19 @@ def test_the_digest_of_weights_is_of_contents_and_names(tmp_path):
     assert weights_digest(["owner/name"]) != weights_digest(["owner/other"])
 
 
+def test_no_two_runs_write_one_store(tmp_path):
+    work = Run({"x": 1}, {}, 2)
+    store = RunStore(tmp_path, work, ["a", "b"])
+    with pytest.raises(ValueError, match="another run is writing"):
+        RunStore(tmp_path, work, ["a", "b"])
+    RunStore(tmp_path, Run({"x": 2}, {}, 2), ["a", "b"]).close()
+    store.write([Prediction("a", 0), Prediction("b", 1)])
+    store.close()
+    again = RunStore(tmp_path, work, ["a", "b"])
+    assert again.done == 2
+    again.close()
+
+
 def test_a_store_of_another_order_is_refused(tmp_path):
     work = Run({"x": 1}, {}, 2)
     store = RunStore(tmp_path, work, ["a", "b", "c"])

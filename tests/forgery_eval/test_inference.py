@@ -1,5 +1,6 @@
 """The inference command as its user runs it."""
 
+import errno
 import itertools
 import json
 import os
@@ -194,6 +195,22 @@ def test_a_file_of_ones_own_is_never_cut(tmp_path, text):
     with pytest.raises(ValueError, match=r"mine\.json, line 1: this is no line of answers"):
         AnswersFile(tmp_path / "mine.json", {})
     assert (tmp_path / "mine.json").read_text() == text
+
+
+def test_no_two_runs_write_one_file(tmp_path, monkeypatch):
+    file = AnswersFile(tmp_path / "a.jsonl", {"x": 1})
+    with pytest.raises(ValueError, match=r"another run is writing .*a\.jsonl"):
+        AnswersFile(tmp_path / "a.jsonl", {"x": 1})
+    file.close()
+    AnswersFile(tmp_path / "a.jsonl", {"x": 1}).close()
+
+    def without_locks(*given):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr("forgery_eval.files.fcntl.flock", without_locks)
+    AnswersFile(tmp_path / "a.jsonl", {"x": 1}).close()
+    monkeypatch.setattr("forgery_eval.files.fcntl", None)
+    AnswersFile(tmp_path / "a.jsonl", {"x": 1}).close()
 
 
 def test_what_is_no_file_is_only_written_to():
