@@ -178,7 +178,10 @@ def test_a_batch_without_supervised_tokens_has_a_loss_of_zero(trained):
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
-def test_a_run_whose_loss_is_no_number_stops_and_keeps_its_checkpoints(trained, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("logging_steps", "save_steps", "kept"), [(1, 1, 2), (50, 1, 2), (50, 2, 2), (50, 50, None)])
+def test_a_run_whose_loss_is_no_number_stops_and_keeps_its_checkpoints(
+    trained, tmp_path, monkeypatch, capsys, logging_steps, save_steps, kept
+):
     original = ForgeryTrainer.training_step
 
     def poisoning(self, model, *arguments, **named):
@@ -187,10 +190,13 @@ def test_a_run_whose_loss_is_no_number_stops_and_keeps_its_checkpoints(trained, 
         return original(self, model, *arguments, **named)
 
     monkeypatch.setattr(ForgeryTrainer, "training_step", poisoning)
-    saving = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    saving = {"max_steps": 5, "save_strategy": "steps", "save_steps": save_steps, "save_total_limit": 1}
+    saving["logging_steps"] = logging_steps
     given = options(tmp_path / "run", trained, write_records(tmp_path / "data"), **LORA, **saving)
     assert main(given) == 1
     said = capsys.readouterr().err
-    assert "\nerror: the lm_loss is nan at step 3" in said and "--learning_rate" in said and "Traceback" not in said
-    assert [path.name for path in whole_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    found_at = 3 if logging_steps == 1 else min(5, -(-3 // save_steps) * save_steps)
+    assert f"\nerror: the lm_loss is nan at step {found_at}" in said
+    assert "--learning_rate" in said and "Traceback" not in said
+    assert [path.name for path in whole_checkpoints(tmp_path / "run")] == ([f"checkpoint-{kept}"] if kept else [])
     assert not (tmp_path / "run" / "final").exists()

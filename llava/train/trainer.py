@@ -249,17 +249,24 @@ class ForgeryTrainer(transformers.Trainer):
         it away.
         """
         if "loss" in logs and self._sums is not None:
-            summed = self.accelerator.reduce(self._sums, "sum").tolist()
+            sums = self._reduced(self._sums)
+            self._refuse_divergence(sums)
             seconds = time.perf_counter() - self._since
-            sums = dict(zip(_COUNTS, summed, strict=True))
             logs.update(describe_counts(sums, seconds))
             logs.update(self._utilisation(sums, seconds))
-            self._refuse_divergence(logs)
             self._sums = None
             self._since = time.perf_counter()
         super().log(logs, start_time)
 
-    def _refuse_divergence(self, logs: Mapping[str, float]) -> None:
+    def _reduced(self, sums: Tensor) -> dict[str, float]:
+        return dict(zip(_COUNTS, self.accelerator.reduce(sums, "sum").tolist(), strict=True))
+
+    def _refuse_unlogged_divergence(self) -> None:
+        """As ``_refuse_divergence``, for the steps since the last log, before something is written."""
+        if self._sums is not None:
+            self._refuse_divergence(self._reduced(self._sums))
+
+    def _refuse_divergence(self, sums: Mapping[str, float]) -> None:
         """Stops a run that cannot recover, before it saves over checkpoints of better days.
 
         With fp16, steps whose numbers are too large are left out, so that a run does recover.
@@ -267,12 +274,12 @@ class ForgeryTrainer(transformers.Trainer):
         Raises:
             ValueError: A loss is no finite number.
         """
-        for name in ("lm_loss", "mapper_loss"):
-            if not math.isfinite(logs[name]) and not self.args.fp16:
+        for name, value in (("lm_loss", sums["lm_sum"]), ("mapper_loss", sums["mapper_sum"])):
+            if not math.isfinite(value) and not self.args.fp16:
                 if not self.is_world_process_zero():
                     raise SystemExit(1)  # all processes find the same, and one says it
                 raise ValueError(
-                    f"the {name} is {logs[name]} at step {self.state.global_step}, so the training was stopped; begin "
+                    f"the {name} is {value} at step {self.state.global_step}, so the training was stopped; begin "
                     f"anew with a lower --learning_rate (earlier checkpoints stay in {self.args.output_dir})"
                 )
 
@@ -379,6 +386,7 @@ class ForgeryTrainer(transformers.Trainer):
 
     def export_to(self, folder: Path) -> None:
         """Writes the model as a folder that ``load_pretrained_model`` opens."""
+        self._refuse_unlogged_divergence()
         tensors = self._gathered(trained_only=self.export_trained_only)
         if self.args.should_save:
             self.export(tensors, folder)
@@ -433,6 +441,7 @@ class ForgeryTrainer(transformers.Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Saves, marks the checkpoint as whole, and only then removes older ones."""
+        self._refuse_unlogged_divergence()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
