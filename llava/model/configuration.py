@@ -65,6 +65,16 @@ class LlavaConfig(LlamaConfig):
         """Reads a config file's contents; see ``cpm_search`` for a file without that field."""
         return super().from_dict({"cpm_search": "predictions", **config_dict}, **kwargs)
 
+    def validate_attention_groups(self) -> None:
+        """Refuses heads that cannot share keys and values evenly; called whenever a config is made.
+
+        Raises:
+            ValueError: They cannot.
+        """
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if groups and heads % groups:
+            raise ValueError(f"{heads} attention heads cannot share {groups} key and value heads evenly")
+
     def pixel_format(self) -> dict[str, Any]:
         """Returns side, mean and standard deviation of the shared pixels.
 

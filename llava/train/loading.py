@@ -131,12 +131,6 @@ def _open_new(model: ModelArguments, data: DataArguments) -> Opened:
     except (TypeError, KeyError, StrictDataclassError) as error:
         why = error.__cause__ or error
         raise ValueError(f"--model_config {model.model_config} describes no model: {why}") from error
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    if heads % groups:
-        raise ValueError(
-            f"--model_config {model.model_config} describes no model: "
-            f"{heads} attention heads cannot share {groups} key and value heads evenly"
-        )
     unknown = set(tensors) - set(stored_state_dict(skeleton))
     if unknown:
         raise CheckpointError(f"the towers hold tensors that the model does not have, such as {sorted(unknown)[0]}")
