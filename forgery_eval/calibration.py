@@ -15,7 +15,8 @@ SHARE = 5
 """One id of so many is for fitting."""
 _NEAREST = 1e-7
 """Distance that a probability keeps from 0 and 1, so that its logit is finite."""
-_KINDS = {"verdict": "answer", "forced": "answer", "prompt": "prompt", "detector": "detector"}
+_KINDS: dict[str | None, str] = {"verdict": "answer", "forced": "answer", "prompt": "prompt", "detector": "detector"}
+"""Which score is read where."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,13 @@ class Calibration:
         """
         try:
             read = json.loads(path.read_text(encoding="utf-8"))
-            found = cls(float(read["temperature"]), float(read["bias"]), read.get("score") and str(read["score"]))
+            found = cls(float(read["temperature"]), float(read["bias"]), read.get("score"))
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path} holds no calibration") from None
         if not (np.isfinite([found.temperature, found.bias]).all() and found.temperature > 0):
             raise ValueError(f"{path}: the temperature must be above 0 and the bias finite")
+        if found.score not in (None, *_KINDS.values()):
+            raise ValueError(f"{path}: unknown score {found.score!r}; known: {', '.join(sorted(set(_KINDS.values())))}")
         return found
 
 
@@ -69,7 +72,7 @@ def kind_of_score(sources: Iterable[str | None]) -> str | None:
     Args:
         sources: ``score_source`` of each report.
     """
-    kinds = {_KINDS.get(source or "") for source in sources}
+    kinds = {_KINDS.get(source) for source in sources}
     return kinds.pop() if len(kinds) == 1 else None
 
 

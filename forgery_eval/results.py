@@ -113,7 +113,7 @@ def _check_score(calibration: Calibration | None, predictions: Sequence[Predicti
     if calibration and calibration.score and read and calibration.score != read:
         raise ValueError(
             f"the calibration is for the {calibration.score!r} score, but these scores are {read!r}: "
-            f"evaluate with --score {calibration.score}, or fit anew with --calibrate; the answers are kept"
+            "ask for the other score with --score, or fit anew with --calibrate"
         )
 
 

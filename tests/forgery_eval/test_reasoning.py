@@ -150,7 +150,17 @@ def test_a_fifth_of_the_ids_is_for_fitting():
     assert sum(is_for_fitting(f"flux/0_real/{number}.png") for number in range(5000)) == pytest.approx(1000, rel=0.1)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"temperature": 0, "bias": 0}', '{"temperature": 1}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"temperature": 0, "bias": 0}',
+        '{"temperature": 1}',
+        '{"temperature": 1, "bias": 0, "score": "luck"}',
+        '{"temperature": 1, "bias": 0, "score": ["answer"]}',
+    ],
+)
 def test_a_wrong_calibration_file_is_explained(tmp_path, content):
     (tmp_path / "c.json").write_text(content)
     with pytest.raises(ValueError, match=r"c\.json"):
