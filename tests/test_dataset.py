@@ -268,7 +268,7 @@ INVALID = {
     "another verdict": (a_record("<CONCLUSION> This image is odd. </CONCLUSION>"), "neither"),
     "unlike spelling": (a_record("<CONCLUSION>\nThis image is fake.\n</CONCLUSION>"), "does not spell its verdict"),
     "missing image": (replace(FAKE, image="img9.png"), "no image .*img9.png"),
-    "name that no disk takes": (replace(FAKE, image=f"{'x' * 5000}.png"), "no image .*xxx.png"),
+    "name that no disk takes": (replace(FAKE, image=f"{'n' * 5000}.png"), "no image .*nnn.png"),
     "image is a folder": (replace(FAKE, image="../images"), "no image"),
     "cut verdict": (
         a_record(f"<CAPTION> {'long ' * 60}</CAPTION>\n\n{FAKE.turns[1]['value']}"),

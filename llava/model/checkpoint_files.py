@@ -222,13 +222,13 @@ def written_whole(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _open_to_whom_the_folder_is(partial)
+    _make_as_readable_as_the_folder(partial)
     if folder.exists():
         folder.rmdir()
     partial.replace(folder)
 
 
-def _open_to_whom_the_folder_is(folder: Path) -> None:
+def _make_as_readable_as_the_folder(folder: Path) -> None:
     """Lets whoever may read the folder read its files; safetensors writes for their owner alone."""
     mode = folder.stat().st_mode & 0o666
     for file in folder.rglob("*"):

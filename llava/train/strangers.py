@@ -1,9 +1,10 @@
 """Pictures that resemble none, so that a tower does not take for real whatever it has not seen.
 
 A tower that learns from some generators calls a picture fake where it finds their traces, and everything else real. A
-stranger is a real picture whose measures are moved by the difference of two other real ones: what varies together in
-pictures still does, but the whole lies where no picture is. Called fake in training, strangers draw the boundary around
-the real pictures and not only around the known traces (outlier exposure, arXiv 1812.04606, with made-up outliers).
+stranger is a real picture whose measures are moved by the difference of two real ones of its batch: what varies
+together in pictures still does, but the whole lies where no picture is. Called fake in training, strangers draw the
+boundary around the real pictures and not only around the known traces (outlier exposure, arXiv 1812.04606, with made-up
+outliers).
 """
 
 import torch
@@ -23,6 +24,9 @@ def choose_strangers(real_B: Tensor, share: float) -> Tensor:
 
 def estrange(measured: Measured, real_B: Tensor, strange_B: Tensor) -> Measured:
     """Moves the measures of strangers, all tiles of a picture alike.
+
+    The two real pictures are drawn independently. Now and then they are one, and the stranger stays where it is: one in
+    as many as the batch has reals, the share of labels that is wrong.
 
     Args:
         measured: Standardised measures of B pictures.

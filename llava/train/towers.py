@@ -476,10 +476,9 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(options.seed)
     wanted = {name: weights for name in TOWERS if (weights := getattr(options, f"{name}_loss"))}
     towers = build_towers(config, names, wanted)
-    if options.strangers and not (
-        isinstance(getattr(towers.get("dino_tower"), "tower", None), ResidualVisionTower)
-        and wanted["dino_tower"].get("verdict")
-    ):
+    second = towers.get("dino_tower")
+    can_have_strangers = second is not None and isinstance(second.tower, ResidualVisionTower)
+    if options.strangers and not (can_have_strangers and wanted["dino_tower"].get("verdict")):
         raise ValueError("--strangers is for a second tower of type residual that has a verdict loss")
     for name, taught in towers.items():
         print(f"{name}: {sum(p.numel() for p in taught.tower.parameters()):,} parameters")
