@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -95,6 +96,26 @@ def test_a_model_says_its_length(capsys):
     run(build_parser().parse_args(arguments))
     text = capsys.readouterr().out
     assert "curious human" in text and "cut off" not in text
+
+
+def test_a_model_says_how_many_positions_an_image_takes(trained, tmp_path, capsys):
+    config = json.loads((trained / "config.json").read_text())
+    grid = config["vision_tower_config"]["image_size"] // config["vision_tower_config"]["patch_size"]
+    arguments = [FILE, "-n", "1", "--model_name_or_path", str(trained)]
+    run(build_parser().parse_args(arguments))
+    assert f"<image: {grid**2} tokens>" in capsys.readouterr().out
+    run(build_parser().parse_args([*arguments, "--num_image_tokens", "7"]))
+    assert "<image: 7 tokens>" in capsys.readouterr().out
+    del config["vision_tower_config"]
+    shutil.copytree(trained, tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    run(build_parser().parse_args([*arguments[:-1], str(tmp_path / "model")]))
+    assert "<image: 576 tokens>" in capsys.readouterr().out
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps({"vision_tower_config": {"type": "clip"}, "vocab_size": "x"})
+    )
+    assert run_or_explain(lambda: run(build_parser().parse_args([*arguments[:-1], str(tmp_path / "model")]))) == 1
+    assert "config.json is wrong: " in capsys.readouterr().err
 
 
 def test_the_spans_spell_the_whole_prompt():

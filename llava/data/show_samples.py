@@ -6,10 +6,13 @@ What carries no loss is grey; without colours, what is supervised stands in [[ ]
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
+import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedTokenizerBase
 
 from llava.cli import OptionParser, run_or_explain
@@ -19,11 +22,15 @@ from llava.data.checks import find_problem, is_file, tokenize_records
 from llava.data.prompting import TokenizedConversation, fitting_length
 from llava.data.records import Record, read_records
 from llava.model.builder import DEFAULT_CONTEXT_LENGTH, load_tokenizer
-from llava.model.checkpoint_files import read_json, resolve_folder
+from llava.model.checkpoint_files import CheckpointError, read_json, resolve_folder
+from llava.model.configuration import LlavaConfig
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.probability_mapper import VerdictTokens
 from llava.systems.fakereasoning.text import VERDICT_PREFIX, VERDICT_WORDS
 
 _GREY, _REVERSED, _PLAIN = "\033[2m", "\033[7m", "\033[0m"
+_PUBLISHED_IMAGE_TOKENS = 576
+"""Positions of an image where a model's config does not describe its towers: CLIP's patches of 14 in 336 pixels."""
 
 
 def spans(tokenized: TokenizedConversation, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
@@ -99,11 +106,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("file", type=Path, metavar="FILE", help="training file")
     parser.add_argument("-n", type=_count, default=3, metavar="N", help="how many samples (default 3; 0: none)")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model_name_or_path", metavar="PATH", help="model whose tokenizer and length count")
+    source.add_argument("--model_name_or_path", metavar="PATH", help="model whose tokenizer and lengths count")
     source.add_argument("--tokenizer", metavar="PATH", help="folder with a tokenizer")
     parser.add_argument("--version", choices=sorted(conv_templates), default="v1", help="prompt template (default v1)")
     parser.add_argument("--max_length", type=int, help=f"default: the model's, else {DEFAULT_CONTEXT_LENGTH}")
-    parser.add_argument("--num_image_tokens", type=int, default=576, help="positions that an image takes (default 576)")
+    parser.add_argument(
+        "--num_image_tokens",
+        type=int,
+        help=f"positions that an image takes (default: the model's, else {_PUBLISHED_IMAGE_TOKENS})",
+    )
     parser.add_argument("--image_folder", type=Path, help="say which images are missing here")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="auto: on a terminal")
     return parser
@@ -120,7 +131,8 @@ def run(arguments: argparse.Namespace) -> None:
     folder = resolve_folder(arguments.model_name_or_path or arguments.tokenizer, "the tokenizer")
     tokenizer = load_tokenizer(folder)
     records = read_records([arguments.file])
-    for text in _described(records[: arguments.n], tokenizer, _max_length(arguments, folder), arguments):
+    arguments = _with_lengths(arguments, folder)
+    for text in _described(records[: arguments.n], tokenizer, arguments):
         print(f"{text}\n")
     verdicts = Counter(record.conclusion.verdict or "no verdict" for record in records)
     counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
@@ -128,7 +140,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _described(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_length: int, arguments: argparse.Namespace
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace
 ) -> Iterator[str]:
     tokenized_records = tokenize_records(records, tokenizer, conv_templates[arguments.version])
     verdict = VerdictTokens.from_tokenizer(tokenizer, VERDICT_PREFIX, VERDICT_WORDS)
@@ -139,18 +151,32 @@ def _described(
             tokenized,
             tokenizer=tokenizer,
             verdict=verdict,
-            max_length=max_length,
+            max_length=arguments.max_length,
             num_image_tokens=arguments.num_image_tokens,
             image_folder=arguments.image_folder,
             colored=colored,
         )
 
 
-def _max_length(arguments: argparse.Namespace, folder: Path) -> int:
-    if arguments.max_length is not None:
-        return arguments.max_length
+def _with_lengths(arguments: argparse.Namespace, folder: Path) -> argparse.Namespace:
+    """Fills in the lengths that were not given: the model's own, or the usual ones where it does not tell."""
     stored = read_json(folder / "config.json") if arguments.model_name_or_path else {}
-    return stored.get("tokenizer_model_max_length") or DEFAULT_CONTEXT_LENGTH
+    filled = argparse.Namespace(**vars(arguments))
+    if filled.max_length is None:
+        filled.max_length = stored.get("tokenizer_model_max_length") or DEFAULT_CONTEXT_LENGTH
+    if filled.num_image_tokens is None:
+        filled.num_image_tokens = _image_tokens(stored, folder)
+    return filled
+
+
+def _image_tokens(stored: Mapping[str, Any], folder: Path) -> int:
+    if not stored.get("vision_tower_config"):
+        return _PUBLISHED_IMAGE_TOKENS
+    try:
+        with torch.device("meta"):
+            return LlavaLlamaForCausalLM(LlavaConfig.from_dict(dict(stored))).get_model().num_image_tokens()
+    except (TypeError, KeyError, StrictDataclassError) as error:
+        raise CheckpointError(f"{folder}: config.json is wrong: {error.__cause__ or error}") from error
 
 
 if __name__ == "__main__":
