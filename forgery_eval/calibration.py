@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from forgery_eval.files import write_whole
+from llava.files import atomic_write
 
 SHARE = 5
 """One id of so many is for fitting."""
@@ -40,7 +40,7 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         """Writes it, atomically."""
-        write_whole(path, json.dumps(asdict(self)) + "\n")
+        atomic_write(path, json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Calibration":

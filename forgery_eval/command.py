@@ -4,7 +4,7 @@ import io
 import sys
 from collections.abc import Callable
 
-from llava.cli import run_or_explain
+from llava.cli import run_cli
 
 SOME_FAILED = 3
 """Exit status where some pictures could not be judged."""
@@ -23,4 +23,4 @@ def run_judging(command: Callable[[], int]) -> int:
         nonlocal failed
         failed = command()
 
-    return run_or_explain(counted) or (SOME_FAILED if failed else 0)
+    return run_cli(counted) or (SOME_FAILED if failed else 0)

@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from forgery_eval.command import run_judging
 from forgery_eval.demo_page import Shown, Truth, demo_page
-from forgery_eval.files import write_whole
-from forgery_eval.image_files import list_images
 from forgery_eval.inference import describe
 from llava.assets import SAMPLES
 from llava.cli import OptionParser
+from llava.files import atomic_write
+from llava.images import list_images
 
 if TYPE_CHECKING:
     from llava import ForgeryDetector
@@ -43,7 +43,7 @@ def main(arguments: argparse.Namespace) -> int:
     if detector.notice:
         print(f"note: {detector.notice}\n", file=sys.stderr)
     shown = judge(detector, [*own, *read_samples()])
-    write_whole(arguments.out, demo_page(shown, detector.notice))
+    atomic_write(arguments.out, demo_page(shown, detector.notice))
     print(f"written: {arguments.out.resolve()}")
     return sum(1 for item in shown if item.report.error)
 

@@ -120,7 +120,7 @@ def _card(item: Shown) -> str:
 
 
 def _pictures(item: Shown) -> str:
-    from llava.mm_utils import load_image
+    from llava.images import load_image
 
     picture = load_image(item.file)
     scale = _SIDE / max(picture.size)

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from forgery_eval import paper_protocol
 from forgery_eval.benchmarks import Sample, open_benchmark
 from forgery_eval.command import run_judging
 from forgery_eval.model_options import (
@@ -36,6 +35,7 @@ from forgery_eval.model_options import (
 )
 from forgery_eval.predictions import Prediction, Run, RunStore, images_digest, read_run, weights_digest
 from llava.cli import OptionParser
+from llava.systems.fakereasoning import protocol
 
 if TYPE_CHECKING:
     from llava import ForgeryDetector, ForgeryReport
@@ -74,7 +74,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add_answer_options(parser)
     parsed = parser.parse_args(arguments)
     if parsed.paper_protocol:
-        parser.set_defaults(**paper_protocol.SETTINGS)
+        parser.set_defaults(**protocol.SETTINGS)
         parsed = parser.parse_args(arguments)
     return parsed
 
@@ -171,8 +171,7 @@ def judge(samples: Sequence[Sample], arguments: argparse.Namespace) -> tuple[lis
     for place in ("model_base", "vision_tower", "dino_weights"):
         del settings[place]  # their contents are in the weights' digest, wherever they lie
     detector = open_detector(arguments)
-    settings["prompt"] = detector.system.prompt(options)
-    settings["notice"] = detector.notice
+    settings |= detector.system.describe(options)
     size = detector.system.batch_size(options) if arguments.batch_size == "auto" else arguments.batch_size
     run = Run(settings, {"sets": arguments.sets, "max_sample": arguments.max_sample}, size)
     with closing(RunStore(arguments.result_folder / "predictions", run, [s.id for s in samples])) as store:
@@ -228,7 +227,8 @@ def _prediction(sample: Sample, report: "ForgeryReport", seconds: float) -> Pred
 
 def _unturned(image: Path) -> Any:
     """The picture without its EXIF orientation; its path where it cannot be read, for the detector to say why."""
-    from llava.mm_utils import ImageReadError, load_image
+    from llava.errors import ImageReadError
+    from llava.images import load_image
 
     try:
         return load_image(image, apply_orientation=False)

@@ -25,12 +25,3 @@ def claim(stream: IO[Any], path: Path) -> None:
         raise ValueError(f"another run is writing {path}: wait for it, or name another place") from None
     except OSError:
         return
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text; the file takes its name only when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    # Half a character, which UTF-8 cannot hold, becomes an escape.
-    partial.write_bytes(text.encode("utf-8", "backslashreplace"))
-    partial.replace(path)

@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from forgery_eval.answers_file import AnswersFile, model_fingerprint
 from forgery_eval.command import run_judging
-from forgery_eval.image_files import list_images
 from forgery_eval.model_options import (
     add_answer_options,
     add_batch_size,
@@ -29,9 +28,10 @@ from forgery_eval.model_options import (
 )
 from forgery_eval.overlay import draw_overlay
 from llava.cli import OptionParser
+from llava.images import list_images
 from llava.report import SCORE_SOURCES
 from llava.systems.base import AnalyzeOptions
-from llava.systems.fakereasoning.text import STAGES
+from llava.systems.fakereasoning.answer import STAGES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -137,7 +137,8 @@ def save_overlay(file: Path, target: Path, attention: "np.ndarray") -> None:
         ValueError: The picture is no longer the one that was judged, or its name is too long to add to.
         OSError: The overlay cannot be written, for example since the disk is full.
     """
-    from llava.mm_utils import ImageReadError, load_image
+    from llava.errors import ImageReadError
+    from llava.images import load_image
 
     try:
         drawn = draw_overlay(load_image(file), attention)

@@ -2,12 +2,12 @@
 
 import argparse
 import sys
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from llava.assets import demo_model_folder
-from llava.systems.base import SCORE_KINDS, AnalyzeOptions
-from llava.systems.fakereasoning.text import FORCED_SUMMARY
+from llava.cli import add_options, read_options
+from llava.systems import registry
+from llava.systems.base import AnalyzeOptions, resolve
 
 if TYPE_CHECKING:
     from llava import ForgeryDetector
@@ -61,25 +61,12 @@ def _batch_size(text: str) -> int | str:
 
 
 def add_answer_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that say how pictures are judged."""
-    answer = parser.add_argument_group("answer")
-    answer.add_argument("--question", help="ask this in the place of the published question")
-    answer.add_argument("--conv-mode", help="prompt template (default: the model's; published: llava_v1)")
-    answer.add_argument("--force-summary", action="store_true", help="give the constant SUMMARY, so it is not decoded")
-    answer.add_argument("--score-only", action="store_true", help="only P(fake), from one forward, without an answer")
-    answer.add_argument(
-        "--score",
-        choices=SCORE_KINDS,
-        default="auto",
-        help="P(fake) after the model's own answer, from its prompt without an answer, or auto (default): the model's",
-    )
-    answer.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy; the authors' is 0.2")
-    answer.add_argument("--top_p", type=float, help="sample from the likeliest words of this probability")
-    answer.add_argument("--num_beams", type=int, default=1, help="beam search if above 1")
-    answer.add_argument("--max_new_tokens", type=int, default=512, help="longest answer (default: 512)")
-    answer.add_argument("--samples", type=int, default=1, help="answers a picture; P(fake) is their mean")
-    answer.add_argument("--seed", type=int, default=0, help="of sampling")
-    answer.add_argument("--tolerant", action="store_true", help="also read verdicts that are not in the strict format")
+    """Adds the options that say how images are analysed."""
+    add_options(parser.add_argument_group("answer"), _options_class())
+
+
+def _options_class() -> type[AnalyzeOptions]:
+    return resolve(registry.spec("fakereasoning").options)
 
 
 def loading_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -93,10 +80,7 @@ def analyze_options(arguments: argparse.Namespace, *, attention: bool = False) -
     Raises:
         ValueError: Options exclude each other or are out of range.
     """
-    names = {field.name for field in fields(AnalyzeOptions)}
-    given = {name: value for name, value in vars(arguments).items() if name in names}
-    prefix = FORCED_SUMMARY if arguments.force_summary else ""
-    return AnalyzeOptions(assistant_prefix=prefix, attention=attention, **given)
+    return read_options(_options_class(), arguments, attention=attention)
 
 
 def open_detector(arguments: argparse.Namespace) -> "ForgeryDetector":

@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from forgery_eval.files import claim
-from llava.systems.fakereasoning.text import parse_answer
+from llava.systems.fakereasoning.answer import parse_answer
 
 _READERS = 4
 _CHUNK = 1 << 20

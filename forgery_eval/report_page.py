@@ -14,9 +14,9 @@ from sklearn import metrics as sk
 
 from forgery_eval.metrics.detection import BINS, score_bins
 from forgery_eval.page import COLOURS, escaped, page, picture_source
-from forgery_eval.paper_protocol import PUBLISHED_ACCURACY, PUBLISHED_MEAN
 from forgery_eval.scoring import ALL, Scored
-from llava.systems.fakereasoning.text import LABELS
+from llava.labels import LABELS
+from llava.systems.fakereasoning.protocol import PUBLISHED_ACCURACY, PUBLISHED_MEAN
 
 WORST = 24
 _THUMBNAIL = 224

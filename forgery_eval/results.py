@@ -10,10 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from forgery_eval import paper_protocol
 from forgery_eval.benchmarks import Sample
 from forgery_eval.calibration import Calibration, fit, is_for_fitting, kind_of_score
-from forgery_eval.files import write_whole
 from forgery_eval.predictions import Prediction
 from forgery_eval.report_page import report_page
 from forgery_eval.scoring import (
@@ -26,6 +24,8 @@ from forgery_eval.scoring import (
     score,
     with_scores,
 )
+from llava.files import atomic_write
+from llava.systems.fakereasoning import protocol
 
 PROTOCOLS = {
     False: "default: every answer counts, one without a verdict is wrong",
@@ -93,15 +93,15 @@ def write_results(
         metrics["calibration"] = {**asdict(calibration), "fitted_here": fit_calibration, "before": before}
     if paper:
         metrics["paper"] = paper_figures(kept, said, similarity)
-        lines = (paper_protocol.metric_line(name, values) for name, values in metrics["paper"].items())
-        write_whole(folder / "metric.txt", "".join(lines))
+        lines = (protocol.metric_line(name, values) for name, values in metrics["paper"].items())
+        atomic_write(folder / "metric.txt", "".join(lines))
     metrics |= all_figures(rows)
     if any(p.answer_probability is not None for p in said):
         own = _fit(for_fitting, "answer_probability", "answer") if for_fitting else None
         metrics["answer_score"] = _answer_score(rows, own)
-    write_whole(folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    write_whole(folder / "metrics.csv", _csv(metrics))
-    write_whole(folder / "report.html", report_page(metrics, rows))
+    atomic_write(folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    atomic_write(folder / "metrics.csv", _csv(metrics))
+    atomic_write(folder / "report.html", report_page(metrics, rows))
 
 
 def _score_read(predictions: Sequence[Prediction]) -> str | None:

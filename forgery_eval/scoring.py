@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from forgery_eval import paper_protocol
 from forgery_eval.benchmarks import Sample
 from forgery_eval.calibration import Calibration
 from forgery_eval.metrics import detection
 from forgery_eval.metrics.reasoning import attribute_figures, mean_with_interval, text_figures
 from forgery_eval.predictions import Prediction
-from llava.systems.fakereasoning.text import LABELS
+from llava.labels import LABELS
+from llava.systems.fakereasoning import protocol
 
 Compare = Callable[[Sequence[str], Sequence[str]], list[float]]
 ALL = "all"
@@ -221,10 +221,10 @@ def paper_figures(
     found = {}
     for name in dict.fromkeys(sample.set for sample in samples):
         own = [(s, p) for s, p in zip(samples, predictions, strict=True) if s.set == name]
-        parsed = [paper_protocol.parse(prediction.text) for _, prediction in own]
+        parsed = [protocol.parse(prediction.text) for _, prediction in own]
         kept = [(answer[1], s.reference or "") for answer, (s, _) in zip(parsed, own, strict=True) if answer]
         texts = [text_figures(text, reference) for text, reference in kept]
         css = similarity.cut([text for text, _ in kept], [wanted for _, wanted in kept]) if similarity else None
         pairs = [(text["bleu_1"], text["rouge_l"]) for text in texts]
-        found[name] = paper_protocol.figures([s.label for s, _ in own], parsed, pairs, css)
+        found[name] = protocol.figures([s.label for s, _ in own], parsed, pairs, css)
     return found

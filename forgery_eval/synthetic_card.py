@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from forgery_eval.files import write_whole
 from forgery_eval.predictions import Prediction, read_run
-from llava.cli import OptionParser, run_or_explain
-from llava.systems.fakereasoning.text import ATTRIBUTES, LABELS, Label
+from llava.cli import OptionParser, run_cli
+from llava.files import atomic_write
+from llava.labels import LABELS, Label
+from llava.systems.fakereasoning.answer import ATTRIBUTES
 
 STRENGTH_EDGES = (0.2, 0.4, 0.6, 0.8, 1.0)
 ROLES = {
@@ -245,16 +246,16 @@ def write_card(options: argparse.Namespace) -> None:
     metrics = json.loads((options.result_folder / "metrics.json").read_text(encoding="utf-8"))
     found["calibration"] = calibration_figures(metrics)
     about = options.about.read_text(encoding="utf-8") if options.about else "# Model card"
-    write_whole(options.out, card(found, about))
+    atomic_write(options.out, card(found, about))
     if options.sample_dataset is not None:
         found["sample"] = figures(read_rows(options.sample_dataset, options.sample_results))
-    write_whole(options.out.with_suffix(".json"), json.dumps(found, indent=1) + "\n")
+    atomic_write(options.out.with_suffix(".json"), json.dumps(found, indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line."""
     options = build_parser().parse_args(argv)
-    return run_or_explain(lambda: write_card(options))
+    return run_cli(lambda: write_card(options))
 
 
 if __name__ == "__main__":

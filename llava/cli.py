@@ -1,22 +1,56 @@
-"""What all command lines have in common. Imports no torch."""
+"""What all command lines have in common: options, messages, and how a command ends. Imports no torch."""
 
 import argparse
+import dataclasses
+import difflib
+import io
+import os
 import sys
-from collections.abc import Callable
-from typing import Any
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from llava.errors import UserError
+
+Options = TypeVar("Options")
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C."""
+SOME_FAILED = 3
+"""Exit status where some items could not be processed and the others were."""
 
 
 class OptionParser(argparse.ArgumentParser):
-    """A parser whose long options answer to ``-`` and ``_`` alike; defaults stand in the help."""
+    """A parser whose long options answer to ``-`` and ``_`` alike, and which says in one line what is wrong."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **options})
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **settings})
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parses arguments after giving every long option the spelling that it was declared with."""
-        given = sys.argv[1:] if args is None else args
+        given = list(sys.argv[1:] if args is None else args)
+        end = given.index("--") if "--" in given else len(given)
         declared = {_folded(option): option for option in self._option_string_actions if option.startswith("--")}
-        return super().parse_known_args([_respelled(argument, declared) for argument in given], namespace)
+        return super().parse_known_args([_respelled(word, declared) for word in given[:end]] + given[end:], namespace)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parses arguments; an unknown option is answered with the nearest known one."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(unknown_option(unknown[0], self._option_string_actions))
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        """Prints one line and ends with status 2."""
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def unknown_option(word: str, known: Sequence[str] | dict[str, Any]) -> str:
+    """Returns a message about an unknown option that names the nearest known one."""
+    name = word.partition("=")[0]
+    near = difflib.get_close_matches(_folded(name), [_folded(option) for option in known if option != name], n=1)
+    hint = f"; did you mean {near[0]}?" if near and name.startswith("-") else ""
+    return f"unrecognized argument {word}{hint}"
 
 
 def _folded(option: str) -> str:
@@ -28,18 +62,109 @@ def _respelled(argument: str, declared: dict[str, str]) -> str:
     return f"{declared.get(_folded(name), name)}{equals}{value}" if name.startswith("--") else argument
 
 
-def run_or_explain(command: Callable[[], None]) -> int:
-    """Runs a command; says in one line what was wrong with its input.
+# --- options from dataclasses
+
+
+def option(default: Any, help: str, **settings: Any) -> Any:
+    """Returns a dataclass field that ``add_options`` turns into an option.
+
+    Args:
+        default: Value where the option is not given.
+        help: What the option does.
+        **settings: Further settings of ``add_argument``, such as ``choices``; ``flag=False`` hides the field.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, **settings})
+
+
+def add_options(group: Any, options: type) -> None:
+    """Adds an option for each field of a dataclass that has a help text, named after the field."""
+    hints = get_type_hints(options)
+    for field in dataclasses.fields(options):
+        settings = {key: value for key, value in field.metadata.items() if key not in ("flag", "name")}
+        if "help" not in settings or field.metadata.get("flag") is False:
+            continue
+        flag = field.metadata.get("name", f"--{_folded(field.name)}")
+        kind = _plain_type(hints[field.name])
+        if kind is bool:
+            action = "store_false" if field.default is True else "store_true"
+            group.add_argument(flag, dest=field.name, action=action, **settings)
+        else:
+            group.add_argument(flag, dest=field.name, default=field.default, **{"type": kind, **settings})
+
+
+def read_options(options: "type[Options]", namespace: argparse.Namespace, **values: Any) -> Options:
+    """Returns a dataclass filled from parsed arguments; ``values`` override them.
+
+    Raises:
+        OptionError: The dataclass refuses a value.
+    """
+    names = {field.name for field in dataclasses.fields(options) if field.init}  # type: ignore[arg-type]
+    given = {name: value for name, value in vars(namespace).items() if name in names}
+    return options(**{**given, **values})
+
+
+def _plain_type(hint: Any) -> Any:
+    """The type that a value's text is read by: ``float`` for ``float | None``, ``str`` for a ``Literal``."""
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = next(part for part in get_args(hint) if part is not type(None))
+    return hint if hint in (bool, int, float) else str
+
+
+def positive_int(text: str) -> int:
+    """Reads a whole number above zero, for ``type=`` of an option."""
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text!r}")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    """Reads a number above zero, for ``type=`` of an option."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
+    return number
+
+
+# --- messages and ends
+
+
+def log(text: str) -> None:
+    """Writes a remark for the user to standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def format_list(names: Sequence[str], limit: int = 20) -> str:
+    """Lists names one a line, the first ``limit`` of them, and says how many more there are."""
+    lines = [f"  {name}" for name in names[:limit]]
+    if len(names) > limit:
+        lines.append(f"  … and {len(names) - limit} more")
+    return "\n".join(lines)
+
+
+def run_cli(command: Callable[[], int | None]) -> int:
+    """Runs a command and returns its exit status.
+
+    A ``UserError`` ends in one line; any other exception is a bug and keeps its traceback.
 
     Returns:
-        The exit status: 0, 1 for bad input, 130 after Ctrl-C.
+        What the command returned (None counts as 0), 1 after a ``UserError``, 130 after Ctrl-C.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding cannot show
     try:
-        command()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        status = command() or 0
+        sys.stdout.flush()
+        return status
+    except UserError as error:
+        log(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+        log("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the output has gone; the interpreter must not complain about it once more while it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

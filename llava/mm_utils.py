@@ -1,15 +1,15 @@
 """From a picture file to shared pixels, and from a prompt with ``<image>`` to ids. Names are LLaVA's."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.images import to_rgb
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,59 +18,6 @@ LONGEST_SIDE = 8192
 """Larger pictures are first shrunk by a whole factor: padding them to a square would take gigabytes."""
 MOST_OBLONG = 100
 """Ratio of sides up to which a picture that is not padded can be resized by its shorter side."""
-
-_SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
-
-
-class ImageReadError(OSError):
-    """A picture cannot be read; the message names the file and the reason."""
-
-
-def load_image(file: str | os.PathLike[str], *, apply_orientation: bool = True) -> Image.Image:
-    """Opens a picture as 8-bit RGB.
-
-    The first frame of an animation is taken; its EXIF orientation is applied unless the authors' protocol, which
-    ignores it, is to be followed.
-
-    Raises:
-        ImageReadError: The file is missing, may not be read, is no picture, is damaged, has floating-point pixels, or
-            holds so many that it must be taken for a decompression bomb.
-    """
-    if not isinstance(file, (str, os.PathLike)):
-        raise ImageReadError(f"a picture or its path is needed, not {type(file).__name__}")
-    try:
-        path = Path(file)
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise ImageReadError(f"{file}: a pipe or a device, not a file")
-        if path.is_file() and path.stat().st_size == 0:
-            raise ImageReadError(f"{file}: the file is empty")
-        with Image.open(file) as image:
-            image.seek(0)
-            image.load()
-            if image.mode == "F":
-                raise ImageReadError(
-                    f"{file}: its pixels are floating-point numbers, and nothing says which of them is white; "
-                    "save it with 8 or 16 bits"
-                )
-            return to_rgb(ImageOps.exif_transpose(image) if apply_orientation else image)
-    except ImageReadError:
-        raise
-    except Image.UnidentifiedImageError as error:
-        raise ImageReadError(f"{file}: no picture in a known format") from error
-    except OSError as error:
-        raise ImageReadError(f"{file}: {error.strerror or error}") from error
-    except MemoryError as error:
-        raise ImageReadError(f"{file}: not enough memory for its pixels") from error
-    except Exception as error:  # Pillow's plugins raise many kinds for damaged files
-        raise ImageReadError(f"{file}: {type(error).__name__}: {error}") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts any picture to 8-bit RGB: alpha is dropped, 16 bits are scaled to 8."""
-    if image.mode in _SIXTEEN_BIT_MODES:
-        values = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def expand2square(image: Image.Image, background_color: tuple[int, int, int]) -> Image.Image:

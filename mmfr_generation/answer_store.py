@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from llava.errors import UserError
 from mmfr_generation.answers import read_answer, read_lines
-from mmfr_generation.command_line import UserError
 from mmfr_generation.files import write_json_lines
 
 

@@ -16,10 +16,12 @@ from typing import Any
 import openai
 from tqdm import tqdm
 
+from llava.cli import format_list, log, positive_float, positive_int
+from llava.errors import UserError
 from mmfr_generation.answer_store import AnswerStore, request_files
 from mmfr_generation.answers import read_lines
 from mmfr_generation.chat_server import Server, make_client
-from mmfr_generation.command_line import Parser, UserError, name_some, positive_float, positive_int, run_script, say
+from mmfr_generation.command_line import Parser, run_script
 from mmfr_generation.direct_api import DirectJobs
 from mmfr_generation.files import only_one_at_work, read_json, replaced_when_complete, sha256_of, write_json
 from mmfr_generation.get_jsonl import ENDPOINT
@@ -438,7 +440,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "submit":
             waiting = jobs.submit()
             if waiting:
-                say(f"{waiting} files wait for a place (--max-pending); watch or run submits them")
+                log(f"{waiting} files wait for a place (--max-pending); watch or run submits them")
         elif options.command == "watch":
             jobs.watch()
         else:
@@ -452,7 +454,7 @@ def _finish(failed: Sequence[str], output_folder: Path) -> int:
     print(f"answers are in {output_folder}")
     if not failed:
         return 0
-    say(f"without an answer: {len(failed)} requests\n{name_some(failed)}\nrun the same command to ask again")
+    log(f"without an answer: {len(failed)} requests\n{format_list(failed)}\nrun the same command to ask again")
     return 1
 
 

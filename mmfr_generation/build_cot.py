@@ -4,17 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.systems.fakereasoning.text import (
-    ATTRIBUTES,
-    FORM_STAGES,
-    LABELS,
-    QUESTION,
-    Form,
-    Label,
-    write_answer,
-    write_reasoning,
-)
-from mmfr_generation.command_line import Parser, UserError, name_some, run_script, say
+from llava.cli import format_list, log
+from llava.errors import UserError
+from llava.labels import LABELS, Label
+from llava.systems.fakereasoning.answer import ATTRIBUTES, FORM_STAGES, QUESTION, Form, write_answer, write_reasoning
+from mmfr_generation.command_line import Parser, run_script
 from mmfr_generation.files import read_json, write_json, write_json_lines
 from mmfr_generation.output_control import Reasoning
 
@@ -61,7 +55,7 @@ def label_of(reasoning: Mapping[str, Any]) -> Label:
     labels = [label for label in LABELS if any(name in reasoning for name in ATTRIBUTES[label])]
     if len(labels) != 1:
         found = ", ".join(map(str, reasoning)) or "none"
-        raise ValueError(f"its attributes do not say whether it is real or fake: {found}")
+        raise ValueError(f"its attributes do not log whether it is real or fake: {found}")
     return labels[0]
 
 
@@ -69,7 +63,7 @@ def read_reasoning(paths: Iterable[Path]) -> dict[str, Reasoning]:
     """Reads reasoning files into one.
 
     Raises:
-        UserError: A file is no reasoning file, or two say different things of an image.
+        UserError: A file is no reasoning file, or two log different things of an image.
     """
     merged: dict[str, Reasoning] = {}
     for path in paths:
@@ -144,7 +138,7 @@ def write_training_file(path: Path, records: list[dict[str, Any]], dropped: list
     if dropped:
         write_json_lines(path.with_name(path.name + ".dropped.jsonl"), dropped)
         names = [f"{entry['image']}: {entry['reason']}" for entry in dropped]
-        say(f"dropped: {len(dropped)} images\n{name_some(names)}")
+        log(f"dropped: {len(dropped)} images\n{format_list(names)}")
     else:
         path.with_name(path.name + ".dropped.jsonl").unlink(missing_ok=True)
     if not records:

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 import openai
 
-from mmfr_generation.command_line import UserError, say
+from llava.cli import log
+from llava.errors import UserError
 
 Result = TypeVar("Result")
 
@@ -108,7 +109,7 @@ class Server:
             pause = self.first_pause * 2 ** (failures - 1) * random.uniform(0.75, 1.0)
         pause = min(pause, _LONGEST_PAUSE)
         if pause >= 5:
-            say(f"the server is busy or out of reach ({self.without_key(str(error))[:200]}); next try in {pause:.0f} s")
+            log(f"the server is busy or out of reach ({self.without_key(str(error))[:200]}); next try in {pause:.0f} s")
         self.stopped.wait(pause)
 
 

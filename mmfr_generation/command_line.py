@@ -7,9 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-
-class UserError(Exception):
-    """Something that the user can mend; its text says what was wrong, where, and what to do."""
+from llava.cli import log, positive_float
+from llava.errors import UserError
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -42,44 +41,9 @@ def _with_dashes(text: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
-def positive_int(text: str) -> int:
-    """Reads a whole number above zero, for ``type=`` of an option."""
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
-    return number
-
-
-def positive_float(text: str) -> float:
-    """Reads a number above zero, for ``type=`` of an option."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above zero")
-    return number
-
-
 def price(text: str) -> float:
     """Reads an amount of zero or more, for ``type=`` of an option."""
     return 0.0 if text.strip() in {"0", "0.0"} else positive_float(text)
-
-
-def say(text: str) -> None:
-    """Writes a remark for the user to the standard error."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def name_some(names: Sequence[str], limit: int = 20) -> str:
-    """Lists names one a line, the first ``limit`` of them, and says how many more there are."""
-    lines = [f"  {name}" for name in names[:limit]]
-    if len(names) > limit:
-        lines.append(f"  … and {len(names) - limit} more")
-    return "\n".join(lines)
 
 
 def run_script(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
@@ -88,17 +52,17 @@ def run_script(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
         status = main(None)
         sys.stdout.flush()
     except UserError as error:
-        say(f"error: {error}")
+        log(f"error: {error}")
         status = 1
     except KeyboardInterrupt:
-        say("stopped; what is done is kept, and the same command goes on from here")
+        log("stopped; what is done is kept, and the same command goes on from here")
         status = 130
     except BrokenPipeError:
         # Whoever read the output has gone; the interpreter must not complain about it once more while it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except OSError as error:
-        say(f"error: {describe_os_error(error)}")
+        log(f"error: {describe_os_error(error)}")
         status = 1
     sys.exit(status)
 

@@ -17,7 +17,9 @@ from typing import Any, BinaryIO, Protocol
 
 from tqdm import tqdm
 
-from mmfr_generation.command_line import Parser, UserError, name_some, run_script
+from llava.cli import format_list
+from llava.errors import UserError
+from mmfr_generation.command_line import Parser, run_script
 from mmfr_generation.files import JsonLog, only_one_at_work, read_json, replaced_when_complete, sha256_of, write_json
 from mmfr_generation.tar_stream import Cut, Member, PartReader, read_members, skip_padding
 
@@ -305,7 +307,7 @@ class Unpacker:
             ("parts that were not read", [f"part {number}" for number in unread]),
         ):
             if names:
-                lines.append(f"{title}: {len(names)}\n{name_some(names)}")
+                lines.append(f"{title}: {len(names)}\n{format_list(names)}")
         return "\n".join(lines), not (refused or damage or missing or unread)
 
     def _unpack_from(self, start: int, run: Sequence[int], log: JsonLog, bar: Any, delete_parts: bool) -> None:

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from mmfr_generation.command_line import UserError
+from llava.errors import UserError
 
 
 @contextlib.contextmanager

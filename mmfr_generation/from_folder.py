@@ -10,9 +10,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llava.systems.fakereasoning.text import FORM_STAGES, Form, Label
+from llava.cli import format_list, log
+from llava.errors import UserError
+from llava.labels import Label
+from llava.systems.fakereasoning.answer import FORM_STAGES, Form
 from mmfr_generation.build_cot import read_captions, read_reasoning, training_record, write_training_file
-from mmfr_generation.command_line import Parser, UserError, name_some, run_script, say
+from mmfr_generation.command_line import Parser, run_script
 from mmfr_generation.files import write_json
 from mmfr_generation.get_jsonl import check_set_name
 from mmfr_generation.images import CLASS_FOLDERS, UnreadableImage, label_from_folders, list_images, load_image
@@ -57,7 +60,7 @@ def read_tree(root: Path, left_out: list[str]) -> Iterator[LabelledImage]:
 
     Args:
         root: Where to begin; its own name does not count.
-        left_out: Takes ``path: reason`` of each image whose folders do not say its class.
+        left_out: Takes ``path: reason`` of each image whose folders do not log its class.
     """
     for path in list_images(root):
         label = label_from_folders(path)
@@ -73,7 +76,7 @@ def read_table(table: Path, root: Path, words: Mapping[str, Label], left_out: li
     Args:
         table: The table; image paths start from ``root`` or are absolute below it.
         root: Folder of the images.
-        words: What the label column may say, in lower case.
+        words: What the label column may log, in lower case.
         left_out: Takes ``path: reason`` of each row that cannot be used.
 
     Raises:
@@ -214,7 +217,7 @@ def training_records(
 
 
 def label_words(real: Sequence[str], fake: Sequence[str]) -> dict[str, Label]:
-    """Returns what a label column may say.
+    """Returns what a label column may log.
 
     Raises:
         UserError: A word stands for both classes.
@@ -264,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = label_words(options.real_words, options.fake_words)
         images = usable(read_table(options.input, root, words, left_out), root, left_out)
     if left_out:
-        say(f"left out: {len(left_out)} images\n{name_some(left_out)}")
+        log(f"left out: {len(left_out)} images\n{format_list(left_out)}")
     if not images:
         raise UserError(f"{options.input} gives no usable image; it needs folders named real and fake, or a table")
     reasoning, captions = read_reasoning(options.reasoning), read_captions(options.captions)
@@ -278,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         form: Form = options.form or ("verdict" if not reasoning else "cot" if captioned else "reasoning")
         records, dropped = training_records(images, root, set_name, reasoning, captions, form)
         write_training_file(options.output, records, dropped)
-        say(f"form: {form}; train with the image folder {root}")
+        log(f"form: {form}; train with the image folder {root}")
     return 1 if left_out else 0
 
 

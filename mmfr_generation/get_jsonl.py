@@ -10,17 +10,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llava.systems.fakereasoning.text import LABELS
+from llava.cli import format_list, log, positive_int
+from llava.errors import UserError
+from llava.labels import LABELS
 from mmfr_generation.answers import read_lines
-from mmfr_generation.command_line import (
-    Parser,
-    UserError,
-    name_some,
-    positive_int,
-    price,
-    run_script,
-    say,
-)
+from mmfr_generation.command_line import Parser, price, run_script
 from mmfr_generation.costs import BATCH_FACTOR, CHARACTERS_PER_TOKEN, PRICES, TILE_RULES, Price, TileRule, dollars
 from mmfr_generation.files import only_one_at_work, replaced_when_complete
 from mmfr_generation.images import EncodedImage, UnreadableImage, encode_image, list_images
@@ -281,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if outcome.kept:
             print(f"requests that were there already: {outcome.kept}")
     if outcome.skipped:
-        say(f"left out: {len(outcome.skipped)} images\n{name_some(outcome.skipped)}")
+        log(f"left out: {len(outcome.skipped)} images\n{format_list(outcome.skipped)}")
     return 1 if outcome.skipped else 0
 
 

@@ -9,8 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.systems.fakereasoning.text import ATTRIBUTES, LABELS, STAGES, Label, attribute_name, parse_answer
-from mmfr_generation.command_line import Parser, UserError, run_script
+from llava.errors import UserError
+from llava.labels import LABELS, Label
+from llava.systems.fakereasoning.answer import ATTRIBUTES, STAGES, attribute_name, parse_answer
+from mmfr_generation.command_line import Parser, run_script
 from mmfr_generation.prompts import ANSWER_KEY, ATTRIBUTE_KEYS
 
 Reasoning = dict[str, str | None]

@@ -8,9 +8,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llava.systems.fakereasoning.text import LABELS, Label
+from llava.cli import log
+from llava.errors import UserError
+from llava.labels import LABELS, Label
 from mmfr_generation.answers import Answer, read_answer, read_lines
-from mmfr_generation.command_line import Parser, UserError, run_script, say
+from mmfr_generation.command_line import Parser, run_script
 from mmfr_generation.files import write_json, write_json_lines
 from mmfr_generation.output_control import (
     REASONS,
@@ -156,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_json(options.output, result.accepted)
     write_json_lines(rejects, result.rejected)
     print(report(result))
-    say(f"written: {options.output} and {rejects}")
+    log(f"written: {options.output} and {rejects}")
     return 0
 
 

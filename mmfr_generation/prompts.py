@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from llava.systems.fakereasoning.text import ATTRIBUTES, LABELS, Label
+from llava.labels import LABELS, Label
+from llava.systems.fakereasoning.answer import ATTRIBUTES
 from mmfr_generation.command_line import Parser, run_script
 
 Task = Literal["reasoning", "caption"]

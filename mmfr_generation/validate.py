@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from llava.systems.fakereasoning.text import ATTRIBUTES, Label, parse_answer
+from llava.errors import UserError
+from llava.labels import Label
+from llava.systems.fakereasoning.answer import ATTRIBUTES, parse_answer
 from mmfr_generation.build_cot import IMAGE_MARK, label_of
-from mmfr_generation.command_line import Parser, UserError, run_script
+from mmfr_generation.command_line import Parser, run_script
 from mmfr_generation.files import read_json, sha256_of, write_json
 from mmfr_generation.images import (
     UnreadableImage,

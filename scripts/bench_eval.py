@@ -19,7 +19,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from llava.cli import OptionParser, run_or_explain
+from llava.cli import OptionParser, run_cli
 from scripts.bench_inference import SIZES, build_system, rounded
 
 CLIP_SIZES = {"tiny": (64, 2), "large": (768, 12)}
@@ -169,14 +169,13 @@ def bench(arguments: argparse.Namespace) -> None:
     from forgery_eval.benchmarks import open_benchmark
     from llava.detector import ForgeryDetector
     from llava.model.builder import resolve_device
-    from llava.systems.base import AnalyzeOptions
 
     if arguments.images < 2 or arguments.new_tokens < 2:
         raise ValueError("images and new tokens must be at least 2")
     torch.manual_seed(0)
     device = torch.device(resolve_device(arguments.device))
     system = build_system(SIZES[arguments.size], device, torch.float32)
-    detector, options = ForgeryDetector(system), AnalyzeOptions(max_new_tokens=arguments.new_tokens)
+    detector, options = ForgeryDetector(system), system.options(max_new_tokens=arguments.new_tokens)
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -228,4 +227,4 @@ def clip_tokenizer() -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(run_or_explain(lambda: bench(parse_arguments())))
+    sys.exit(run_cli(lambda: bench(parse_arguments())))

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from llava.cli import OptionParser, run_or_explain
+from llava.cli import OptionParser, run_cli
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"hidden": 64, "layers": 2, "heads": 4, "inner": 128, "tower": 48, "tower_layers": 2, "pixels": 56},
@@ -55,12 +55,12 @@ def build_system(size: dict[str, int], device: Any, dtype: Any) -> Any:
     from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
     from llava.model.multimodal_encoder.clip_encoder import image_processor_settings
     from llava.model.probability_mapper import VerdictTokens
-    from llava.systems.fakereasoning import text
+    from llava.systems.fakereasoning import answer
     from llava.systems.fakereasoning.system import FakeReasoning
 
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    corpus = [text.QUESTION, text.write_answer("real", caption="c", reasoning="r"), "This image is fake."]
+    corpus = [answer.QUESTION, answer.write_answer("real", caption="c", reasoning="r"), "This image is fake."]
     corpus += [template.system for template in conv_templates.values()]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=["<unk>"], initial_alphabet=alphabet)
@@ -92,7 +92,7 @@ def build_system(size: dict[str, int], device: Any, dtype: Any) -> Any:
         model = LlavaLlamaForCausalLM(config).eval()
     torch.set_default_dtype(default)
     model.generation_config = GenerationConfig(pad_token_id=0)
-    model.set_tokenizer(tokenizer, VerdictTokens.from_tokenizer(tokenizer, text.VERDICT_PREFIX, text.VERDICT_WORDS))
+    model.set_tokenizer(tokenizer, VerdictTokens.from_tokenizer(tokenizer, answer.VERDICT_PREFIX, answer.VERDICT_WORDS))
     return FakeReasoning(tokenizer, model, model.image_processor, 2048)
 
 
@@ -117,10 +117,9 @@ def measure_batch(system: Any, pictures: list[Any], size: int, new_tokens: int) 
 
     from llava.detector import ForgeryDetector
     from llava.model.decoding import Sampler, decode
-    from llava.systems.base import AnalyzeOptions
 
     model, device = system.model, system.model.device
-    options = AnalyzeOptions(max_new_tokens=new_tokens)
+    options = system.options(max_new_tokens=new_tokens)
     many = (pictures * (1 + size // len(pictures)))[: max(len(pictures), size)]
     prepared = [system.prepare(picture) for picture in many[:size]]
     pixels = torch.stack([item.pixels for item in prepared]).to(device, model.dtype)
@@ -235,4 +234,4 @@ def rounded(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(run_or_explain(lambda: bench(parse_arguments())))
+    sys.exit(run_cli(lambda: bench(parse_arguments())))

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from llava.cli import OptionParser, run_or_explain
+from llava.cli import OptionParser, run_cli
 from scripts.bench_inference import SIZES, build_system, rounded, seconds
 
 if TYPE_CHECKING:
@@ -318,4 +318,4 @@ def peak_resident_bytes() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_or_explain(lambda: bench(parse_arguments())))
+    sys.exit(run_cli(lambda: bench(parse_arguments())))

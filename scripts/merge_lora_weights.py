@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from llava.cli import OptionParser, run_or_explain
+from llava.cli import OptionParser, run_cli
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -27,9 +27,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def merge(arguments: argparse.Namespace) -> None:
     """Merges and saves as the arguments say."""
+    from llava.files import atomic_folder
     from llava.model.builder import load_pretrained_model
     from llava.model.checkpoint import open_checkpoint, stored_dtype
-    from llava.model.checkpoint_files import written_whole
     from llava.model.saving import save_published
 
     checkpoint = open_checkpoint(arguments.model_path, arguments.model_base)
@@ -44,10 +44,10 @@ def merge(arguments: argparse.Namespace) -> None:
     if arguments.layout == "published":
         save_published(model, arguments.save_model_path, checkpoint.config, checkpoint.tokenizer_folder)
     else:
-        with written_whole(arguments.save_model_path) as folder:
+        with atomic_folder(arguments.save_model_path) as folder:
             model.save_pretrained(folder)
     print(f"saved {arguments.save_model_path} ({arguments.layout} layout)")
 
 
 if __name__ == "__main__":
-    sys.exit(run_or_explain(lambda: merge(parse_arguments())))
+    sys.exit(run_cli(lambda: merge(parse_arguments())))

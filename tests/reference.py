@@ -19,11 +19,12 @@ from torch import Tensor
 from llava.conversation import conv_templates
 from llava.data.collator import Sample, collate
 from llava.data.prompting import fill_template, tokenize_conversation
+from llava.labels import FAKE, REAL
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.probability_mapper import ProbabilityMapper, VerdictTokens
-from llava.systems.fakereasoning import layout
-from llava.systems.fakereasoning.text import FAKE, QUESTION, REAL, parse_answer
+from llava.systems.fakereasoning import checkpoint as layout
+from llava.systems.fakereasoning.answer import QUESTION, parse_answer
 
 FEATURES = {"atol": 1e-5, "rtol": 1e-5}
 LOGITS = {"atol": 1e-4, "rtol": 0.0}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llava.cli import run_or_explain
+from llava.cli import run_cli
 from llava.constants import IGNORE_INDEX
 from llava.conversation import conv_templates
 from llava.data.build_tokenizer import SPECIAL_TOKENS, build_parser, constant_texts, measure, run, train_tokenizer
@@ -15,7 +15,7 @@ from llava.data.records import Record, read_records
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import load_tokenizer
 from llava.model.probability_mapper import VerdictTokens
-from llava.systems.fakereasoning.text import (
+from llava.systems.fakereasoning.answer import (
     ATTRIBUTES,
     FORCED_SUMMARY,
     QUESTION,
@@ -162,6 +162,6 @@ def test_wrong_input_is_explained_and_leaves_nothing(folder, tmp_path, capsys):
         ([train, "--output_dir", str(tmp_path / "own"), "--vocab_size", "10"], "--vocab_size must be above"),
         ([train, "--output_dir", str(folder / "own")], "exists and is not empty"),
     ):
-        assert run_or_explain(lambda arguments=arguments: run(build_parser().parse_args(arguments))) == 1
+        assert run_cli(lambda arguments=arguments: run(build_parser().parse_args(arguments))) == 1
         assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

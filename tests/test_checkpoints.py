@@ -15,14 +15,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from llava import load_pretrained_model
+from llava.errors import CheckpointError
+from llava.files import atomic_folder
 from llava.mm_utils import process_images
 from llava.model.builder import resolve_attention, resolve_dtype
 from llava.model.checkpoint import open_checkpoint
-from llava.model.checkpoint_files import CheckpointError, written_whole
 from llava.model.checkpoint_layout import KeyMap, stored_state_dict
 from llava.model.multimodal_encoder.dino_encoder import original_rules
 from llava.model.saving import save_published, save_sharded
-from llava.systems.fakereasoning import layout
+from llava.systems.fakereasoning import checkpoint as layout
 from tests.conftest import GOLDENS
 from tests.small_models import DINO_CONFIG, small_model
 
@@ -325,7 +326,7 @@ def test_repeated_tensors_are_written_one_for_one_in_shards(tmp_path):
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-    with pytest.raises(RuntimeError), written_whole(tmp_path / "model") as partial:
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "model") as partial:
         (partial / "config.json").write_text("{}")
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
@@ -335,7 +336,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 def test_whoever_may_read_the_folder_may_read_its_weights(tmp_path, umask, mode):
     before = os.umask(umask)
     try:
-        with written_whole(tmp_path / "model") as partial:
+        with atomic_folder(tmp_path / "model") as partial:
             (partial / "tokenizer").mkdir()
             for file in (partial / "model.safetensors", partial / "tokenizer" / "a.safetensors"):
                 save_file({"a": torch.zeros(1)}, file)
@@ -346,7 +347,7 @@ def test_whoever_may_read_the_folder_may_read_its_weights(tmp_path, umask, mode)
 
 
 def test_a_full_disk_leaves_nothing_behind_and_is_named(tmp_path):
-    with pytest.raises(OSError, match=r"model could not be written: .*No space"), written_whole(tmp_path / "model"):
+    with pytest.raises(OSError, match=r"model could not be written: .*No space"), atomic_folder(tmp_path / "model"):
         raise SafetensorError("I/O error: No space left on device")
     assert list(tmp_path.iterdir()) == []
 

@@ -23,9 +23,10 @@ from llava.data.prompting import (
     label_answers,
     tokenize_conversation,
 )
-from llava.data.records import DataError, Record, read_records
+from llava.data.records import Record, read_records
+from llava.errors import DataError
 from llava.model.builder import load_tokenizer
-from llava.systems.fakereasoning.text import QUESTION, parse_answer, write_answer
+from llava.systems.fakereasoning.answer import QUESTION, parse_answer, write_answer
 from tests.conftest import GOLDENS
 
 IMAGES = GOLDENS / "images"

@@ -13,9 +13,9 @@ from PIL import Image
 from forgery_eval import eval as evaluation
 from forgery_eval import inference
 from llava import ForgeryDetector, assets
-from llava.model.checkpoint_files import CheckpointError
-from llava.systems.fakereasoning.text import ATTRIBUTES, LABELS
-from mmfr_generation.command_line import UserError
+from llava.errors import CheckpointError, UserError
+from llava.labels import LABELS
+from llava.systems.fakereasoning.answer import ATTRIBUTES
 from mmfr_generation.synthetic.generators import GENERATORS
 from mmfr_generation.synthetic.showcase import LIST, write_showcase
 from tests.trained import NOTICE, change_config, picture

@@ -9,15 +9,9 @@ from PIL import Image
 
 from llava.conversation import conv_templates
 from llava.data.prompting import fill_template, tokenize_conversation
-from llava.mm_utils import (
-    ImageReadError,
-    expand2square,
-    get_model_name_from_path,
-    load_image,
-    process_images,
-    to_rgb,
-    tokenizer_image_token,
-)
+from llava.errors import ImageReadError
+from llava.images import load_image, to_rgb
+from llava.mm_utils import expand2square, get_model_name_from_path, process_images, tokenizer_image_token
 
 
 def test_sixteen_bits_are_scaled_to_eight(tmp_path):

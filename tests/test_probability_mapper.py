@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llava.model.probability_mapper import ProbabilityMapper, VerdictTokens
-from llava.systems.fakereasoning.text import VERDICT_PREFIX, VERDICT_WORDS
+from llava.systems.fakereasoning.answer import VERDICT_PREFIX, VERDICT_WORDS
 from tests.small_models import published_llama_pieces, small_model
 
 TOKENS = VerdictTokens(pattern=(7, 8, 9), real=10, fake=11)

@@ -10,7 +10,7 @@ from llava.model.checkpoint_layout import stored_state_dict
 from llava.model.configuration import LlavaConfig
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.clip_encoder import image_processor_settings
-from llava.systems.fakereasoning import layout
+from llava.systems.fakereasoning import checkpoint as layout
 from tests.conftest import GOLDENS
 
 PUBLISHED = json.loads((GOLDENS.parent / "published_keys_13b.json").read_text())

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from llava.data.records import DataError, Record, read_records
-from llava.systems.fakereasoning.text import write_answer
+from llava.data.records import Record, read_records
+from llava.errors import DataError
+from llava.systems.fakereasoning.answer import write_answer
 from tests.conftest import GOLDENS
 
 REAL, FAKE = (write_answer(label, form="verdict") for label in ("real", "fake"))

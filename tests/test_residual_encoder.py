@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from llava.model.checkpoint_files import CheckpointError
+from llava.errors import CheckpointError
 from llava.model.multimodal_encoder import residual_features
 from llava.model.multimodal_encoder.base import PixelFormat
 from llava.model.multimodal_encoder.builder import build_vision_tower, read_vision_tower

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from llava.cli import run_or_explain
+from llava.cli import run_cli
 from llava.conversation import conv_templates
 from llava.data.prompting import fill_template, tokenize_conversation
 from llava.data.records import read_records
@@ -86,7 +86,7 @@ def test_the_number_of_samples(shown, capsys):
     ],
 )
 def test_wrong_paths_are_explained(arguments, said, capsys):
-    assert run_or_explain(lambda: run(build_parser().parse_args(arguments))) == 1
+    assert run_cli(lambda: run(build_parser().parse_args(arguments))) == 1
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
 
@@ -114,7 +114,7 @@ def test_a_model_says_how_many_positions_an_image_takes(trained, tmp_path, capsy
     (tmp_path / "model" / "config.json").write_text(
         json.dumps({"vision_tower_config": {"type": "clip"}, "vocab_size": "x"})
     )
-    assert run_or_explain(lambda: run(build_parser().parse_args([*arguments[:-1], str(tmp_path / "model")]))) == 1
+    assert run_cli(lambda: run(build_parser().parse_args([*arguments[:-1], str(tmp_path / "model")]))) == 1
     assert "config.json is wrong: " in capsys.readouterr().err
 
 

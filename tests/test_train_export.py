@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from llava.model import saving
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
-from llava.systems.fakereasoning import layout
+from llava.systems.fakereasoning import checkpoint as layout
 from llava.train import export
 from llava.train import train as train_module
 from llava.train.train import main

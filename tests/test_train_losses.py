@@ -12,7 +12,7 @@ from llava.data.records import read_records
 from llava.data.sampler import ModalityLengthSampler
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint_files import read_tensor_file
-from llava.systems.fakereasoning import layout
+from llava.systems.fakereasoning import checkpoint as layout
 from llava.train.arguments import parse_arguments
 from llava.train.loading import build_model, open_start
 from llava.train.lora import apply_lora, choose_trainable, optimizer_groups, trainable_tensors

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from llava.model.multimodal_encoder.base import PixelFormat, VisionTower
 from llava.model.multimodal_encoder.builder import build_vision_tower, read_vision_tower
 from llava.model.multimodal_encoder.residual_encoder import ResidualVisionTower
-from llava.systems.fakereasoning import text as words
+from llava.systems.fakereasoning import answer as words
 from llava.train import towers
 from llava.train.strangers import estrange
 from llava.train.tower_targets import TargetNames

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Dinov2Config, Dinov2Model
 
 from llava import load_pretrained_model
-from llava.model.checkpoint_files import CheckpointError
+from llava.errors import CheckpointError
 from llava.model.multimodal_encoder.base import PixelFormat, TowerOutput, TowerSource, VisionTower
 from llava.model.multimodal_encoder.builder import VISION_TOWERS, build_vision_tower, read_vision_tower
 from llava.model.multimodal_encoder.dino_encoder import resample_positions

@@ -14,7 +14,7 @@ from llava.data.prompting import fill_template, tokenize_conversation
 from llava.mm_utils import process_images
 from llava.model.builder import load_tokenizer
 from llava.model.probability_mapper import VerdictTokens
-from llava.systems.fakereasoning import text as words
+from llava.systems.fakereasoning import answer as words
 from tests.small_models import small_model
 
 NOTICE = "This is a stand-in & <nothing> else."

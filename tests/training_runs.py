@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from llava.systems.fakereasoning import text as words
+from llava.systems.fakereasoning import answer as words
 from llava.train.train import main
 from tests.trained import CAPTIONS, picture
 

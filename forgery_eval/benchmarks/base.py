@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llava.systems.fakereasoning.text import LABELS
+from llava.labels import LABELS
 
 
 @dataclass(frozen=True)

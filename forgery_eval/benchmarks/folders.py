@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from forgery_eval.benchmarks.base import Sample
-from llava.systems.fakereasoning.text import LABELS
+from llava.labels import LABELS
 
 
 def opens(path: Path) -> bool:

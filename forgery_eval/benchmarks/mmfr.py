@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from forgery_eval.benchmarks.base import Sample
-from llava.systems.fakereasoning.text import attribute_name
+from llava.systems.fakereasoning.answer import attribute_name
 
 CLASS_FOLDERS = ("0_real", "1_fake")
 _TREE = "evaluation_sets"

@@ -14,15 +14,16 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from llava.cli import OptionParser, run_or_explain
+from llava.cli import OptionParser, run_cli
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import conv_templates
 from llava.data.checks import tokenize_records
 from llava.data.prompting import TokenizedConversation
-from llava.data.records import DataError, Record, read_records
-from llava.model.checkpoint_files import written_whole
+from llava.data.records import Record, read_records
+from llava.errors import DataError
+from llava.files import atomic_folder
 from llava.model.probability_mapper import VerdictTokens
-from llava.systems.fakereasoning.text import (
+from llava.systems.fakereasoning.answer import (
     ATTRIBUTES,
     FORCED_SUMMARY,
     HIGH_LEVEL_PREFIX,
@@ -131,7 +132,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Trains and saves a tokenizer."""
     records = read_records(arguments.files)
     texts = [turn["value"].replace(DEFAULT_IMAGE_TOKEN, "") for record in records for turn in record.turns]
-    with written_whole(arguments.output_dir) as partial:
+    with atomic_folder(arguments.output_dir) as partial:
         tokenizer = train_tokenizer(tqdm(texts, "reading", unit=" turns", leave=False), arguments.vocab_size)
         tokenizer.save_pretrained(partial)
     counts = measure(records[:_CHECKED_RECORDS], tokenizer)
@@ -142,4 +143,4 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_or_explain(lambda: run(build_parser().parse_args())))
+    sys.exit(run_cli(lambda: run(build_parser().parse_args())))

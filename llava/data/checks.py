@@ -12,9 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import Conversation
 from llava.data.prompting import TokenizedConversation, encode_together, fill_template, fitting_length, label_answers
-from llava.data.records import DataError, Record
+from llava.data.records import Record
+from llava.errors import DataError
+from llava.labels import LABELS
 from llava.model.probability_mapper import VerdictTokens
-from llava.systems.fakereasoning.text import LABELS, VERDICT_PREFIX, VERDICT_WORDS
+from llava.systems.fakereasoning.answer import VERDICT_PREFIX, VERDICT_WORDS
 
 logger = logging.getLogger(__name__)
 

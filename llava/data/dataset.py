@@ -15,10 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from llava.conversation import Conversation
 from llava.data.collator import Sample
 from llava.data.prompting import fill_template, fitting_length, tokenize_conversation
-from llava.data.records import DataError, Record
-from llava.mm_utils import ImageReadError, load_image, process_images
+from llava.data.records import Record
+from llava.errors import DataError, ImageReadError
+from llava.images import load_image
+from llava.mm_utils import process_images
 from llava.model.configuration import LlavaConfig
-from llava.systems.fakereasoning.text import parse_answer, write_answer
+from llava.systems.fakereasoning.answer import parse_answer, write_answer
 
 WORDS_OF_AN_IMAGE = 128
 """How many words an image counts in ``SupervisedDataset.lengths``, as published."""

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
-from llava.systems.fakereasoning.text import LABELS, VERDICT_PREFIX, ParsedAnswer, parse_answer
+from llava.errors import DataError
+from llava.labels import LABELS
+from llava.systems.fakereasoning.answer import VERDICT_PREFIX, ParsedAnswer, parse_answer
 
 SPEAKERS = ("human", "gpt")
 """Who speaks, in turn."""
@@ -16,10 +18,6 @@ SPEAKERS = ("human", "gpt")
 _CONCLUSION = VERDICT_PREFIX.partition(" ")[0]
 _SPACE = re.compile(r"[ \t\r\n]*")
 _LAYOUT = '{"image": file, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": text}]}'
-
-
-class DataError(ValueError):
-    """Training data cannot be used; the message names file and row and says what to do."""
 
 
 @dataclass(frozen=True)

@@ -15,18 +15,19 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedTokenizerBase
 
-from llava.cli import OptionParser, run_or_explain
+from llava.cli import OptionParser, run_cli
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
 from llava.data.checks import find_problem, is_file, tokenize_records
 from llava.data.prompting import TokenizedConversation, fitting_length
 from llava.data.records import Record, read_records
+from llava.errors import CheckpointError
 from llava.model.builder import DEFAULT_CONTEXT_LENGTH, load_tokenizer
-from llava.model.checkpoint_files import CheckpointError, read_json, resolve_folder
+from llava.model.checkpoint_files import read_json, resolve_folder
 from llava.model.configuration import LlavaConfig
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.probability_mapper import VerdictTokens
-from llava.systems.fakereasoning.text import VERDICT_PREFIX, VERDICT_WORDS
+from llava.systems.fakereasoning.answer import VERDICT_PREFIX, VERDICT_WORDS
 
 _GREY, _REVERSED, _PLAIN = "\033[2m", "\033[7m", "\033[0m"
 _PUBLISHED_IMAGE_TOKENS = 576
@@ -180,4 +181,4 @@ def _image_tokens(stored: Mapping[str, Any], folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_or_explain(lambda: run(build_parser().parse_args())))
+    sys.exit(run_cli(lambda: run(build_parser().parse_args())))

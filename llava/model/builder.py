@@ -10,13 +10,14 @@ import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from transformers import AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedTokenizerBase
 
+from llava.errors import CheckpointError
 from llava.model.checkpoint import Checkpoint, check_keys, complete_config, has_tokenizer, open_checkpoint, stored_dtype
-from llava.model.checkpoint_files import CheckpointError, TensorLike, list_keys, read_json, read_tensor_file
+from llava.model.checkpoint_files import TensorLike, list_keys, read_json, read_tensor_file
 from llava.model.configuration import LlavaConfig
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.probability_mapper import VerdictTokens
-from llava.systems.fakereasoning import layout
-from llava.systems.fakereasoning.text import VERDICT_PREFIX, VERDICT_WORDS
+from llava.systems.fakereasoning import checkpoint as layout
+from llava.systems.fakereasoning.answer import VERDICT_PREFIX, VERDICT_WORDS
 
 DEFAULT_CONTEXT_LENGTH = 2048
 _FULL_PRECISION_PARTS = [

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
+from llava.errors import CheckpointError
 from llava.model.checkpoint_files import (
-    CheckpointError,
     TensorLike,
     list_keys,
     read_json,
@@ -27,7 +27,7 @@ from llava.model.multimodal_encoder.builder import build_vision_tower, read_visi
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_encoder.dino_encoder import DinoVisionTower
 from llava.model.multimodal_fusion.builder import fusion_class
-from llava.systems.fakereasoning import layout
+from llava.systems.fakereasoning import checkpoint as layout
 
 logger = logging.getLogger(__name__)
 

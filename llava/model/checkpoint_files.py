@@ -2,18 +2,17 @@
 
 import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
 from typing import Any, Protocol
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from llava.errors import CheckpointError
 
 SAFETENSORS_NAMES = ("model.safetensors",)
 BIN_NAMES = ("pytorch_model.bin",)
@@ -31,10 +30,6 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be opened; the message names the files or keys and says what to do."""
 
 
 class TensorLike(Protocol):
@@ -162,6 +157,30 @@ def _read_shards(index: Path) -> dict[str, TensorLike]:
     return {key: shards[name][key] for key, name in weight_map.items()}
 
 
+def stored_names(folder: Path) -> list[str]:
+    """Returns the names of the tensors in a checkpoint's own files, without reading any weight.
+
+    Those of a LoRA folder are its adapter's and what lies beside it. A file that cannot be read has none: whoever opens
+    it says why.
+    """
+    if folder.is_file():
+        return list(read_tensor_file(folder))
+    if (folder / "adapter_config.json").is_file():
+        files = [file for pattern in ("*.safetensors", "*.bin") for file in sorted(folder.glob(pattern))]
+        return [name for file in files for name in _names_or_none(file)]
+    try:
+        return list(read_tensors(folder))
+    except CheckpointError:
+        return []
+
+
+def _names_or_none(file: Path) -> list[str]:
+    try:
+        return list(read_tensor_file(file))
+    except CheckpointError:
+        return []
+
+
 def read_tensor_file(file: Path) -> dict[str, TensorLike]:
     """Returns the tensors of one weight file; pickled ones are memory-mapped and can hold nothing but tensors.
 
@@ -200,39 +219,3 @@ def list_keys(keys: "list[str] | set[str]", at_most: int = 12) -> str:
     shown = sorted(keys)
     more = f" … and {len(shown) - at_most} more" if len(shown) > at_most else ""
     return ", ".join(shown[:at_most]) + more
-
-
-@contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """Gives a new folder beside ``folder`` to write into, which takes its place only when all is written.
-
-    Raises:
-        FileExistsError: ``folder`` exists and is not empty.
-        OSError: It cannot be written, for example since the disk is full.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not empty; name a new folder or remove it first")
-    partial = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}.partial")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except SafetensorError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"{folder} could not be written: {error}") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _make_as_readable_as_the_folder(partial)
-    if folder.exists():
-        folder.rmdir()
-    partial.replace(folder)
-
-
-def _make_as_readable_as_the_folder(folder: Path) -> None:
-    """Lets whoever may read the folder read its files; safetensors writes for their owner alone."""
-    mode = folder.stat().st_mode & 0o666
-    for file in folder.rglob("*"):
-        # Some file systems keep no modes.
-        with suppress(OSError):
-            if file.is_file():
-                file.chmod(mode)

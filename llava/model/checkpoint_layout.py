@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from llava.model.checkpoint_files import CheckpointError, Rows, TensorLike
+from llava.errors import CheckpointError
+from llava.model.checkpoint_files import Rows, TensorLike
 
 _FIELD = re.compile(r"\{(\w+)(\*?)\}")
 

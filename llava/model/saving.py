@@ -10,10 +10,10 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
-from llava.model.checkpoint_files import written_whole
+from llava.files import atomic_folder
 from llava.model.checkpoint_layout import stored_state_dict
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
-from llava.systems.fakereasoning import layout
+from llava.systems.fakereasoning import checkpoint as layout
 
 MAX_SHARD_SIZE = "5GB"
 TOKENIZER_FILES = (
@@ -66,7 +66,7 @@ def save_published(
     adapters = [name for name in stored if "lora_" in name]
     if adapters:
         raise ValueError(f"the model has adapters that are not merged: {adapters[0]}, …")
-    with written_whole(folder) as partial:
+    with atomic_folder(folder) as partial:
         save_sharded(layout.KEY_MAP.to_theirs(stored), partial)
         values = published_config(config, model)
         (partial / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

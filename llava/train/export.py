@@ -13,20 +13,14 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from llava.errors import CheckpointError
+from llava.files import atomic_folder, replace_folder
 from llava.model.checkpoint import check_keys, complete_config, open_checkpoint
-from llava.model.checkpoint_files import (
-    CheckpointError,
-    TensorLike,
-    list_keys,
-    read_json,
-    read_tensor_file,
-    read_tensors,
-    written_whole,
-)
+from llava.model.checkpoint_files import TensorLike, list_keys, read_json, read_tensor_file, read_tensors
 from llava.model.checkpoint_layout import stored_state_dict
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.saving import published_config, save_sharded
-from llava.systems.fakereasoning import layout
+from llava.systems.fakereasoning import checkpoint as layout
 from llava.train.lora import bare_name
 
 logger = logging.getLogger(__name__)
@@ -61,7 +55,7 @@ def export_model(
     waiting = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(waiting, ignore_errors=True)
     try:
-        with written_whole(waiting) as partial:
+        with atomic_folder(waiting) as partial:
             if adapted and layout_name != "merged":
                 _write_adapter(model, core, state_dict, partial, published=layout_name == "published", base=base)
             else:
@@ -76,16 +70,6 @@ def export_model(
         # torch tells of a full disk by a RuntimeError; what names only the folder for the time being says less.
         raise OSError(f"{folder} could not be written: {error.__cause__ or error}") from error
     replace_folder(waiting, folder)
-
-
-def replace_folder(new: Path, folder: Path) -> None:
-    """Puts a folder in another one's place."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.replace(old)
-    new.replace(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_opens(folder: Path) -> None:

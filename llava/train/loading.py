@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.integrations import deepspeed as deepspeed_integration
 
 from llava.conversation import conv_templates
+from llava.errors import CheckpointError
 from llava.model.builder import load_tokenizer, materialize, quantization, resolve_attention, set_generation_defaults
 from llava.model.checkpoint import (
     DINO_PREFIX,
@@ -22,14 +23,14 @@ from llava.model.checkpoint import (
     complete_config,
     open_checkpoint,
 )
-from llava.model.checkpoint_files import CheckpointError, TensorLike, read_json
+from llava.model.checkpoint_files import TensorLike, read_json
 from llava.model.checkpoint_layout import stored_state_dict
 from llava.model.configuration import LlavaConfig
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.base import TowerSource
 from llava.model.multimodal_encoder.builder import read_vision_tower
 from llava.model.probability_mapper import VerdictTokens
-from llava.systems.fakereasoning.text import VERDICT_PREFIX, VERDICT_WORDS
+from llava.systems.fakereasoning.answer import VERDICT_PREFIX, VERDICT_WORDS
 from llava.train.arguments import DataArguments, ModelArguments, new_parts
 
 

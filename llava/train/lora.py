@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from torch import nn
 
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
-from llava.systems.fakereasoning import layout
+from llava.systems.fakereasoning import checkpoint as layout
 
 PROJECTORS = ("mm_projector", "dino_mm_projector")
 PARTS: dict[str, tuple[str, ...]] = {

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from llava.systems.fakereasoning.text import FAKE, FORGERY_ATTRIBUTES, LABELS, ParsedAnswer
+from llava.labels import FAKE, LABELS
+from llava.systems.fakereasoning.answer import FORGERY_ATTRIBUTES, ParsedAnswer
 
 WORD_STAGES = {"caption": "CAPTION", "reasoning": "REASONING"}
 """Stage whose words each group of word targets holds."""

@@ -30,15 +30,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from llava.cli import OptionParser, run_or_explain
-from llava.data.records import DataError, read_records
-from llava.mm_utils import load_image, process_images
-from llava.model.checkpoint_files import read_json, written_whole
+from llava.cli import OptionParser, run_cli
+from llava.data.records import read_records
+from llava.errors import DataError
+from llava.files import atomic_folder
+from llava.images import load_image
+from llava.mm_utils import process_images
+from llava.model.checkpoint_files import read_json
 from llava.model.configuration import LlavaConfig
 from llava.model.multimodal_encoder.base import PixelFormat, VisionTower
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.residual_encoder import ResidualVisionTower
-from llava.systems.fakereasoning.text import ParsedAnswer
+from llava.systems.fakereasoning.answer import ParsedAnswer
 from llava.train.strangers import choose_strangers, estrange
 from llava.train.tower_targets import GROUPS, TargetNames
 
@@ -374,7 +377,7 @@ def write_result(
         folder = out / name
         if folder.exists():
             shutil.rmtree(folder)
-        with written_whole(folder) as partial:
+        with atomic_folder(folder) as partial:
             taught.tower.save_pretrained(partial)
             (partial / "preprocessor_config.json").write_text(processor, encoding="utf-8")
     heads = {
@@ -536,7 +539,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
-    return run_or_explain(lambda: print(json.dumps(train(options), indent=2)))
+    return run_cli(lambda: print(json.dumps(train(options), indent=2)))
 
 
 if __name__ == "__main__":

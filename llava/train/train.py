@@ -24,13 +24,15 @@ import transformers
 from peft import PeftModel
 from torch import Tensor, nn
 
-from llava.cli import run_or_explain
+from llava.cli import run_cli
 from llava.conversation import conv_templates
 from llava.data.checks import check_records
 from llava.data.collator import collate
 from llava.data.dataset import SupervisedDataset
-from llava.data.records import DataError, Record, read_records
+from llava.data.records import Record, read_records
 from llava.data.sampler import ModalityLengthSampler
+from llava.errors import DataError
+from llava.files import make_folder
 from llava.model.builder import resolve_attention
 from llava.model.checkpoint_files import read_json
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
@@ -186,20 +188,6 @@ def _records(data_args: DataArguments, args: TrainingArguments, opened: Opened) 
         [record for place, record in enumerate(records) if place not in chosen],
         [record for place, record in enumerate(records) if place in chosen],
     )
-
-
-def make_folder(folder: Path, option: str) -> None:
-    """Makes the folder that an option names, before it takes long to get where it is written.
-
-    Raises:
-        ValueError: It cannot be made, or nothing can be written into it.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{option}: the folder {folder} cannot be made: {error.strerror}") from error
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"{option}: nothing may be written into {folder}")
 
 
 def find_start(output: Path, resume: str) -> Path | None:
@@ -421,7 +409,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 (open to the end)
     if "LOCAL_RANK" in os.environ:
         threading.Thread(target=_end_with_launcher, args=(os.getppid(),), daemon=True).start()
-    status = run_or_explain(lambda: _run(arguments))
+    status = run_cli(lambda: _run(arguments))
     if torch.distributed.is_initialized():
         # Processes that end while others still work are sometimes aborted.
         if status == 0:

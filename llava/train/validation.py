@@ -6,10 +6,10 @@ from contextlib import AbstractContextManager
 import torch
 
 from llava.data.collator import Sample
+from llava.labels import LABELS
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
-from llava.systems.base import AnalyzeOptions
+from llava.systems.fakereasoning.options import FakeReasoningOptions
 from llava.systems.fakereasoning.system import FakeReasoning, Prepared
-from llava.systems.fakereasoning.text import LABELS
 
 
 def verdict_judge(
@@ -31,7 +31,7 @@ def verdict_judge(
     """
     assert model.tokenizer is not None
     system = FakeReasoning(model.tokenizer, model, model.image_processor, context_length)
-    options = AnalyzeOptions(score_only=score_only, max_new_tokens=max_new_tokens)
+    options = FakeReasoningOptions(score_only=score_only, max_new_tokens=max_new_tokens)
 
     def judge(samples: list[Sample]) -> list[int | None]:
         prepared = [

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from llava.systems.fakereasoning.text import FAKE, REAL
+from llava.labels import FAKE, REAL
 from mmfr_generation.synthetic.faults import FAULTS
 from mmfr_generation.synthetic.generators import GENERATORS
 from mmfr_generation.synthetic.numerics import Array

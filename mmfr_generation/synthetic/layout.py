@@ -4,7 +4,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from llava.systems.fakereasoning.text import LABELS, QUESTION, REAL, Form, write_answer, write_reasoning
+from llava.labels import LABELS, REAL
+from llava.systems.fakereasoning.answer import QUESTION, Form, write_answer, write_reasoning
 from mmfr_generation.synthetic.sample import Key
 
 Record = Mapping[str, Any]

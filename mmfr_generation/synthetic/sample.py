@@ -9,7 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from llava.systems.fakereasoning.text import ATTRIBUTES, FAKE, LABELS, REAL
+from llava.labels import FAKE, LABELS, REAL
+from llava.systems.fakereasoning.answer import ATTRIBUTES
 from mmfr_generation.synthetic import wording
 from mmfr_generation.synthetic.camera import Camera, photograph, render_clean
 from mmfr_generation.synthetic.faults import FAULTS, DrawnScene, draw_faulty_scene, draw_scene

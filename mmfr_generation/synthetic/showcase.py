@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from llava.systems.fakereasoning.text import FAKE, LABELS, REAL
-from mmfr_generation.command_line import Parser, UserError, run_script
+from llava.errors import UserError
+from llava.labels import FAKE, LABELS, REAL
+from mmfr_generation.command_line import Parser, run_script
 from mmfr_generation.synthetic.generators import GENERATORS
 from mmfr_generation.synthetic.sample import Key, Sample, make_sample
 

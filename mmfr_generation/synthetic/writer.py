@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from llava.systems.fakereasoning.text import FAKE, REAL
+from llava.labels import FAKE, REAL
 from mmfr_generation.synthetic import layout
 from mmfr_generation.synthetic.card import write_card
 from mmfr_generation.synthetic.generators import GENERATORS

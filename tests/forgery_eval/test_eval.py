@@ -20,7 +20,8 @@ from forgery_eval.benchmarks import open_benchmark
 from forgery_eval.command import SOME_FAILED
 from forgery_eval.eval import _weight_files, parse_arguments, run
 from forgery_eval.predictions import Prediction, Run, RunStore, file_digests, read_run, weights_digest
-from llava.systems.fakereasoning.text import ATTRIBUTES, LABELS, write_answer
+from llava.labels import LABELS
+from llava.systems.fakereasoning.answer import ATTRIBUTES, write_answer
 from tests.trained import picture
 
 SCRIPT = Path(__file__).parents[2] / "forgery_eval" / "eval.py"

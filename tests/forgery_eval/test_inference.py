@@ -17,10 +17,10 @@ from PIL import Image
 from forgery_eval import inference, overlay
 from forgery_eval.answers_file import AnswersFile, model_fingerprint
 from forgery_eval.command import SOME_FAILED
-from forgery_eval.image_files import list_images
 from forgery_eval.inference import overlay_path, parse_arguments, run, save_overlay
 from forgery_eval.overlay import draw_overlay
-from llava.mm_utils import ImageReadError, load_image
+from llava.errors import ImageReadError
+from llava.images import list_images, load_image
 from tests.trained import picture
 
 SCRIPT = Path(__file__).parents[2] / "forgery_eval" / "inference.py"

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forgery_eval import paper_protocol
 from forgery_eval.calibration import Calibration, fit, is_for_fitting
 from forgery_eval.metrics.reasoning import attribute_figures, mean_with_interval, text_figures
 from forgery_eval.metrics.similarity import TextSimilarity
+from llava.systems.fakereasoning import protocol
 
 DATA = Path(__file__).parents[1] / "data"
 AUTHORS = json.loads((DATA / "metrics.json").read_text())
@@ -103,20 +103,20 @@ def test_a_mean_has_an_interval_of_the_right_width():
     "case", [*AUTHORS["parse"], AUTHORS["validate_all_failed"]], ids=lambda case: case["text"][:30]
 )
 def test_answers_are_parsed_as_the_authors_parse(case):
-    parsed = paper_protocol.parse(case["text"])
+    parsed = protocol.parse(case["text"])
     assert ([] if parsed is None else [parsed[0]]) == case["y_pred"]
     assert (None if parsed is None else parsed[1]) == case["reasoning"]
 
 
 def test_figures_of_the_papers_protocol_are_those_of_the_authors():
     given = AUTHORS["validate"]
-    parsed = [paper_protocol.parse(text) for text in given["outputs"]]
+    parsed = [protocol.parse(text) for text in given["outputs"]]
     kept = [(answer[1], gt) for answer, gt in zip(parsed, given["gts"], strict=True) if answer is not None]
     pairs = [(found["bleu_1"], found["rouge_l"]) for found in (text_figures(text, gt) for text, gt in kept)]
     stubbed = [given["result"]["css"]] * len(kept)
-    assert paper_protocol.figures(given["labels"], parsed, pairs, stubbed) == given["result"]
-    assert paper_protocol.figures([1], [None], [], [])["acc"] is None
-    assert paper_protocol.metric_line("flux", given["result"]) == (
+    assert protocol.figures(given["labels"], parsed, pairs, stubbed) == given["result"]
+    assert protocol.figures([1], [None], [], [])["acc"] is None
+    assert protocol.metric_line("flux", given["result"]) == (
         "flux r_acc: 0.3333, f_acc: 0.5000, acc: 0.4000, bleu1: 0.0000, rougel: 0.0000, css: 0.5000\n"
     )
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from forgery_eval.synthetic_card import figures, main, read_rows
-from llava.systems.fakereasoning.text import write_answer, write_reasoning
+from llava.systems.fakereasoning.answer import write_answer, write_reasoning
 
 TEXTURE, EDGES = "Anomalous Image Texture", "Irregular Image Edges"
 

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
+from llava.errors import UserError
 from mmfr_generation.batch_api import BatchJobs, DirectJobs, make_client
-from mmfr_generation.command_line import UserError
 from tests.mmfr_generation.annotation_helpers import REPOSITORY, script_environment
 from tests.mmfr_generation.api_server import KEY, Failure, completion
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llava.systems.fakereasoning.text import ATTRIBUTES, FORM_STAGES, QUESTION, parse_answer
+from llava.systems.fakereasoning.answer import ATTRIBUTES, FORM_STAGES, QUESTION, parse_answer
 from mmfr_generation.build_cot import main
 
 FAKE = {"Low Image Quality": "Soft.", "Semantic Irrationality": "Six fingers.", "Irregular Image Edges": None}

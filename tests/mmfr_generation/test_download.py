@@ -16,8 +16,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from llava.errors import UserError
 from mmfr_generation import download
-from mmfr_generation.command_line import UserError
 from mmfr_generation.download import PART_SETS, Refused, main, parts_of, safe_target
 from mmfr_generation.tar_stream import Cut, PartReader, read_members, skip_padding
 from tests.mmfr_generation.annotation_helpers import REPOSITORY, script_environment

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llava.systems.fakereasoning.text import parse_answer
+from llava.systems.fakereasoning.answer import parse_answer
 from mmfr_generation import validate
 from mmfr_generation.from_folder import main
 from tests.mmfr_generation.annotation_helpers import noise_image

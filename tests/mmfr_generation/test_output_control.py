@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava.systems.fakereasoning.text import ATTRIBUTES, LABELS
+from llava.labels import LABELS
+from llava.systems.fakereasoning.answer import ATTRIBUTES
 from mmfr_generation.output_control import (
     REASONS,
     RejectedAnswer,

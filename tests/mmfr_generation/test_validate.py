@@ -6,7 +6,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from llava.systems.fakereasoning.text import QUESTION, write_answer
+from llava.systems.fakereasoning.answer import QUESTION, write_answer
 from mmfr_generation.build_cot import training_record
 from mmfr_generation.images import hamming_distances, perceptual_hash
 from mmfr_generation.validate import main

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from llava.model.checkpoint_files import CheckpointError, TensorLike, read_json, read_tensors, resolve_folder
+from llava.errors import CheckpointError
+from llava.model.checkpoint_files import TensorLike, read_json, read_tensors, resolve_folder
 from llava.model.multimodal_encoder.base import PixelFormat, TowerOutput, TowerSource, VisionTower
 
 _OPENAI_CLIP = re.compile(r"clip-vit-(base|large)-patch\d+(-\d+)?")

@@ -13,14 +13,8 @@ from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Embeddings
 
-from llava.model.checkpoint_files import (
-    CheckpointError,
-    TensorLike,
-    read_json,
-    read_tensor_file,
-    read_tensors,
-    resolve_folder,
-)
+from llava.errors import CheckpointError
+from llava.model.checkpoint_files import TensorLike, read_json, read_tensor_file, read_tensors, resolve_folder
 from llava.model.checkpoint_layout import KeyMap, Rename, Rule, Stacked
 from llava.model.multimodal_encoder.base import PixelFormat, TowerOutput, TowerSource, VisionTower
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llava.model.checkpoint_files import CheckpointError, read_json, read_tensors, resolve_folder
+from llava.errors import CheckpointError
+from llava.model.checkpoint_files import read_json, read_tensors, resolve_folder
 from llava.model.multimodal_encoder.base import PixelFormat, TowerOutput, TowerSource, VisionTower
 from llava.model.multimodal_encoder.residual_features import Measured, measure
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from llava.model.checkpoint_files import CheckpointError
+from llava.errors import CheckpointError
 from llava.model.multimodal_encoder.base import PixelFormat, TowerOutput, TowerSource, VisionTower
 
 _PREFIX = "timm:"

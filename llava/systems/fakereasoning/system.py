@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
+from llava.errors import OptionError
 from llava.mm_utils import grid_over_picture, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.decoding import Decoded, PromptCache, Sampler, decode
@@ -21,8 +22,15 @@ from llava.model.llava_arch import splice
 from llava.model.multimodal_fusion.base import FusionOutput
 from llava.model.multimodal_fusion.builder import fusion_class
 from llava.report import ForgeryReport, ScoreSource
-from llava.systems.base import AnalyzeOptions, CheckpointFiles
-from llava.systems.fakereasoning.text import QUESTION, VERDICT_PREFIX, complete_to_verdict, parse_answer
+from llava.systems.base import AnswerFormat
+from llava.systems.fakereasoning.answer import (
+    FORMAT,
+    QUESTION,
+    VERDICT_PREFIX,
+    complete_to_verdict,
+    parse_answer,
+)
+from llava.systems.fakereasoning.options import FakeReasoningOptions
 
 _CLOSING = "</CONCLUSION>"
 _CLOSING_TAIL = 24
@@ -50,6 +58,8 @@ class FakeReasoning:
     """The published system (arXiv 2503.21210): an answer in four stages, and P(fake) at its verdict."""
 
     name = "FakeReasoning"
+    options = FakeReasoningOptions
+    answer_format: AnswerFormat = FORMAT
 
     def __init__(
         self,
@@ -66,11 +76,6 @@ class FakeReasoning:
         self._closing_ids = {index for piece, index in tokenizer.get_vocab().items() if _CLOSING[-1] in piece}
 
     @classmethod
-    def opens(cls, files: CheckpointFiles) -> bool:
-        """Whether it is a LLaVA-Llama checkpoint, merged or as LoRA."""
-        return files.config.get("model_type") == "llava_llama"
-
-    @classmethod
     def load(cls, path: str, **options: Any) -> "FakeReasoning":
         """Opens a checkpoint; ``options`` are those of ``load_pretrained_model``."""
         return cls(*load_pretrained_model(path, **options))
@@ -80,7 +85,7 @@ class FakeReasoning:
         pixels = process_images([image], self.image_processor, self.model.config)[0]
         return Prepared(pixels, image.size, hashlib.blake2b(pixels.numpy().tobytes(), digest_size=16).hexdigest())
 
-    def batch_size(self, options: AnalyzeOptions) -> int:
+    def batch_size(self, options: FakeReasoningOptions) -> int:
         """On a GPU as many images as their caches fit into free memory; on a CPU what was fastest."""
         if self.model.device.type != "cuda":
             return max(1, _CPU_BATCH // options.samples)
@@ -93,7 +98,7 @@ class FakeReasoning:
         return max(1, min(_LARGEST_BATCH // options.samples, int(free * _MEMORY_SHARE) // row))
 
     @torch.no_grad()
-    def analyze_batch(self, prepared: Sequence[Prepared], options: AnalyzeOptions) -> list[ForgeryReport]:
+    def analyze_batch(self, prepared: Sequence[Prepared], options: FakeReasoningOptions) -> list[ForgeryReport]:
         """Judges a batch.
 
         Raises:
@@ -102,7 +107,7 @@ class FakeReasoning:
         """
         fusion = self.model.config.mm_fusion_type
         if options.attention and not fusion_class(fusion).has_attention:
-            raise ValueError(f"the fusion {fusion!r} has no attention, so it cannot say where the model looked")
+            raise OptionError(f"the fusion {fusion!r} has no attention, so it cannot say where the model looked")
         pixels = torch.stack([item.pixels for item in prepared]).to(self.model.device, self.model.dtype)
         seen = self.look(pixels, attention=options.attention)
         prompt = self.prompt(options)
@@ -125,13 +130,17 @@ class FakeReasoning:
         maps = [part.attention for part in parts if part.attention is not None]
         return FusionOutput(torch.cat([part.tokens for part in parts]), torch.cat(maps) if maps else None)
 
-    def prompt(self, options: AnalyzeOptions) -> str:
+    def describe(self, options: FakeReasoningOptions) -> dict[str, Any]:
+        """All that changes an answer beside weights, options and pixels."""
+        return {"prompt": self.prompt(options), "notice": self.notice}
+
+    def prompt(self, options: FakeReasoningOptions) -> str:
         """Returns what the model is asked, up to where its answer begins."""
         mode = options.conv_mode or self.model.config.conv_mode
         if mode not in conv_templates:
-            raise ValueError(f"unknown conv_mode {mode!r}; known: {', '.join(conv_templates)}")
+            raise OptionError(f"unknown conv_mode {mode!r}; known: {', '.join(conv_templates)}")
         if DEFAULT_IMAGE_TOKEN in (options.question or ""):
-            raise ValueError(f"the question must not hold {DEFAULT_IMAGE_TOKEN}: the picture's place is before it")
+            raise OptionError(f"the question must not hold {DEFAULT_IMAGE_TOKEN}: the picture's place is before it")
         conversation = conv_templates[mode].copy()
         conversation.append_message(conversation.roles[0], f"<image>\n{options.question or QUESTION}")
         conversation.append_message(conversation.roles[1], None)
@@ -153,12 +162,12 @@ class FakeReasoning:
         )
 
     def _answer(
-        self, prompt: str, prepared: Sequence[Prepared], tokens_BPD: Tensor, options: AnalyzeOptions
+        self, prompt: str, prepared: Sequence[Prepared], tokens_BPD: Tensor, options: FakeReasoningOptions
     ) -> list[ForgeryReport]:
         prompt_ids = tokenizer_image_token(prompt, self.tokenizer)
         begun = prompt
-        if options.assistant_prefix:
-            begun = _continued(prompt, options.assistant_prefix).rstrip(" ")
+        if options.prefix:
+            begun = _continued(prompt, options.prefix).rstrip(" ")
         begun_ids = tokenizer_image_token(begun, self.tokenizer)
         prefix_ids = begun_ids[len(prompt_ids) :]
         room = self._room_after(begun_ids, tokens_BPD)
@@ -208,7 +217,7 @@ class FakeReasoning:
         """Returns how many tokens the context has left after a prompt with its image; at least 1."""
         length = len(prompt_ids) - 1 + tokens_BPD.shape[1]
         if length >= self.context_length:
-            raise ValueError(f"the prompt takes {length} tokens, but the model's context has {self.context_length}")
+            raise OptionError(f"the prompt takes {length} tokens, but the model's context has {self.context_length}")
         return self.context_length - length
 
     def _decode(
@@ -216,7 +225,7 @@ class FakeReasoning:
         embeds_BLD: Tensor,
         prefix_ids: list[int],
         prepared: Sequence[Prepared],
-        options: AnalyzeOptions,
+        options: FakeReasoningOptions,
         budget: int,
     ) -> tuple[list[Decoded], PromptCache | None]:
         if options.num_beams > 1:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llava.systems.fakereasoning.text import FORGERY_ATTRIBUTES
+from llava.systems.fakereasoning.answer import FORGERY_ATTRIBUTES
 from mmfr_generation.synthetic import generators as g
 from mmfr_generation.synthetic.camera import Camera, photograph
 from mmfr_generation.synthetic.decoder import decode

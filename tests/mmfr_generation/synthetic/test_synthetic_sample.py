@@ -10,14 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava.systems.fakereasoning.text import (
-    ATTRIBUTES,
-    FAKE,
-    REAL,
-    parse_answer,
-    write_answer,
-    write_reasoning,
-)
+from llava.labels import FAKE, REAL
+from llava.systems.fakereasoning.answer import ATTRIBUTES, parse_answer, write_answer, write_reasoning
 from mmfr_generation.synthetic.faults import FAULTS
 from mmfr_generation.synthetic.generators import GENERATORS, SEEN
 from mmfr_generation.synthetic.sample import WEAKEST, Key, Sample, make_sample

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava.systems.fakereasoning.text import AUTHENTIC_ATTRIBUTES
+from llava.systems.fakereasoning.answer import AUTHENTIC_ATTRIBUTES
 from mmfr_generation.synthetic import wording
 from mmfr_generation.synthetic.faults import draw_faulty_scene, draw_scene
 from mmfr_generation.synthetic.generators import GENERATORS

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava.systems.fakereasoning.text import QUESTION, parse_answer
+from llava.systems.fakereasoning.answer import QUESTION, parse_answer
 from mmfr_generation.synthetic.__main__ import main
 from mmfr_generation.synthetic.generators import GENERATORS
 

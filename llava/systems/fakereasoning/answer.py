@@ -1,20 +1,17 @@
 """Everything of FakeReasoning that is words: question, tags, verdicts, attributes, and the answer's one parser.
 
-This module imports neither torch nor anything else of the model, so that the data pipeline can use it alone.
+This module imports no torch, so that the data pipeline can use it alone.
 Facts come from arXiv 2503.21210 and its published data.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
-Label = Literal["real", "fake"]
-Form = Literal["cot", "reasoning", "verdict"]
+from llava.labels import LABELS, Label
+from llava.systems.base import AnswerFormat, ParsedAnswer
 
-LABELS: tuple[Label, Label] = ("real", "fake")
-"""Class names by their number: real = 0, fake = 1."""
-REAL, FAKE = 0, 1
+Form = Literal["cot", "reasoning", "verdict"]
 
 QUESTION = (
     "Is this image real or fake? Please describe the image, reasoning step-by-step and conclude with "
@@ -62,6 +59,7 @@ AUTHENTIC_ATTRIBUTES = (
 ATTRIBUTES: dict[Label, tuple[str, ...]] = {"real": AUTHENTIC_ATTRIBUTES, "fake": FORGERY_ATTRIBUTES}
 HIGH_LEVEL_ATTRIBUTES = frozenset({"Semantic Irrationality", "Semantic Rationality"})
 
+_CONCLUSION_TAG, _CLOSING_TAG = "<CONCLUSION>", "</CONCLUSION>"
 _SPELLING = {name.lower(): name for name in (*FORGERY_ATTRIBUTES, *AUTHENTIC_ATTRIBUTES)}
 _TAG = re.compile(rf"<(/?)({'|'.join(STAGES)})>")
 _ATTRIBUTE_HEADING = re.compile(rf"(?<!\w)({'|'.join(re.escape(name) for name in _SPELLING)})\s*:", flags=re.IGNORECASE)
@@ -74,23 +72,6 @@ _TOLERANT_VERDICT = re.compile(
     r"[.!]?",
     flags=re.IGNORECASE,
 )
-
-
-@dataclass(frozen=True)
-class ParsedAnswer:
-    """What an answer says.
-
-    Attributes:
-        stages: Text of each stage without its tags, in the order of the answer.
-        verdict: ``"real"`` or ``"fake"``; None when the answer says neither.
-        attributes: Sentence of each attribute that the reasoning names as ``<name>: <sentence>``.
-        problem: Why there is no verdict; empty when there is one.
-    """
-
-    stages: dict[str, str] = field(default_factory=dict)
-    verdict: Label | None = None
-    attributes: dict[str, str] = field(default_factory=dict)
-    problem: str = ""
 
 
 def attribute_name(name: str) -> str | None:
@@ -254,3 +235,45 @@ def _read_verdict(
             word = (match["word"] or match["noun"]).lower()
             return LABELS[VERDICT_WORDS.index(word)], ""
     return None, f"the conclusion is neither 'This image is real.' nor 'This image is fake.': {said[:80]!r}"
+
+
+def parse_training(answers: Sequence[str]) -> ParsedAnswer:
+    """Reads the verdict of a training conversation: that of the first answer that has a CONCLUSION.
+
+    If several have one, they must agree; if there is no verdict, ``problem`` says why.
+    """
+    parsed = [parse_answer(answer) for answer in answers if _CONCLUSION_TAG in answer] or [parse_answer(answers[-1])]
+    if any(other.verdict != parsed[0].verdict for other in parsed):
+        return ParsedAnswer(problem="its answers conclude differently")
+    return parsed[0]
+
+
+def shorten(answer: str) -> str | None:
+    """Returns the CONCLUSION of a training answer alone; None if it has no verdict."""
+    verdict = parse_answer(answer).verdict
+    return None if verdict is None else write_answer(verdict, form="verdict")
+
+
+def is_complete(text: str) -> bool:
+    """Whether an answer has closed its CONCLUSION."""
+    return _CLOSING_TAG in text
+
+
+class _Format:
+    """The words above as an ``AnswerFormat``."""
+
+    question = QUESTION
+    stages: tuple[str, ...] = STAGES
+    explanation: str | None = "REASONING"
+    attributes: Mapping[Label, tuple[str, ...]] = ATTRIBUTES
+    verdict_prefix = VERDICT_PREFIX
+    verdict_words: tuple[str, str] = VERDICT_WORDS
+    parse = staticmethod(parse_answer)
+    is_complete = staticmethod(is_complete)
+    complete_to_verdict = staticmethod(complete_to_verdict)
+    parse_training = staticmethod(parse_training)
+    shorten = staticmethod(shorten)
+    attribute_name = staticmethod(attribute_name)
+
+
+FORMAT: AnswerFormat = _Format()

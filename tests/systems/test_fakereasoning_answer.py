@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava.systems.fakereasoning import text as words
+from llava.systems.fakereasoning import answer as words
 
 plain = st.text(alphabet=st.characters(blacklist_categories=("Cs",), blacklist_characters="<>"), min_size=1).filter(
     lambda value: value.strip()
@@ -181,7 +181,7 @@ def test_an_attribute_inside_another_name_is_not_found():
 
 def test_the_words_cost_no_torch():
     script = (
-        "import sys, llava, llava.report, llava.systems.base, llava.systems.fakereasoning.text;"
+        "import sys, llava, llava.report, llava.systems.base, llava.systems.fakereasoning.answer;"
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -1,0 +1,138 @@
+"""Which systems there are, and which one a checkpoint belongs to. Imports a system only when it is used, and no torch.
+
+A third party adds a system without a line here: an entry point in the group ``llava.systems`` whose object is a
+``SystemSpec``.
+"""
+
+import os
+from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from llava.errors import CheckpointError, OptionError
+from llava.systems.base import AnswerFormat, CheckpointFiles, SystemSpec, quoted, resolve
+
+GROUP = "llava.systems"
+"""Entry points of third parties."""
+_BUILT_IN = ("fakereasoning",)
+
+
+@cache
+def specs() -> dict[str, SystemSpec]:
+    """Returns every known system by its short name.
+
+    Raises:
+        OptionError: A third party's entry point cannot be used; the message names it.
+    """
+    found = {name: resolve(f"llava.systems.{name}:SPEC") for name in _BUILT_IN}
+    for entry in entry_points(group=GROUP):
+        try:
+            spec = entry.load()
+        except Exception as error:
+            raise OptionError(
+                f"the system {entry.name!r} ({entry.value}) of an installed package cannot be imported: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(spec, SystemSpec):
+            raise OptionError(f"the system {entry.name!r} ({entry.value}) is no SystemSpec")
+        found[spec.name] = spec
+    return found
+
+
+def spec(name: str) -> SystemSpec:
+    """Returns a system by its short name or its title, in any case.
+
+    Raises:
+        OptionError: There is no such system.
+    """
+    for known in specs().values():
+        if name.lower() in (known.name, known.title.lower()):
+            return known
+    raise OptionError(f"unknown system {name!r}; known: {quoted(specs())}")
+
+
+def identify(files: CheckpointFiles) -> SystemSpec:
+    """Returns the system that a checkpoint belongs to, by its config and tensor names.
+
+    A config that was written here names its system; files of other origin are known by what they hold.
+
+    Raises:
+        CheckpointError: It belongs to none; the message says what it is and what to do.
+    """
+    own = files.config.get("system")
+    if own:
+        try:
+            return spec(own)
+        except OptionError as error:
+            raise CheckpointError(f"{files.folder}: its config names a system that is not here: {error}") from error
+    for known in specs().values():
+        if known.identify(files):
+            return known
+    raise CheckpointError(_unknown(files))
+
+
+def _unknown(files: CheckpointFiles) -> str:
+    kind, known = files.config.get("model_type"), quoted(specs())
+    if kind in ("llava", "llava_llama"):
+        return (
+            f"{files.folder} is a plain LLaVA checkpoint: nothing in it tells which system it was trained as, and a "
+            f"model that was not trained to detect forgeries gives no meaningful score. If it was, name the system "
+            f"with --system or system=… (known: {known})"
+        )
+    return f"{files.folder} is no checkpoint of a known system ({known}): its model_type is {kind!r}"
+
+
+def find(files: CheckpointFiles, system: str | None = None) -> SystemSpec:
+    """Returns the named system, or the one that the files belong to.
+
+    Raises:
+        OptionError: There is no system of that name.
+        CheckpointError: None is named, and the files belong to none.
+    """
+    return spec(system) if system else identify(files)
+
+
+def answer_format(name: str) -> AnswerFormat | None:
+    """Returns a system's words; None for a system without answers.
+
+    Raises:
+        OptionError: There is no such system.
+    """
+    return resolve(spec(name).answer_format)
+
+
+def component(name: str, part: str) -> Any:
+    """Returns a part of a system, such as ``checkpoint_format`` or ``objective``; None if it has none.
+
+    Raises:
+        OptionError: There is no such system.
+    """
+    return resolve(getattr(spec(name), part))
+
+
+def read_files(path: str | os.PathLike[str], system: str | None = None) -> CheckpointFiles:
+    """Looks at a checkpoint's files: a folder, a hub id, or a file for a system whose checkpoint is one.
+
+    The config of a LoRA folder that has none is its base's.
+
+    Raises:
+        CheckpointError: There is nothing at the path, or its config cannot be read.
+    """
+    from llava.model.checkpoint_files import read_json, resolve_folder
+
+    local = Path(path).expanduser()
+    folder = local if local.is_file() else resolve_folder(path, "model")
+    if (folder / "config.json").is_file():
+        return CheckpointFiles(folder, read_json(folder / "config.json"))
+    if (folder / "adapter_config.json").is_file():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        if base:
+            return CheckpointFiles(folder, read_files(base).config)
+    return CheckpointFiles(folder, {})
+
+
+def names(of: Iterable[SystemSpec] | None = None) -> list[str]:
+    """Returns the short names of systems, for choices and messages."""
+    return sorted(known.name for known in (specs().values() if of is None else of))
