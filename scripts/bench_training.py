@@ -97,7 +97,7 @@ def synthetic_sample(answer: int, model: Any) -> Any:
     from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
     from llava.data.collator import Sample
 
-    verdict = model.probability_mapper.tokens
+    verdict = model.verdict_tokens
     label = int(torch.randint(2, ()))
     ids = torch.randint(model.config.vocab_size, (PROMPT_TOKENS + answer,))
     ids[PROMPT_TOKENS // 2] = IMAGE_TOKEN_INDEX

@@ -14,7 +14,7 @@ from llava.data.prompting import fill_template, tokenize_conversation
 from llava.data.records import Record, read_records
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import load_tokenizer
-from llava.model.probability_mapper import VerdictTokens
+from llava.model.verdict import VerdictTokens
 from llava.systems.fakereasoning.answer import (
     ATTRIBUTES,
     FORCED_SUMMARY,

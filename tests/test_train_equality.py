@@ -150,7 +150,7 @@ def test_matching_rows_are_counted_with_the_dropout_of_the_step_itself(trained, 
     def noted(self, inputs, output, *rest):
         step = self.state.global_step
         counted.setdefault(step, set()).add(self._step_rows)
-        matched[step] = matched.get(step, 0) + int(output.mapper_rows)
+        matched[step] = matched.get(step, 0) + int(output.terms["mapper"].items)
         return count(self, inputs, output, *rest)
 
     monkeypatch.setattr(ForgeryTrainer, "_count", noted)

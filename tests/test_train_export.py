@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from llava.model import saving
 from llava.model.builder import load_pretrained_model
+from llava.model.checkpoint_layout import NON_LORA_FILE
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
-from llava.systems.fakereasoning import checkpoint as layout
 from llava.train import export
 from llava.train import train as train_module
 from llava.train.train import main
@@ -80,7 +80,7 @@ def test_the_final_folder_is_the_trained_model(trained, data, kept, tmp_path, sa
 def test_the_published_layout_has_the_authors_files_and_names(kept, tmp_path):
     final = train_here(tmp_path / "run", **LORA, **PUBLISHED)
     assert {path.name for path in final.iterdir()} == {path.name for path in (GOLDENS / "lora").iterdir()}
-    for name in ("adapter_model.safetensors", layout.NON_LORA_FILE):
+    for name in ("adapter_model.safetensors", NON_LORA_FILE):
         assert shapes(final / name) == shapes(GOLDENS / "lora" / name)
     ours, theirs = (json.loads((folder / "adapter_config.json").read_text()) for folder in (final, GOLDENS / "lora"))
     for name in ("peft_type", "r", "lora_alpha", "bias", "task_type", "inference_mode"):
@@ -112,7 +112,7 @@ def test_half_precision_keeps_trained_weights_whole(trained, data, kept, tmp_pat
     for parameter in kept["model"].parameters():
         assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
     stored = [*load_file(final / "adapter_model.safetensors").values()]
-    stored += torch.load(final / layout.NON_LORA_FILE, weights_only=True).values()
+    stored += torch.load(final / NON_LORA_FILE, weights_only=True).values()
     assert {tensor.dtype for tensor in stored} == {torch.float32}
     assert any((tensor != tensor.bfloat16().float()).any() for tensor in stored)
     losses = steps(final, "loss")

@@ -12,6 +12,7 @@ from llava.data.records import read_records
 from llava.data.sampler import ModalityLengthSampler
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint_files import read_tensor_file
+from llava.model.checkpoint_layout import LORA_PREFIX, NON_LORA_FILE, strip_lora_prefix
 from llava.systems.fakereasoning import checkpoint as layout
 from llava.train.arguments import parse_arguments
 from llava.train.loading import build_model, open_start
@@ -26,8 +27,8 @@ RECIPE = {"lora", "fusion", "mm_projector", "dino_mm_projector"}
 
 
 def published_name(name: str) -> str:
-    bare = name.removeprefix(layout.LORA_PREFIX)
-    return f"{layout.LORA_PREFIX}{next(iter(layout.KEY_MAP.to_theirs({bare: torch.zeros(1)})))}"
+    bare = name.removeprefix(LORA_PREFIX)
+    return f"{LORA_PREFIX}{next(iter(layout.KEY_MAP.to_published({bare: torch.zeros(1)})))}"
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +43,8 @@ def adapted():
     model = apply_lora(base, rank=model_args.lora_r, alpha=model_args.lora_alpha)
     choose_trainable(model, RECIPE)
     set_peft_model_state_dict(model, load_file(GOLDENS / "lora" / "adapter_model.safetensors"))
-    beside = layout.strip_lora_prefix(read_tensor_file(GOLDENS / "lora" / layout.NON_LORA_FILE))
-    ours = {name: tensor[...] for name, tensor in layout.KEY_MAP.to_ours(beside).items()}
+    beside = strip_lora_prefix(read_tensor_file(GOLDENS / "lora" / NON_LORA_FILE))
+    ours = {name: tensor[...] for name, tensor in layout.KEY_MAP.to_native(beside).items()}
     assert not base.load_state_dict(ours, strict=False).unexpected_keys
     return model.eval()
 
@@ -116,7 +117,7 @@ def batches(model, tokenizer, processor, folder):
             template=conv_templates["v1"],
             model_config=model.config,
             image_processor=processor,
-            num_image_tokens=model.get_model().num_image_tokens(),
+            placeholder_tokens=model.get_model().placeholder_tokens(),
             max_length=2048,
         )
         for found, images in zip(records, (folder / "images", GOLDENS / "images"), strict=True)
@@ -145,8 +146,9 @@ def test_losses_alone_equal_those_of_all_logits(request, tmp_path, source, searc
             output = model(**batch, loss_only=loss_only)
             output.loss.backward()
             gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-            figures = (output.loss, output.lm_loss, output.mapper_loss)
-            found.append((figures, output.mapper_rows, output.mapper_correct, output.labels, gradients))
+            mapped = output.terms["mapper"]
+            losses = (output.loss, output.lm_loss, mapped.mean)
+            found.append((losses, mapped.items, mapped.values["correct"], output.labels, gradients))
         full, alone = found
         assert torch.allclose(torch.stack(full[0]), torch.stack(alone[0]), atol=1e-6, rtol=1e-6)
         assert full[1] == alone[1] and full[2] == alone[2] and torch.equal(full[3], alone[3])

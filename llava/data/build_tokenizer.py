@@ -20,9 +20,9 @@ from llava.conversation import conv_templates
 from llava.data.checks import tokenize_records
 from llava.data.prompting import TokenizedConversation
 from llava.data.records import Record, read_records
-from llava.errors import DataError
+from llava.errors import DataError, OptionError
 from llava.files import atomic_folder
-from llava.model.probability_mapper import VerdictTokens
+from llava.model.verdict import VerdictTokens
 from llava.systems.fakereasoning.answer import (
     ATTRIBUTES,
     FORCED_SUMMARY,
@@ -65,13 +65,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> PreTrainedT
         vocab_size: Most entries that the vocabulary may have.
 
     Raises:
-        ValueError: The vocabulary cannot hold even single bytes, or the texts teach no way to spell a verdict.
+        OptionError: The vocabulary cannot hold even single bytes, or the texts teach no way to spell a verdict.
     """
     constants = constant_texts()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     least = len(SPECIAL_TOKENS) + len(alphabet) + len(constants)
     if vocab_size <= least:
-        raise ValueError(f"--vocab_size must be above {least}, which bytes and constant texts alone take")
+        raise OptionError(f"--vocab_size must be above {least}, which bytes and constant texts alone take")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

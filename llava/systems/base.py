@@ -58,6 +58,7 @@ class AnswerFormat(Protocol):
         attributes: Attribute names of each class that answers name; empty if they name none.
         verdict_prefix: What stands before the verdict word in an answer that is brought to it.
         verdict_words: The words for real and fake that follow the prefix.
+        closing: What ends an answer, so that decoding can stop before the end mark; empty if nothing does.
     """
 
     question: str
@@ -66,13 +67,10 @@ class AnswerFormat(Protocol):
     attributes: Mapping[Label, tuple[str, ...]]
     verdict_prefix: str
     verdict_words: tuple[str, str]
+    closing: str
 
     def parse(self, text: str, *, tolerant: bool = False) -> ParsedAnswer:
         """Reads an answer; ``tolerant`` also accepts verdicts that are not in the strict published form."""
-        ...
-
-    def is_complete(self, text: str) -> bool:
-        """Whether an answer has said all it has to say, so that decoding can stop before the end mark."""
         ...
 
     def complete_to_verdict(self, answer: str) -> str:
@@ -179,18 +177,20 @@ class CheckpointFormat(Protocol):
 
     Attributes:
         key_map: Names of published tensors and ours, both ways (a ``KeyMap``).
-        lora_prefix: What stands before every name in published LoRA and non-LoRA files.
-        non_lora_file: The file beside an adapter that holds what was trained whole.
         tower_types: Type of each tower that the published layout can hold, by branch.
+        tower_variables: Environment variable that may say where a branch's tower lies, by branch.
     """
 
     key_map: Any
-    lora_prefix: str
-    non_lora_file: str
     tower_types: Mapping[str, str]
+    tower_variables: Mapping[str, str]
 
     def infer_config(self, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns config fields that the published config lacks and the tensors (by our names) tell."""
+        """Returns the config of a published checkpoint with what its tensors (by our names) tell and it lacks."""
+        ...
+
+    def infer_tower(self, branch: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns fields of a tower's config that only tensors outside the tower tell."""
         ...
 
 
@@ -201,11 +201,29 @@ class CheckpointFormat(Protocol):
 class TrainingObjective(Protocol):
     """What a system is trained on and for; see ``llava.model.objective`` for the losses' shape.
 
+    An instance belongs to one model's config.
+
     Attributes:
-        trained_whole: Parts that are trained whole beside the LoRA adapters, by the names in ``llava.model.parts``.
+        trained_whole: Parts that are trained whole beside LoRA adapters, by the names in ``llava.model.branches``.
     """
 
     trained_whole: tuple[str, ...]
+
+    def terms(self, step: Any) -> "dict[str, Any]":
+        """Returns the losses beside the language model's, each a ``LossTerm``, from an ``ObjectiveStep``."""
+        ...
+
+    def count(self, batch: Mapping[str, Any]) -> "dict[str, Any]":
+        """Returns over how many items each of these losses is averaged; None for what only the forward tells."""
+        ...
+
+    def sample_inputs(self, record: Any) -> "Mapping[str, Any]":
+        """Returns the further inputs of a training record, tensors by name; reads what it needs itself."""
+        ...
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Returns what is logged of these losses, from the sums of each term's values, ``<term>_<value>``."""
+        ...
 
 
 # --- systems
@@ -265,9 +283,11 @@ class SystemSpec:
         options: The dataclass of its options, or its reference.
         answer_format: The ``AnswerFormat``, its reference, or None.
         checkpoint_format: Reference of the ``CheckpointFormat``; None for a system that reads its files itself.
-        objective: Reference of the ``TrainingObjective``; None for a system that is not trained here.
+        objective: Reference of the ``TrainingObjective``'s class, called with the model's config; None for a system
+            without a loss of its own.
         protocol: Reference of the module with the paper's evaluation protocol and published numbers, or None.
-        token_sources: References of the ``TokenSource`` classes that its models splice into a prompt, by type.
+        components: References of classes that only its models are built from (towers, fusions, token sources), by type;
+            a config names them ``<system>:<type>``.
     """
 
     name: str
@@ -279,7 +299,7 @@ class SystemSpec:
     checkpoint_format: Reference | None = None
     objective: Reference | None = None
     protocol: Reference | None = None
-    token_sources: Mapping[str, Reference] = field(default_factory=dict)
+    components: Mapping[str, Reference] = field(default_factory=dict)
 
 
 def resolve(reference: Any) -> Any:

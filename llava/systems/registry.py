@@ -16,6 +16,8 @@ from llava.systems.base import AnswerFormat, CheckpointFiles, SystemSpec, quoted
 
 GROUP = "llava.systems"
 """Entry points of third parties."""
+DEFAULT = "fakereasoning"
+"""The system of records and answers that name none: MMFR data are written in its words."""
 _BUILT_IN = ("fakereasoning",)
 
 

@@ -32,6 +32,7 @@ class ModelArguments:
     model_name_or_path: str | None = _option(None, "checkpoint to start from: folder or hub id")
     model_config: str | None = _option(None, "config.json to train a new model from, in the place of a checkpoint")
     tokenizer: str | None = _option(None, "tokenizer's folder for a new model")
+    system: str | None = _option(None, "system to train (default: the checkpoint's, else FakeReasoning)")
     vision_tower: str | None = _option(None, "first tower: folder or hub id (default: the checkpoint's)")
     dino_weights: str | None = _option(None, "second tower: .pth, folder or hub id (default: the checkpoint's)")
     mm_fusion_type: str | None = _option(None, "fusion, if not the checkpoint's; a new one must be named in --init")

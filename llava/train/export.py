@@ -17,10 +17,9 @@ from llava.errors import CheckpointError
 from llava.files import atomic_folder, replace_folder
 from llava.model.checkpoint import check_keys, complete_config, open_checkpoint
 from llava.model.checkpoint_files import TensorLike, list_keys, read_json, read_tensor_file, read_tensors
-from llava.model.checkpoint_layout import stored_state_dict
+from llava.model.checkpoint_layout import LORA_PREFIX, NON_LORA_FILE, stored_state_dict
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.saving import published_config, save_sharded
-from llava.systems.fakereasoning import checkpoint as layout
+from llava.model.saving import published_config, published_layout, save_sharded
 from llava.train.lora import bare_name
 
 logger = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ _PUBLISHED_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_p
 def export_model(
     model: nn.Module, state_dict: Mapping[str, Tensor], folder: Path, *, layout_name: str, base: str
 ) -> None:
-    """Writes a trained model; the folder appears, in the place of an earlier one, only when all is written and checked.
+    """Writes a trained model; the folder appears, instead of an earlier one, only when all is written and checked.
 
     Args:
         model: The model, in PEFT's wrapper if it has adapters.
@@ -119,10 +118,12 @@ def _write_adapter(
     _compare(read_tensor_file(folder / ADAPTER_FILE), adapter, folder)
     beside = {bare_name(name): state_dict[name] for name in trained if "lora_" not in name}
     stored = stored_state_dict(core, beside)
-    theirs = {f"{layout.LORA_PREFIX}{name}": tensor for name, tensor in layout.KEY_MAP.to_theirs(stored).items()}
-    theirs = {name: tensor.detach().cpu().clone() for name, tensor in theirs.items()}
-    torch.save(theirs, folder / layout.NON_LORA_FILE)
-    _compare(read_tensor_file(folder / layout.NON_LORA_FILE), theirs, folder)
+    published_tensors = {
+        f"{LORA_PREFIX}{name}": tensor for name, tensor in published_layout(core).key_map.to_published(stored).items()
+    }
+    published_tensors = {name: tensor.detach().cpu().clone() for name, tensor in published_tensors.items()}
+    torch.save(published_tensors, folder / NON_LORA_FILE)
+    _compare(read_tensor_file(folder / NON_LORA_FILE), published_tensors, folder)
     assert isinstance(model, PeftModel)
     settings = model.peft_config["default"].to_dict()
     settings["base_model_name_or_path"] = base
@@ -150,9 +151,9 @@ def _write_merged(core: LlavaLlamaForCausalLM, tensors: Mapping[str, Tensor], fo
 
 
 def _write_published(core: LlavaLlamaForCausalLM, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    theirs = layout.KEY_MAP.to_theirs(stored_state_dict(core, tensors))
-    save_sharded(theirs, folder)
-    _compare(read_tensors(folder), theirs, folder)
+    published_tensors = published_layout(core).key_map.to_published(stored_state_dict(core, tensors))
+    save_sharded(published_tensors, folder)
+    _compare(read_tensors(folder), published_tensors, folder)
     _write_json(published_config(core.config.to_dict(), core), folder / "config.json")
     assert core.tokenizer is not None
     core.tokenizer.save_pretrained(folder)

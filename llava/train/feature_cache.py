@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llava.data.collator import FEATURES, Sample
+from llava.data.collator import Sample
 from llava.data.dataset import SupervisedDataset
 from llava.data.records import Record
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.llava_arch import TowerOutputs
 
 _BATCH = 16
 _BATCHES_A_FLUSH = 64
@@ -29,6 +28,7 @@ _SETTINGS = (
     "image_aspect_ratio",
     "vision_tower_config",
     "dino_tower_config",
+    "extra_tower_configs",
     "mm_fusion_type",
     "mm_vision_select_layer",
     "mm_vision_select_feature",
@@ -40,7 +40,7 @@ class CachedDataset(SupervisedDataset):
     """Samples whose images the towers have seen already; text-only samples get zeros.
 
     Args:
-        arrays: Values ``[images, …]`` in half precision by the names in ``FEATURES``.
+        arrays: Values ``[images, …]`` in half precision, by their names in ``TowerOutputs``.
         places: Row of each image, by its path in the records.
         **options: As for ``SupervisedDataset``.
     """
@@ -51,16 +51,16 @@ class CachedDataset(SupervisedDataset):
         self.places = places
 
     def __getitem__(self, index: int) -> Sample:
-        """Returns a sample with features in the place of pixels."""
+        """Returns a sample with tower outputs instead of pixels."""
         place = self.places.get(self.records[index].image or "")
         features = {
             name: torch.zeros(array.shape[1:]) if place is None else torch.from_numpy(array[place].astype(np.float32))
             for name, array in self.arrays.items()
         }
-        return replace(super().__getitem__(index), features=features)
+        return replace(super().__getitem__(index), tower_outputs=features)
 
     def pixels(self, record: Record) -> Tensor:
-        """Returns nothing, since features stand in the place of pixels."""
+        """Returns nothing, since the sample has tower outputs."""
         return torch.zeros(0)
 
 
@@ -109,8 +109,8 @@ def cache_features(
             places = mine[start : start + _BATCH]
             records = [dataset.records[first[images[place]]] for place in places]
             pixels = torch.stack(list(readers.map(dataset.pixels, records)))
-            seen = model.get_model().run_towers(pixels.to(model.device))
-            for name, values in _named(seen).items():
+            outputs = model.get_model().run_towers(pixels.to(model.device))
+            for name, values in outputs.items():
                 arrays[name][places] = values.to("cpu", torch.float16).numpy()
             if (start // _BATCH + 1) % _BATCHES_A_FLUSH == 0 or start == starts[-1]:
                 for array in arrays.values():
@@ -122,13 +122,9 @@ def cache_features(
     return kept, {image: place for place, image in enumerate(images)}
 
 
-def _named(seen: TowerOutputs) -> dict[str, Tensor]:
-    return {name: values for name, values in zip(FEATURES, seen, strict=True) if values is not None}
-
-
 def _shapes(model: LlavaLlamaForCausalLM, pixels: Tensor) -> dict[str, tuple[int, ...]]:
-    seen = model.get_model().run_towers(pixels[None].to(model.device))
-    return {name: tuple(values.shape[1:]) for name, values in _named(seen).items()}
+    outputs = model.get_model().run_towers(pixels[None].to(model.device))
+    return {name: tuple(values.shape[1:]) for name, values in outputs.items()}
 
 
 def _begin(folder: Path, key: str, count: int, shapes: dict[str, tuple[int, ...]]) -> None:

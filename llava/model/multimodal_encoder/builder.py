@@ -3,28 +3,35 @@
 from collections.abc import Mapping
 from typing import Any
 
+from llava.model.components import component_class
 from llava.model.multimodal_encoder.base import PixelFormat, TowerSource, VisionTower
-from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
-from llava.model.multimodal_encoder.dino_encoder import DinoVisionTower
-from llava.model.multimodal_encoder.residual_encoder import ResidualVisionTower
-from llava.model.multimodal_encoder.timm_encoder import TimmVisionTower
 
-VISION_TOWERS: dict[str, type[VisionTower]] = {
-    tower.tower_type: tower for tower in (TimmVisionTower, ResidualVisionTower, DinoVisionTower, CLIPVisionTower)
+VISION_TOWERS = {
+    "timm": "llava.model.multimodal_encoder.timm_encoder:TimmVisionTower",
+    "residual": "llava.model.multimodal_encoder.residual_encoder:ResidualVisionTower",
+    "dinov2": "llava.model.multimodal_encoder.dino_encoder:DinoVisionTower",
+    "clip": "llava.model.multimodal_encoder.clip_encoder:CLIPVisionTower",
 }
-"""Towers by type; a source is opened by the first that says it can."""
+"""Class of each tower type, imported when it is used; a source is opened by the first that says it can."""
+
+
+def tower_class(tower_type: str) -> type[VisionTower]:
+    """Returns the class of a tower type.
+
+    Raises:
+        CheckpointError: The type is unknown.
+    """
+    found: type[VisionTower] = component_class("vision tower", VISION_TOWERS, tower_type)
+    return found
 
 
 def build_vision_tower(config: Mapping[str, Any], shared: PixelFormat) -> VisionTower:
     """Builds a tower, with random weights, from its config.
 
     Raises:
-        ValueError: The type is unknown.
+        CheckpointError: The type is unknown.
     """
-    tower_type = config.get("type")
-    if tower_type not in VISION_TOWERS:
-        raise ValueError(f"unknown vision tower type {tower_type!r}; known: {', '.join(VISION_TOWERS)}")
-    return VISION_TOWERS[tower_type](config, shared)
+    return tower_class(str(config.get("type")))(config, shared)
 
 
 def read_vision_tower(source: str) -> TowerSource:
@@ -33,4 +40,4 @@ def read_vision_tower(source: str) -> TowerSource:
     Raises:
         CheckpointError: No tower opens it, or it cannot be read.
     """
-    return next(tower for tower in VISION_TOWERS.values() if tower.opens(source)).read(source)
+    return next(tower for name in VISION_TOWERS if (tower := tower_class(name)).opens(source)).read(source)

@@ -6,73 +6,17 @@ logits of the two words. Training adds the cross-entropy of these two classes, a
 Shapes: B rows, T positions of the expanded sequence, V words.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from llava.constants import IGNORE_INDEX
+from llava.errors import OptionError
+from llava.model.verdict import VerdictTokens
 
 SEARCHES = ("labels", "predictions")
-
-
-@dataclass(frozen=True)
-class VerdictTokens:
-    """How a tokenizer spells the verdict.
-
-    Attributes:
-        pattern: Ids that stand before the verdict word wherever an answer puts it.
-        real: Id of the word "real" after the pattern.
-        fake: Id of the word "fake" after the pattern.
-    """
-
-    pattern: tuple[int, ...]
-    real: int
-    fake: int
-
-    @classmethod
-    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, prefix: str, words: Sequence[str]) -> "VerdictTokens":
-        """Reads pattern and words from a tokenizer.
-
-        The first piece is left out, since how it is cut depends on what precedes it; so is any further piece that is
-        cut differently after a line break or a space.
-
-        Args:
-            tokenizer: Any tokenizer.
-            prefix: Text before the verdict word.
-            words: The words for real and fake.
-
-        Raises:
-            ValueError: The tokenizer cuts the prefix differently before the two words, or spells both words alike.
-        """
-        real, fake = (_encode(tokenizer, f"{prefix} {word}") for word in words)
-        length = _common_length(real, fake)
-        if length in (len(real), len(fake)):
-            raise ValueError(f"this tokenizer spells {words[0]!r} and {words[1]!r} alike after {prefix!r}")
-        pattern = real[1:length]
-        for context in ("\n\n", ". ", "x\n"):
-            ids = _encode(tokenizer, f"{context}{prefix} {words[0]}")
-            before = ids[: len(ids) - (len(real) - length)]
-            pattern = pattern[len(pattern) - _common_length(pattern[::-1], before[::-1]) :]
-        said = _encode(tokenizer, prefix.split()[-1])
-        if len(pattern) < len(said) + 1:
-            raise ValueError(
-                f"this tokenizer cuts {prefix!r} so differently from place to place that the verdict cannot be found"
-            )
-        return cls(tuple(pattern), real[length], fake[length])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain JSON values, for the config."""
-        return {**asdict(self), "pattern": list(self.pattern)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "VerdictTokens":
-        """Reads what ``to_dict`` wrote."""
-        return cls(tuple(values["pattern"]), values["real"], values["fake"])
 
 
 @dataclass(frozen=True)
@@ -103,14 +47,14 @@ class ProbabilityMapper:
             (the authors' way).
 
     Raises:
-        ValueError: An unknown search, or a temperature that is not above 0.
+        OptionError: An unknown search, or a temperature that is not above 0.
     """
 
     def __init__(self, tokens: VerdictTokens, temperature: float = 10.0, search: str = "labels") -> None:
         if search not in SEARCHES:
-            raise ValueError(f"unknown cpm_search {search!r}; known: {', '.join(SEARCHES)}")
+            raise OptionError(f"unknown cpm_search {search!r}; known: {', '.join(SEARCHES)}")
         if temperature <= 0:
-            raise ValueError(f"cpm_temperature must be above 0, not {temperature}")
+            raise OptionError(f"cpm_temperature must be above 0, not {temperature}")
         self.tokens = tokens
         self.temperature = temperature
         self.search = search
@@ -137,11 +81,11 @@ class ProbabilityMapper:
 
     def class_logits(self, logits: Tensor) -> Tensor:
         """Returns ``[..., 2]``, the scaled logits of real and fake, from logits ``[..., V]``, in float32."""
-        return logits[..., [self.tokens.real, self.tokens.fake]].float() / self.temperature
+        return self.tokens.class_logits(logits, self.temperature)
 
     def fake_probability(self, logits: Tensor) -> Tensor:
         """Returns P(fake) in 0..1 from the raw logits ``[..., V]`` at the verdict position."""
-        return self.class_logits(logits).softmax(dim=-1)[..., 1]
+        return self.tokens.fake_probability(logits, self.temperature)
 
     def loss(self, logits_BTV: Tensor, forgery_labels_B: Tensor, labels_BT: Tensor | None = None) -> MapperOutput:
         """Computes the training loss.
@@ -182,17 +126,3 @@ class ProbabilityMapper:
         loss = torch.where(matched_B, losses_B, 0).sum() / rows.clamp(min=1)
         correct = (matched_B & (logits_B2.argmax(dim=-1) == targets_B)).sum()
         return MapperOutput(loss, rows, correct, positions_B)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False).input_ids
-
-
-def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    length = 0
-    for one, other in zip(first, second, strict=False):
-        if one != other:
-            break
-        length += 1
-    return length
