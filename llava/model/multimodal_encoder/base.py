@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llava.errors import CheckpointError
 from llava.model.checkpoint_files import TensorLike
 
 
@@ -131,10 +132,10 @@ class VisionTower(nn.Module, ABC):
         """Writes config and weights into a folder that ``read`` opens; by default as transformers does.
 
         Raises:
-            ValueError: This kind of tower cannot be written by itself.
+            CheckpointError: This kind of tower cannot be written by itself.
         """
         if not isinstance(self.vision_tower, PreTrainedModel):
-            raise ValueError(f"a tower of type {self.tower_type!r} cannot be saved by itself")
+            raise CheckpointError(f"a tower of type {self.tower_type!r} cannot be saved by itself")
         self.vision_tower.save_pretrained(folder)
 
     @abstractmethod

@@ -3,28 +3,29 @@
 from collections.abc import Mapping
 from typing import Any
 
+from llava.errors import CheckpointError
 from llava.model.multimodal_encoder.base import PixelFormat, TowerSource, VisionTower
-from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
-from llava.model.multimodal_encoder.dino_encoder import DinoVisionTower
-from llava.model.multimodal_encoder.residual_encoder import ResidualVisionTower
-from llava.model.multimodal_encoder.timm_encoder import TimmVisionTower
+from llava.systems.base import resolve
 
-VISION_TOWERS: dict[str, type[VisionTower]] = {
-    tower.tower_type: tower for tower in (TimmVisionTower, ResidualVisionTower, DinoVisionTower, CLIPVisionTower)
+VISION_TOWERS: "dict[str, str | type[VisionTower]]" = {
+    "timm": "llava.model.multimodal_encoder.timm_encoder:TimmVisionTower",
+    "residual": "llava.demo.residual_encoder:ResidualVisionTower",
+    "dinov2": "llava.model.multimodal_encoder.dino_encoder:DinoVisionTower",
+    "clip": "llava.model.multimodal_encoder.clip_encoder:CLIPVisionTower",
 }
-"""Towers by type; a source is opened by the first that says it can."""
+"""Towers by type, imported on use; the first that says it can opens a source."""
 
 
 def build_vision_tower(config: Mapping[str, Any], shared: PixelFormat) -> VisionTower:
     """Builds a tower, with random weights, from its config.
 
     Raises:
-        ValueError: The type is unknown.
+        CheckpointError: The type is unknown.
     """
     tower_type = config.get("type")
     if tower_type not in VISION_TOWERS:
-        raise ValueError(f"unknown vision tower type {tower_type!r}; known: {', '.join(VISION_TOWERS)}")
-    return VISION_TOWERS[tower_type](config, shared)
+        raise CheckpointError(f"unknown vision tower type {tower_type!r}; known: {', '.join(VISION_TOWERS)}")
+    return resolve(VISION_TOWERS[tower_type])(config, shared)
 
 
 def read_vision_tower(source: str) -> TowerSource:
@@ -33,4 +34,4 @@ def read_vision_tower(source: str) -> TowerSource:
     Raises:
         CheckpointError: No tower opens it, or it cannot be read.
     """
-    return next(tower for tower in VISION_TOWERS.values() if tower.opens(source)).read(source)
+    return next(tower for tower in map(resolve, VISION_TOWERS.values()) if tower.opens(source)).read(source)
