@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes the embedded model again from nothing: renders MMFR-Synthetic, builds a tokenizer, trains the towers and then,
+# Makes the embedded model again from scratch: renders MMFR-Synthetic, builds a tokenizer, trains the towers and then,
 # with them frozen, fusion and language model, evaluates on fresh sets, and writes the model with its card.
-# Stopped in between, the same command goes on. It takes up to two hours on two cores, and about 4 GB.
+# If it was stopped, the same command resumes. It takes up to two hours on two cores, and about 4 GB.
 #
 #     bash scripts/train_demo.sh [FOLDER]
 #
@@ -48,13 +48,13 @@ render() {
 
 tokenizer() {
     rm -rf "$out/tokenizer"
-    "$python" -m llava.data.build_tokenizer "$out/data/forgery_reasoning_cot.json" --output_dir "$out/tokenizer"
+    "$python" -m llava.demo.tokenizer "$out/data/forgery_reasoning_cot.json" --output_dir "$out/tokenizer"
 }
 
 towers() {
-    "$python" -m llava.train.towers --data "$out/data" --config scripts/demo_model.json --output_dir "$out/towers" \
+    "$python" -m llava.demo.towers --data "$out/data" --config scripts/demo_model.json --output_dir "$out/towers" \
         --epochs 2 --batch_size 32 --learning_rate 1e-3 --bf16 --seed "$seed" \
-        --dino_tower_loss verdict=1,attributes=1,reasoning=3 --strangers 0.1 --vision_tower_loss caption=1
+        --dino_tower_loss verdict=1,attributes=1,reasoning=3 --outliers 0.1 --vision_tower_loss caption=1
 }
 
 # train FOLDER OPTION…: trains fusion and language model on the answers, into a folder of its own.
@@ -72,7 +72,7 @@ language_model() {
         --group_by_modality_length True --alike_lengths True --learning_rate 1.5e-3 --num_train_epochs 2
 }
 
-# Batches of like length weigh the words of short answers more; in random order the model learns how often they are asked.
+# Batches of like length weigh the words of short answers more; random order corrects that.
 random_order() {
     train run_random --model_name_or_path "$out/run/final" --learning_rate 4e-4 --num_train_epochs 0.5 --save_dtype float16
 }

@@ -1,4 +1,4 @@
-"""A tokenizer of one's own: any text comes back, and verdicts are found wherever they stand."""
+"""A tokenizer of one's own: any text is decoded exactly, and verdicts are found wherever they occur."""
 
 import json
 
@@ -6,12 +6,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llava.cli import run_cli
 from llava.constants import IGNORE_INDEX
 from llava.conversation import conv_templates
-from llava.data.build_tokenizer import SPECIAL_TOKENS, build_parser, constant_texts, measure, run, train_tokenizer
 from llava.data.prompting import fill_template, tokenize_conversation
 from llava.data.records import Record, read_records
+from llava.demo.tokenizer import SPECIAL_TOKENS, build_parser, constant_texts, main, measure, run, train_tokenizer
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import load_tokenizer
 from llava.model.verdict import VerdictTokens
@@ -64,7 +63,7 @@ written = st.lists(pieces, max_size=6).map("".join)
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=written.filter(lambda text: not any(token in text for token in SPECIAL_TOKENS.values())))
-def test_any_text_comes_back(tokenizer, text):
+def test_any_text_is_decoded_exactly(tokenizer, text):
     assert tokenizer.decode(encode(tokenizer, text)) == text
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
 
@@ -157,11 +156,11 @@ def test_the_vocabulary_keeps_within_its_size(folder):
 
 def test_wrong_input_is_explained_and_leaves_nothing(folder, tmp_path, capsys):
     train = str(folder / "train.json")
-    for arguments, said in (
+    for arguments, message in (
         ([str(tmp_path / "absent.json"), "--output_dir", str(tmp_path / "own")], "no data file"),
         ([train, "--output_dir", str(tmp_path / "own"), "--vocab_size", "10"], "--vocab_size must be above"),
         ([train, "--output_dir", str(folder / "own")], "exists and is not empty"),
     ):
-        assert run_cli(lambda arguments=arguments: run(build_parser().parse_args(arguments))) == 1
-        assert said in capsys.readouterr().err
+        assert main(arguments) == 1
+        assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from llava.demo import residual_features
+from llava.demo.residual_encoder import ResidualVisionTower
+from llava.demo.residual_features import Residuals, log_power, measure, residual_moments
 from llava.errors import CheckpointError
-from llava.model.multimodal_encoder import residual_features
 from llava.model.multimodal_encoder.base import PixelFormat
 from llava.model.multimodal_encoder.builder import build_vision_tower, read_vision_tower
-from llava.model.multimodal_encoder.residual_encoder import ResidualVisionTower
-from llava.model.multimodal_encoder.residual_features import Residuals, log_power, measure, residual_moments
 from tests.small_models import CLIP_CONFIG, small_config, small_model
 
 SHARED = PixelFormat(64, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
@@ -40,8 +40,8 @@ def tower(seed: int = 0, **changes) -> ResidualVisionTower:
     return built.eval()
 
 
-def numpy_planes(picture: np.ndarray) -> list[np.ndarray]:
-    red, green, blue = picture
+def numpy_planes(image: np.ndarray) -> list[np.ndarray]:
+    red, green, blue = image
     return [0.299 * red + 0.587 * green + 0.114 * blue, red - green, blue - green]
 
 
@@ -57,27 +57,27 @@ def numpy_residual(plane: np.ndarray) -> np.ndarray:
 
 
 def test_residuals_and_their_moments_are_those_of_a_plain_loop():
-    picture = levels(1, 32)
-    residuals = Residuals.of(picture)
-    plain = [numpy_residual(plane) for plane in numpy_planes(picture[0].double().numpy())]
+    image = levels(1, 32)
+    residuals = Residuals.of(image)
+    plain = [numpy_residual(plane) for plane in numpy_planes(image[0].double().numpy())]
     assert np.allclose(residuals.both[0, :3], plain, atol=1e-3)
-    moments = residual_moments(picture, residuals, 16)[0].numpy()
+    moments = residual_moments(image, residuals, 16)[0].numpy()
     cell = plain[0][16:, :16]
     assert np.allclose(moments[6, 1, 0], np.abs(cell).mean(), atol=1e-3)
     assert np.allclose(moments[9, 1, 0], (cell**2).mean(), rtol=1e-4)
     assert np.allclose(moments[15, 1, 0], (cell**4).mean(), rtol=1e-4)
-    red, green = (numpy_residual(channel) for channel in picture[0, :2].double().numpy())
+    red, green = (numpy_residual(channel) for channel in image[0, :2].double().numpy())
     assert np.allclose(moments[18, 1, 0], (red * green)[16:, :16].mean(), rtol=1e-3)
     assert np.allclose(moments[24:, 1, 0].reshape(7, 3)[3, 0], (np.abs(cell) < 4).mean(), atol=1e-6)
 
 
 def test_the_spectrum_of_a_tile_is_that_of_the_pixels_around_its_patch():
-    picture = levels(2)
-    spectra = residual_features.tile_spectra(residual_features.planes(picture), 24, 16)
+    image = levels(2)
+    spectra = residual_features.tile_spectra(residual_features.planes(image), 24, 16)
     assert spectra.shape == (2, 16, 3 * 24 * 13)
     window = np.hanning(24)[:, None] * np.hanning(24)
     for row, column in ((1, 2), (0, 3)):
-        padded = np.pad(numpy_planes(picture[1].double().numpy())[1], 4, mode="reflect")
+        padded = np.pad(numpy_planes(image[1].double().numpy())[1], 4, mode="reflect")
         tile = padded[row * 16 : row * 16 + 24, column * 16 : column * 16 + 24]
         power = np.abs(np.fft.rfft2((tile - tile.mean()) * window)) ** 2 / (window**2).sum()
         found = spectra[1, row * 4 + column].reshape(3, 24, 13)[1]
@@ -105,13 +105,13 @@ def test_a_wave_of_any_direction_raises_its_ring(turn):
     assert (highest[1] - highest[0]).argmax() == ring - 1 and (highest[1] - highest[0]).max() > 2
 
 
-def test_a_grid_and_missing_levels_change_what_is_measured_of_the_picture():
-    picture = levels(1)
-    strength = Residuals.of(picture).strength
+def test_a_grid_and_missing_levels_change_what_is_measured_of_the_image():
+    image = levels(1)
+    strength = Residuals.of(image).strength
     gridded = strength * (1 + (torch.arange(64) % 4 == 0).float())
     assert residual_features._phase_spread(gridded, 4).min() > 2 * residual_features._phase_spread(strength, 4).max()
-    few = (picture / 32).round() * 32
-    whole, gaps = (residual_features._histogram_statistics(part)[0, :3] for part in (picture, few))
+    few = (image / 32).round() * 32
+    whole, gaps = (residual_features._histogram_statistics(part)[0, :3] for part in (image, few))
     assert (whole > 1.5).all() and (gaps < -1.5).all()
 
 
@@ -137,7 +137,7 @@ def test_shapes_at_several_sizes(size, patch, tile, grid):
     assert built(shared(levels(2, size))).attention is None
 
 
-def test_a_picture_is_seen_alike_in_any_batch():
+def test_an_image_is_seen_alike_in_any_batch():
     built, pixels = tower(), shared(levels(4))
     together = built(pixels, with_attention=True)
     for index in range(4):
@@ -160,7 +160,7 @@ def test_features_stay_with_their_patch():
 def test_calibration_brings_every_measure_to_one_scale():
     built, pixels = tower(), shared(levels(16, seed=9))
     measured = built._measure(pixels)
-    for name, values in (("tile", measured.tiles.flatten(0, 1)), ("picture", measured.picture)):
+    for name, values in (("tile", measured.tiles.flatten(0, 1)), ("picture", measured.image)):
         standard = (values - getattr(built, f"{name}_mean")) / getattr(built, f"{name}_spread")
         assert standard.mean(0).abs().max() < 1e-3 and standard.std(0, correction=0).max() < 1.0001
     once = {name: value.clone() for name, value in built.state_dict().items() if "mean" in name or "spread" in name}
@@ -261,6 +261,6 @@ def test_another_model_is_no_residual_tower(tmp_path):
 
 
 def test_measures_are_the_same_each_time():
-    picture = levels(2)
-    for one, other in zip(measure(picture, 24, 16), measure(picture.clone(), 24, 16), strict=True):
+    image = levels(2)
+    for one, other in zip(measure(image, 24, 16), measure(image.clone(), 24, 16), strict=True):
         assert torch.equal(one, other)

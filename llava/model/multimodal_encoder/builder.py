@@ -8,7 +8,7 @@ from llava.model.multimodal_encoder.base import PixelFormat, TowerSource, Vision
 
 VISION_TOWERS = {
     "timm": "llava.model.multimodal_encoder.timm_encoder:TimmVisionTower",
-    "residual": "llava.model.multimodal_encoder.residual_encoder:ResidualVisionTower",
+    "residual": "llava.demo.residual_encoder:ResidualVisionTower",
     "dinov2": "llava.model.multimodal_encoder.dino_encoder:DinoVisionTower",
     "clip": "llava.model.multimodal_encoder.clip_encoder:CLIPVisionTower",
 }

@@ -1,6 +1,6 @@
-"""What forensic statistics tell of a picture: residuals, their correlations, and spectra. Nothing here is learnt.
+"""Forensic statistics of an image: residuals, their correlations, and spectra. Nothing here is learnt.
 
-Everything is computed in float32, of overlapping tiles and of the whole picture. Suffixes: B images, C planes, H rows
+Everything is computed in float32, of overlapping tiles and of the whole image. Suffixes: B images, C planes, H rows
 and W columns of pixels, T tiles, S side of a tile, F features.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 _LUMA = (0.299, 0.587, 0.114)
 _QUANTISATION = 1 / 12
-"""Variance of rounding to whole levels, below which no energy means anything."""
+"""Variance of rounding to whole levels; energy below it is meaningless."""
 _STEPS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Levels at which the distribution of a residual is read."""
 _LAGS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, 2), (2, 0), (2, 2), (0, 3), (3, 0), (0, 4), (4, 0), (0, 8), (8, 0))
@@ -33,7 +33,7 @@ def planes(levels_B3HW: Tensor) -> Tensor:
 
 
 def second_differences(planes_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns how far each pixel is from the mean of its neighbours, across and down, at the picture's size."""
+    """Returns how far each pixel is from the mean of its neighbours, across and down, at the image's size."""
     padded = F.pad(planes_BCHW, (1, 1, 1, 1), mode="replicate")
     middle = padded[..., 1:-1, 1:-1]
     across = middle - (padded[..., 1:-1, 2:] + padded[..., 1:-1, :-2]) / 2
@@ -42,19 +42,19 @@ def second_differences(planes_BCHW: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Measured(NamedTuple):
-    """What is measured of B pictures, in float32.
+    """The measures of B images, in float32.
 
     Attributes:
         tiles: Spectra and statistics of each patch ``[B, T, F]``.
-        picture: Statistics of the whole picture ``[B, F]``.
+        image: Statistics of the whole image ``[B, F]``.
     """
 
     tiles: Tensor
-    picture: Tensor
+    image: Tensor
 
 
 class Residuals(NamedTuple):
-    """A picture's planes and their residuals, at its size; C = 6: three planes, then red, green and blue.
+    """An image's planes and their residuals, at its size; C = 6: three planes, then red, green and blue.
 
     Attributes:
         colour: Planes ``[B, 3, H, W]``.
@@ -94,6 +94,7 @@ def log_power(maps: Tensor) -> Tensor:
     )
     window = rows[:, None] * columns
     spectrum = torch.fft.rfft2((maps - maps.mean((-2, -1), keepdim=True)) * window)
+    # Divided by the window's energy, so that white noise has its variance as power at any tile size.
     power = (spectrum.real.square() + spectrum.imag.square()) / window.square().sum()
     return (power + _QUANTISATION).log()
 
@@ -146,11 +147,12 @@ def tile_statistics(moments_BMRQ: Tensor) -> Tensor:
     return torch.cat([moment_statistics(part.flatten(2)) for part in (moments_BMRQ, wide)], -1)
 
 
-def picture_statistics(levels_B3HW: Tensor, residuals: Residuals, moments_BMRQ: Tensor) -> Tensor:
-    """Returns what only the whole picture shows ``[B, F]``: fine spectra, correlations, grids, histogram."""
+def image_statistics(levels_B3HW: Tensor, residuals: Residuals, moments_BMRQ: Tensor) -> Tensor:
+    """Returns what only the whole image shows ``[B, F]``: fine spectra, correlations, grids, histogram."""
     strength = residuals.strength
     spectra = log_power(torch.cat((residuals.colour, strength[:, :1]), 1))
     across = F.avg_pool2d(F.pad(spectra, (3, 3, 0, 0), mode="reflect"), (1, 7), 1)
+    # A generator's grid is a peak over its surroundings: subtract a 7 x 7 mean, taken along each axis in turn.
     peaks = spectra - F.avg_pool2d(F.pad(across, (0, 0, 3, 3), mode="reflect"), (7, 1), 1)
     pooled = F.adaptive_avg_pool2d(spectra, _SPECTRUM_CELLS), F.adaptive_max_pool2d(peaks, _SPECTRUM_CELLS)
     cells = F.avg_pool2d(residuals.both[:, :_PLANES].square(), 8).sqrt().flatten(2).sort(-1).values
@@ -187,12 +189,13 @@ def _ring_statistics(spectra_BCHW: Tensor, peaks_BCHW: Tensor) -> Tensor:
 
 def _lags(residual_BCHW: Tensor) -> Tensor:
     """Returns the correlation of a residual with itself moved ``[B, C * lags]``."""
+    # The autocorrelation is the inverse transform of the power spectrum (Wiener-Khinchin), here circular.
     spectrum = torch.fft.rfft2(residual_BCHW)
     power = spectrum.real.square() + spectrum.imag.square()
     moved = torch.fft.irfft2(power, s=residual_BCHW.shape[-2:])
-    places = torch.stack([moved[..., dy, dx] for dy, dx in _LAGS], -1)
+    at_lags = torch.stack([moved[..., dy, dx] for dy, dx in _LAGS], -1)
     scale = moved[..., :1, 0] + _QUANTISATION * residual_BCHW[0, 0].numel()
-    return (places / scale).flatten(1)
+    return (at_lags / scale).flatten(1)
 
 
 def _phase_spread(strength_BCHW: Tensor, period: int) -> Tensor:
@@ -218,7 +221,7 @@ def _histogram_statistics(levels_B3HW: Tensor) -> Tensor:
 
 
 def measure(levels_B3HW: Tensor, side: int, patch: int) -> Measured:
-    """Measures pictures.
+    """Measures images.
 
     Args:
         levels_B3HW: Colours 0 to 255, float32; H and W are multiples of ``patch``.
@@ -229,5 +232,5 @@ def measure(levels_B3HW: Tensor, side: int, patch: int) -> Measured:
     moments = residual_moments(levels_B3HW, residuals, patch)
     spectra = tile_spectra(torch.cat((residuals.colour, residuals.strength[:, :1]), 1), side, patch)
     return Measured(
-        torch.cat((spectra, tile_statistics(moments)), -1), picture_statistics(levels_B3HW, residuals, moments)
+        torch.cat((spectra, tile_statistics(moments)), -1), image_statistics(levels_B3HW, residuals, moments)
     )

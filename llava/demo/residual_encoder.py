@@ -1,6 +1,5 @@
-"""A small tower that looks at how a picture was made: residuals and spectra of tiles, then a transformer."""
+"""A small tower that looks at how an image was made: residuals and spectra of tiles, then a transformer."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,21 +9,22 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from llava.demo.residual_features import Measured, measure
 from llava.errors import CheckpointError
+from llava.files import make_folder, write_json
 from llava.model.checkpoint_files import read_json, read_tensors, resolve_folder
 from llava.model.multimodal_encoder.base import PixelFormat, TowerOutput, TowerSource, VisionTower
-from llava.model.multimodal_encoder.residual_features import Measured, measure
 
 _FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "patch_size", "tile_size")
 _CALIBRATION_BATCH = 64
-_LEAST_SPREAD = 0.05
+_SPREAD_FLOOR = 0.05
 """Added to the spread of a measure, so that one that hardly varies is not blown up."""
-FURTHEST = 6.0
-"""Standard deviations to which measures are cut."""
+MAX_DEVIATION = 6.0
+"""Standard deviations to which measures are clamped."""
 
 
 class SelfAttention(nn.Module):
-    """Self-attention that computes its softmax openly where it is asked for; N tokens, C channels, G heads."""
+    """Self-attention that can return its attention; N tokens, C channels, G heads."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -32,11 +32,12 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.out = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x_BNC: Tensor, *, openly: bool) -> tuple[Tensor, Tensor | None]:
-        """Returns ``[B, N, C]``, and the attention ``[B, G, N, N]`` if it is computed openly."""
+    def forward(self, x_BNC: Tensor, *, with_attention: bool) -> tuple[Tensor, Tensor | None]:
+        """Returns ``[B, N, C]``, and the attention ``[B, G, N, N]`` if it is asked for."""
         q, k, v = self.qkv(x_BNC).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        if not openly:
+        if not with_attention:
             return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)), None
+        # The fused kernel above does not return its softmax.
         attention = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
         return self.out((attention @ v).transpose(1, 2).flatten(2)), attention
 
@@ -51,24 +52,24 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(hidden_size)
         self.mlp = nn.Sequential(nn.Linear(hidden_size, inner_size), nn.GELU(), nn.Linear(inner_size, hidden_size))
 
-    def forward(self, x_BNC: Tensor, *, openly: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Returns ``[B, N, C]``, and the attention ``[B, G, N, N]`` if it is computed openly."""
-        seen, attention = self.attention(self.attention_norm(x_BNC), openly=openly)
-        x_BNC = x_BNC + seen
+    def forward(self, x_BNC: Tensor, *, with_attention: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Returns ``[B, N, C]``, and the attention ``[B, G, N, N]`` if it is asked for."""
+        attended, attention = self.attention(self.attention_norm(x_BNC), with_attention=with_attention)
+        x_BNC = x_BNC + attended
         return x_BNC + self.mlp(self.mlp_norm(x_BNC)), attention
 
 
 class ResidualVisionTower(VisionTower):
-    """Tokens are measures of tiles; a prefix token holds those of the whole picture.
+    """A tower whose tokens are measures of tiles; a prefix token holds those of the whole image.
 
-    What is measured stands in ``residual_features``; here ``calibrate`` brings it to mean 0 and deviation 1.
-    The measures need pixels exact to a level, so float32 or float16.
+    ``residual_features`` defines the measures; ``calibrate`` finds the mean and deviation that standardise them.
+    The measures need pixels exact to one level in 256, so float32 or float16.
 
     Config: ``hidden_size``, ``num_hidden_layers``, ``num_attention_heads``, ``mlp_ratio``; ``patch_size``; and
     ``tile_size``, side of the tiles around each patch whose spectra are taken.
 
     Raises:
-        ValueError: Sizes are missing or do not fit each other.
+        CheckpointError: Sizes are missing or do not fit each other.
     """
 
     tower_type: ClassVar[str] = "residual"
@@ -87,11 +88,12 @@ class ResidualVisionTower(VisionTower):
         with torch.device("cpu"):
             levels = torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.float32)
             blank = measure(levels, self.tile_size, self.patch_size)
-        for name, count in (("tile", blank.tiles.shape[-1]), ("picture", blank.picture.shape[-1])):
+        # The names of tensors, "picture" too, are those of saved checkpoints.
+        for name, count in (("tile", blank.tiles.shape[-1]), ("picture", blank.image.shape[-1])):
             self.register_buffer(f"{name}_mean", torch.zeros(count))
             self.register_buffer(f"{name}_spread", torch.ones(count))
         self.patches = nn.Linear(blank.tiles.shape[-1], width)
-        self.picture = nn.Linear(blank.picture.shape[-1], width)
+        self.picture = nn.Linear(blank.image.shape[-1], width)
         self.position_embeddings = nn.Parameter(torch.randn(1, self.num_patches, width) * 0.02)
         inner = int(width * config["mlp_ratio"])
         self.blocks = nn.ModuleList(Block(width, heads, inner) for _ in range(config["num_hidden_layers"]))
@@ -99,7 +101,7 @@ class ResidualVisionTower(VisionTower):
 
     @classmethod
     def opens(cls, source: str) -> bool:
-        """Whether it is a folder that says it holds such a tower."""
+        """Whether it is a folder whose config names this type."""
         config_file = Path(source).expanduser() / "config.json"
         return config_file.is_file() and read_json(config_file).get("model_type") == cls.tower_type
 
@@ -113,11 +115,11 @@ class ResidualVisionTower(VisionTower):
         return TowerSource({"type": cls.tower_type, **config}, read_tensors(folder), str(folder))
 
     def save_pretrained(self, folder: Path) -> None:
-        """Writes config and weights."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Writes config and weights into a folder that ``read`` opens."""
+        make_folder(folder, "tower")
         config = {**self.config, "image_size": self.image_size, "model_type": self.tower_type}
         del config["type"]
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "config.json", config, indent=2)
         save_file(self.state_dict(), folder / "model.safetensors", {"format": "pt"})
 
     @property
@@ -143,48 +145,49 @@ class ResidualVisionTower(VisionTower):
 
     @torch.no_grad()
     def calibrate(self, shared_pixels: Tensor) -> None:
-        """Takes mean and spread of every measure from typical pictures."""
-        seen = [self._measure(self.own_pixels(part)) for part in shared_pixels.split(_CALIBRATION_BATCH)]
+        """Takes mean and spread of every measure from typical images."""
+        parts = [self._measure(self.own_pixels(part)) for part in shared_pixels.split(_CALIBRATION_BATCH)]
         for name, values in (
-            ("tile", torch.cat([part.tiles for part in seen]).flatten(0, 1)),
-            ("picture", torch.cat([part.picture for part in seen])),
+            ("tile", torch.cat([part.tiles for part in parts]).flatten(0, 1)),
+            ("picture", torch.cat([part.image for part in parts])),
         ):
             getattr(self, f"{name}_mean").copy_(values.mean(0))
-            getattr(self, f"{name}_spread").copy_(values.std(0, correction=0) + _LEAST_SPREAD)
+            getattr(self, f"{name}_spread").copy_(values.std(0, correction=0) + _SPREAD_FLOOR)
 
     def measure(self, shared_pixels: Tensor) -> Measured:
-        """Measures pictures, each measure in deviations from that of a typical one."""
-        return self._standardised(self._measure(self.own_pixels(shared_pixels)))
+        """Measures images, each measure in standard deviations from that of a typical one."""
+        return self._standardize(self._measure(self.own_pixels(shared_pixels)))
 
     def encode(self, pixels: Tensor, *, with_attention: bool) -> TowerOutput:
-        """Returns the normed patch tokens, and the last block's attention with the picture's token first."""
-        return self.encode_measured(self._standardised(self._measure(pixels)), with_attention=with_attention)
+        """Returns the normed patch tokens, and the last block's attention with the image's token first."""
+        return self.encode_measured(self._standardize(self._measure(pixels)), with_attention=with_attention)
 
     def encode_measured(self, measured: Measured, *, with_attention: bool = False) -> TowerOutput:
         """Encodes what ``measure`` returns."""
-        tiles_BPF, picture_BF = (part.to(self.position_embeddings.dtype) for part in measured)
+        tiles_BPF, image_BF = (part.to(self.position_embeddings.dtype) for part in measured)
         patches_BPC = self.patches(tiles_BPF) + self.position_embeddings
-        hidden_BNC = torch.cat((self.picture(picture_BF)[:, None].to(patches_BPC.dtype), patches_BPC), dim=1)
+        hidden_BNC = torch.cat((self.picture(image_BF)[:, None].to(patches_BPC.dtype), patches_BPC), dim=1)
         *blocks, last = self.blocks
         for block in blocks:
             hidden_BNC, _ = block(hidden_BNC)
-        hidden_BNC, attention = last(hidden_BNC, openly=True)
+        hidden_BNC, attention = last(hidden_BNC, with_attention=True)
         return TowerOutput(self.norm(hidden_BNC)[:, 1:], attention if with_attention else None)
 
-    def _standardised(self, measured: Measured) -> Measured:
+    def _standardize(self, measured: Measured) -> Measured:
         tiles = (measured.tiles - self.tile_mean) / self.tile_spread
-        picture = (measured.picture - self.picture_mean) / self.picture_spread
-        return Measured(tiles.clamp(-FURTHEST, FURTHEST), picture.clamp(-FURTHEST, FURTHEST))
+        image = (measured.image - self.picture_mean) / self.picture_spread
+        return Measured(tiles.clamp(-MAX_DEVIATION, MAX_DEVIATION), image.clamp(-MAX_DEVIATION, MAX_DEVIATION))
 
     @torch.no_grad()
     def _measure(self, pixels: Tensor) -> Measured:
-        """Measures the tower's own pixels in float32, whatever it computes in itself."""
+        """Measures the tower's own pixels in float32, whatever dtype its weights have."""
         with torch.autocast(pixels.device.type, enabled=False):
             exact = pixels.float()
             mean, std = (
                 exact.new_tensor(self.config.get(f"pixel_{name}") or values).view(1, 3, 1, 1)
                 for name, values in (("mean", self.shared.mean), ("std", self.shared.std))
             )
+            # Back to the whole levels of the decoded image: residuals near 0 would drown in the error of float16.
             levels = ((exact * std + mean) * 255).round().clamp(0, 255)
             return measure(levels, self.tile_size, self.patch_size)
 
@@ -192,9 +195,11 @@ class ResidualVisionTower(VisionTower):
 def _check_sizes(config: Mapping[str, Any], image_size: int) -> None:
     missing = [name for name in _FIELDS if name not in config]
     if missing:
-        raise ValueError(f"the config of a residual tower lacks {', '.join(missing)}")
+        raise CheckpointError(f"the config of a residual tower lacks {', '.join(missing)}")
     patch, tile = config["patch_size"], config["tile_size"]
     if config["hidden_size"] % config["num_attention_heads"]:
-        raise ValueError(f"the width {config['hidden_size']} is no multiple of {config['num_attention_heads']} heads")
+        raise CheckpointError(
+            f"the width {config['hidden_size']} is no multiple of {config['num_attention_heads']} heads"
+        )
     if not patch <= tile <= image_size:
-        raise ValueError(f"tile_size {tile} must be from patch_size {patch} to the image's {image_size}")
+        raise CheckpointError(f"tile_size {tile} must be from patch_size {patch} to the image's {image_size}")

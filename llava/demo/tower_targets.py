@@ -1,4 +1,4 @@
-"""What a tower can be taught from published answers: verdict, attributes, and the words of caption and reasoning."""
+"""What a tower learns from published answers: verdict, attributes, and the words of caption and reasoning."""
 
 import re
 from collections import Counter
@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from llava.labels import FAKE, LABELS
-from llava.systems.fakereasoning.answer import FORGERY_ATTRIBUTES, ParsedAnswer
+from llava.systems.base import ParsedAnswer
+from llava.systems.fakereasoning.answer import FORGERY_ATTRIBUTES
 
 WORD_STAGES = {"caption": "CAPTION", "reasoning": "REASONING"}
 """Stage whose words each group of word targets holds."""
 GROUPS = ("verdict", "attributes", *WORD_STAGES)
 _WORD = re.compile(r"[^\W\d_]+")
 _MOST_COMMON = 0.9
-"""Words in a larger share of the answers than this tell nothing."""
+"""Words in a larger share of the answers than this say nothing about an image."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class TargetNames:
         Args:
             answers: Training answers.
             max_words: Most words of each stage; the more frequent ones are kept.
-            min_share: Share of the answers that must hold a word.
+            min_share: Share of the answers that must contain a word.
         """
         words = {}
         for group, stage in WORD_STAGES.items():
@@ -56,12 +57,12 @@ class TargetNames:
         return [len(getattr(self, group)) for group in GROUPS]
 
     def targets(self, answer: ParsedAnswer) -> Tensor:
-        """Returns what an answer says of every target, bool ``[K]``."""
+        """Returns whether an answer has each target, bool ``[K]``."""
         present: list[bool] = [answer.verdict == name for name in self.verdict]
         present += [name in answer.attributes for name in self.attributes]
         for group, stage in WORD_STAGES.items():
-            said = set(_words(answer, stage))
-            present += [word in said for word in getattr(self, group)]
+            words = set(_words(answer, stage))
+            present += [word in words for word in getattr(self, group)]
         return torch.tensor(present, dtype=torch.bool)
 
     def weights(self, of_groups: Mapping[str, float]) -> Tensor:
