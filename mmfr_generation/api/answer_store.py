@@ -4,20 +4,20 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llava.errors import UserError
-from mmfr_generation.answers import read_answer, read_lines
-from mmfr_generation.files import write_json_lines
+from llava.errors import DataError, MissingFileError
+from llava.files import write_jsonl
+from mmfr_generation.api.answers import read_answer, read_lines
 
 
 def request_files(folder: Path) -> list[Path]:
     """Returns the request files of a folder by name.
 
     Raises:
-        UserError: There is none.
+        MissingFileError: There is none.
     """
     files = sorted(folder.glob("*.jsonl"))
     if not files:
-        raise UserError(f"there is no .jsonl file in {folder}; write request files with get_jsonl.py first")
+        raise MissingFileError(f"there is no .jsonl file in {folder}; write request files with get_jsonl.py first")
     return files
 
 
@@ -25,18 +25,18 @@ def request_ids(path: Path) -> list[str]:
     """Returns the ``custom_id`` of each request in a file, in order.
 
     Raises:
-        UserError: A line is no request, or an id stands twice.
+        DataError: A line is no request, or an id occurs twice.
     """
     ids: dict[str, int] = {}
     for number, request in read_lines(path):
         custom_id = (request or {}).get("custom_id")
         if request is None or not isinstance(custom_id, str) or not isinstance(request.get("body"), dict):
-            raise UserError(f"{path}, line {number}, is not a request with a custom_id and a body")
+            raise DataError(f"{path}, line {number}, is not a request with a custom_id and a body")
         if custom_id in ids:
-            raise UserError(f"{path}, line {number}, asks about {custom_id} again, as line {ids[custom_id]} does")
+            raise DataError(f"{path}, line {number}, asks about {custom_id} again, as line {ids[custom_id]} does")
         ids[custom_id] = number
     if not ids:
-        raise UserError(f"{path} holds no request")
+        raise DataError(f"{path} holds no request")
     return list(ids)
 
 
@@ -45,7 +45,7 @@ class AnswerStore:
 
     Args:
         input_folder: Folder of request files.
-        output_folder: Folder for the answers; ``.batch_api`` in it holds what is needed to go on after a stop.
+        output_folder: Folder for the answers; ``.batch_api`` in it holds what is needed to resume.
     """
 
     def __init__(self, input_folder: Path | str, output_folder: Path | str) -> None:
@@ -88,12 +88,12 @@ class AnswerStore:
         return best
 
     def unanswered(self, path: Path) -> list[str]:
-        """Returns the requests of a file that have neither an answer nor a failure that would come again."""
+        """Returns the requests of a file that have neither an answer nor a failure that would recur."""
         best = self.answers(path.name)
         return [
             custom_id
             for custom_id in self.ids(path)
-            if custom_id not in best or ((answer := read_answer(best[custom_id])).failure and answer.again)
+            if custom_id not in best or ((answer := read_answer(best[custom_id])).failure and answer.retryable)
         ]
 
     def publish(self, path: Path) -> list[str]:
@@ -110,5 +110,5 @@ class AnswerStore:
             if failure:
                 failed.append(f"{custom_id}: {failure}")
             lines.append(line)
-        write_json_lines(self.output_folder / path.name, lines)
+        write_jsonl(self.output_folder / path.name, lines)
         return failed

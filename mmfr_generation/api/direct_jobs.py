@@ -5,13 +5,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-import openai
 from tqdm import tqdm
 
-from mmfr_generation.answer_store import AnswerStore
-from mmfr_generation.answers import read_answer, read_lines
-from mmfr_generation.chat_server import Server, ServerError
-from mmfr_generation.files import JsonLog
+from llava.files import JsonlLog
+from mmfr_generation.api.answer_store import AnswerStore
+from mmfr_generation.api.answers import read_answer, read_lines
+from mmfr_generation.api.chat_client import ChatClient, ChatError, is_fatal
 
 
 class DirectJobs(AnswerStore):
@@ -22,7 +21,6 @@ class DirectJobs(AnswerStore):
         input_folder: Folder of request files.
         output_folder: Folder for the answers.
         concurrency: Most requests that are on their way at one time.
-        first_pause: See ``Server``.
 
     Raises:
         UserError: There is no request file.
@@ -35,10 +33,9 @@ class DirectJobs(AnswerStore):
         output_folder: Path | str,
         *,
         concurrency: int = 4,
-        first_pause: float = 1.0,
     ) -> None:
         super().__init__(input_folder, output_folder)
-        self.server = Server(client, first_pause=first_pause)
+        self.chat = ChatClient(client)
         self.concurrency = concurrency
 
     def run(self) -> list[str]:
@@ -62,10 +59,10 @@ class DirectJobs(AnswerStore):
         return failed
 
     def _ask_file(self, path: Path, answered: set[str], bar: Any) -> None:
-        lock = threading.Lock()
-        under_way: set[Future[None]] = set()
+        lock = threading.Lock()  # the log takes one line at a time
+        pending: set[Future[None]] = set()
         with (
-            JsonLog(self.raw_path(path, "direct")) as log,
+            JsonlLog(self.raw_path(path, "direct")) as log,
             ThreadPoolExecutor(self.concurrency) as pool,
         ):
 
@@ -78,45 +75,35 @@ class DirectJobs(AnswerStore):
             try:
                 for _, request in read_lines(path):
                     if request and request["custom_id"] not in answered:
-                        if len(under_way) >= self.concurrency:
-                            under_way = _settle(under_way)
-                        under_way.add(pool.submit(work, request))
-                while under_way:
-                    under_way = _settle(under_way)
+                        if len(pending) >= self.concurrency:
+                            pending = _settle(pending)
+                        pending.add(pool.submit(work, request))
+                while pending:
+                    pending = _settle(pending)
             except BaseException:
-                # What is on its way comes home and is written before the pool closes; nothing further is asked.
-                self.server.stopped.set()
+                # Requests that were sent are answered and written before the pool closes; no other one is sent.
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """Sends one request; returns its answer or failure as a line of a batch's output file."""
         line: dict[str, Any] = {"custom_id": request["custom_id"], "response": None, "error": None}
+        client = self.chat.client
         try:
-            body = self.server.ask(
-                lambda: self.server.client.post("/chat/completions", body=request["body"], cast_to=object)
-            )
+            body = self.chat.ask(lambda: client.post("/chat/completions", body=request["body"], cast_to=object))
             line["response"] = {"status_code": 200, "body": body}
-        except ServerError as error:
-            cause = error.cause
-            if not isinstance(cause, openai.APIStatusError) or _hopeless(cause):
+        except ChatError as error:
+            cause: Any = error.cause
+            if is_fatal(cause):
                 raise
             line["response"] = {"status_code": cause.status_code, "body": None}
-            line["error"] = {"code": cause.code, "message": self.server.without_key(str(cause))}
+            line["error"] = {"code": cause.code, "message": self.chat.without_key(str(cause))}
         return line
 
 
-def _settle(under_way: set[Future[None]]) -> set[Future[None]]:
-    """Waits for a request to end; returns what is still under way."""
-    done, rest = wait(under_way, return_when=FIRST_COMPLETED)
+def _settle(pending: set[Future[None]]) -> set[Future[None]]:
+    """Waits for a request to end; returns what is still pending."""
+    done, rest = wait(pending, return_when=FIRST_COMPLETED)
     for future in done:
         future.result()
     return rest
-
-
-def _hopeless(error: openai.APIStatusError) -> bool:
-    """Says whether every further request would fail in the same way."""
-    return (
-        isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError | openai.NotFoundError)
-        or error.code == "insufficient_quota"
-    )

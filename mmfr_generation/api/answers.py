@@ -1,10 +1,15 @@
-"""Answers of the API as they lie on disk: one JSON object a line, in the layout of the Batch API's output files."""
+"""Answers of the API on disk: one JSON object a line, in the layout of the Batch API's output files."""
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from llava.files import file_errors
+
+ENDPOINT = "/v1/chat/completions"
+"""Where every request goes."""
 
 
 @dataclass(frozen=True)
@@ -15,9 +20,9 @@ class Answer:
         custom_id: Path of the image in its set; empty if the line does not say.
         text: What the annotator wrote; None if nothing.
         finish_reason: ``stop``, or ``length`` if the token limit cut the text; empty if the server does not say.
-        refusal: What the annotator wrote in refusing; empty if it did not.
+        refusal: Why the annotator refused; empty if it did not.
         failure: Why there is no answer; empty if there is one.
-        again: Whether asking again may help, as it may after a busy server or an expired batch.
+        retryable: Whether asking again may help, as it may after a busy server or an expired batch.
     """
 
     custom_id: str
@@ -25,12 +30,16 @@ class Answer:
     finish_reason: str = ""
     refusal: str = ""
     failure: str = ""
-    again: bool = False
+    retryable: bool = False
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """Yields the number and the object of each line that is not blank; None where a line is no JSON object."""
-    with path.open("rb") as file:
+    """Yields the number and the object of each line that is not blank; None where a line is no JSON object.
+
+    Raises:
+        FileError: The file cannot be read.
+    """
+    with file_errors(path, "read"), path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
@@ -51,12 +60,14 @@ def read_answer(line: dict[str, Any]) -> Answer:
     body = body if isinstance(body, dict) else {}
     error = line.get("error") or body.get("error")
     if error or not response or status != 200:
-        return Answer(custom_id, failure=_describe(error, status), again=_may_help(error, status if response else 500))
+        return Answer(
+            custom_id, failure=_describe(error, status), retryable=_is_retryable(error, status if response else 500)
+        )
     choices = body.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
     message = choice.get("message")
     if not isinstance(message, dict):
-        return Answer(custom_id, failure="the response holds no message", again=True)
+        return Answer(custom_id, failure="the response holds no message", retryable=True)
     text, refusal, finish = message.get("content"), message.get("refusal"), choice.get("finish_reason")
     return Answer(
         custom_id,
@@ -74,7 +85,7 @@ def _describe(error: Any, status: Any) -> str:
     return str(error) if error else f"status {status}"
 
 
-def _may_help(error: Any, status: Any) -> bool:
+def _is_retryable(error: Any, status: Any) -> bool:
     code = error.get("code") if isinstance(error, dict) else None
     if code in {"batch_expired", "batch_cancelled", "rate_limit_exceeded", "server_error", "no_answer"}:
         return True
