@@ -12,8 +12,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
+from safetensors import SafetensorError, safe_open
+
 from llava.cli import option
-from llava.errors import OptionError
+from llava.errors import OptionError, UserError
+from llava.files import read_json
 from llava.labels import Label
 
 if TYPE_CHECKING:
@@ -163,14 +166,38 @@ class CheckpointFiles:
 
     @cached_property
     def tensor_names(self) -> frozenset[str]:
-        """Names of the tensors as they stand in the files; those of a LoRA folder are its own, not its base's."""
-        from llava.model.checkpoint_files import stored_names
+        """Names of the tensors as they stand in the files; those of a LoRA folder are its own, not its base's.
 
-        return frozenset(stored_names(self.folder))
+        Only pickled files need torch for that.
+        """
+        names = None if (self.folder / "adapter_config.json").is_file() else _names_without_torch(self.folder)
+        if names is None:
+            from llava.model.checkpoint_files import stored_names
+
+            names = stored_names(self.folder)
+        return frozenset(names)
 
     def has_tensor(self, *parts: str) -> bool:
         """Whether some tensor's name contains one of these parts."""
         return any(part in name for name in self.tensor_names for part in parts)
+
+
+def _names_without_torch(folder: Path) -> list[str] | None:
+    """Tensor names of safetensors, sharded or not, and of any shards that an index lists; None for other files.
+
+    A file that cannot be read has none: whoever opens it says why.
+    """
+    file = folder if folder.suffix == ".safetensors" else folder / "model.safetensors"
+    for index in (Path(f"{file}.index.json"), folder / "pytorch_model.bin.index.json"):
+        try:
+            if index.is_file():
+                return list(read_json(index)["weight_map"])
+            if file.is_file():
+                with safe_open(file, framework="np") as tensors:
+                    return list(tensors.keys())
+        except (UserError, SafetensorError, OSError, KeyError, TypeError):
+            return []
+    return None
 
 
 @runtime_checkable
