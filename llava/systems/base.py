@@ -1,4 +1,4 @@
-"""What a published system must offer to live here: four small protocols. Imports no torch.
+"""What a published system must offer to live here: some small protocols. Imports no torch.
 
 A system is a room in ``llava/systems`` (or a package of a third party) with a ``SystemSpec`` that the registry finds.
 All that is particular to it, its words, its files, its pixels, its losses, stands behind these protocols; everything
@@ -235,6 +235,59 @@ class TrainingObjective(Protocol):
     trained_whole: tuple[str, ...]
 
 
+# --- evaluation
+
+
+@dataclass(frozen=True)
+class EvaluatedAnswer:
+    """One image's answer and what is true of it, as a paper's evaluation protocol takes it.
+
+    Attributes:
+        label: 0 real, 1 fake.
+        text: The answer as decoded; empty if there is none.
+        fake_probability: P(fake), None where there is none.
+        reference: The reference explanation; empty if there is none.
+    """
+
+    label: int
+    text: str
+    fake_probability: float | None = None
+    reference: str = ""
+
+
+CompareTexts = Callable[[str, str], Mapping[str, float]]
+"""Text metrics (``bleu_1`` … ``bleu_4``, ``rouge_l``) of a text against its reference."""
+CompareMeanings = Callable[[Sequence[str], Sequence[str]], list[float]]
+"""Similarity of each text to its reference by embeddings."""
+
+
+@runtime_checkable
+class EvaluationProtocol(Protocol):
+    """A paper's evaluation, quirks included, and what it published: the module behind ``SystemSpec.protocol``.
+
+    Attributes:
+        SETTINGS: Where the authors' defaults of the evaluation's options differ from those here.
+        PUBLISHED_ACCURACY: Their accuracy on each evaluation set, by the set's name.
+        PUBLISHED_MEAN: Their means over those sets, by the metric's name in a report.
+        PUBLISHED_OVER: What the means are over, in words.
+    """
+
+    SETTINGS: Mapping[str, Any]
+    PUBLISHED_ACCURACY: Mapping[str, float]
+    PUBLISHED_MEAN: Mapping[str, float]
+    PUBLISHED_OVER: str
+
+    def metrics(
+        self, answers: Sequence[EvaluatedAnswer], compare: CompareTexts, similarity: CompareMeanings | None
+    ) -> dict[str, float | None]:
+        """Returns the authors' metrics of one evaluation set in their order; None where one is undefined."""
+        ...
+
+    def metric_line(self, name: str, values: Mapping[str, float | None]) -> str:
+        """Returns a set's line of the authors' ``metric.txt``."""
+        ...
+
+
 # --- systems
 
 
@@ -293,7 +346,7 @@ class SystemSpec:
         answer_format: The ``AnswerFormat``, its reference, or None.
         checkpoint_format: Reference of the ``CheckpointFormat``; None for a system that reads its files itself.
         objective: Reference of the ``TrainingObjective``; None for a system that is not trained here.
-        protocol: Reference of the module with the paper's evaluation protocol and published numbers, or None.
+        protocol: Reference of the module with the paper's evaluation (an ``EvaluationProtocol``), or None.
         token_sources: References of the ``TokenSource`` classes that its models splice into a prompt, by type.
     """
 
