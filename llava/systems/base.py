@@ -1,4 +1,4 @@
-"""What a published system must offer to live here: four small protocols. Imports no torch.
+"""What a published system must offer to live here: some small protocols. Imports no torch.
 
 A system is a room in ``llava/systems`` (or a package of a third party) with a ``SystemSpec`` that the registry finds.
 All that is particular to it, its words, its files, its pixels, its losses, stands behind these protocols; everything
@@ -12,8 +12,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
+from safetensors import SafetensorError, safe_open
+
 from llava.cli import option
-from llava.errors import OptionError
+from llava.errors import OptionError, UserError
+from llava.files import read_json
 from llava.labels import Label
 
 if TYPE_CHECKING:
@@ -161,14 +164,38 @@ class CheckpointFiles:
 
     @cached_property
     def tensor_names(self) -> frozenset[str]:
-        """Names of the tensors as they stand in the files; those of a LoRA folder are its own, not its base's."""
-        from llava.model.checkpoint_files import stored_names
+        """Names of the tensors as they stand in the files; those of a LoRA folder are its own, not its base's.
 
-        return frozenset(stored_names(self.folder))
+        Only pickled files need torch for that.
+        """
+        names = None if (self.folder / "adapter_config.json").is_file() else _names_without_torch(self.folder)
+        if names is None:
+            from llava.model.checkpoint_files import stored_names
+
+            names = stored_names(self.folder)
+        return frozenset(names)
 
     def has_tensor(self, *parts: str) -> bool:
         """Whether some tensor's name contains one of these parts."""
         return any(part in name for name in self.tensor_names for part in parts)
+
+
+def _names_without_torch(folder: Path) -> list[str] | None:
+    """Tensor names of safetensors, sharded or not, and of any shards that an index lists; None for other files.
+
+    A file that cannot be read has none: whoever opens it says why.
+    """
+    file = folder if folder.suffix == ".safetensors" else folder / "model.safetensors"
+    for index in (Path(f"{file}.index.json"), folder / "pytorch_model.bin.index.json"):
+        try:
+            if index.is_file():
+                return list(read_json(index)["weight_map"])
+            if file.is_file():
+                with safe_open(file, framework="np") as tensors:
+                    return list(tensors.keys())
+        except (UserError, SafetensorError, OSError, KeyError, TypeError):
+            return []
+    return None
 
 
 @runtime_checkable
@@ -223,6 +250,59 @@ class TrainingObjective(Protocol):
 
     def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Returns what is logged of these losses, from the sums of each term's values, ``<term>_<value>``."""
+        ...
+
+
+# --- evaluation
+
+
+@dataclass(frozen=True)
+class EvaluatedAnswer:
+    """One image's answer and what is true of it, as a paper's evaluation protocol takes it.
+
+    Attributes:
+        label: 0 real, 1 fake.
+        text: The answer as decoded; empty if there is none.
+        fake_probability: P(fake), None where there is none.
+        reference: The reference explanation; empty if there is none.
+    """
+
+    label: int
+    text: str
+    fake_probability: float | None = None
+    reference: str = ""
+
+
+CompareTexts = Callable[[str, str], Mapping[str, float]]
+"""Text metrics (``bleu_1`` … ``bleu_4``, ``rouge_l``) of a text against its reference."""
+CompareMeanings = Callable[[Sequence[str], Sequence[str]], list[float]]
+"""Similarity of each text to its reference by embeddings."""
+
+
+@runtime_checkable
+class EvaluationProtocol(Protocol):
+    """A paper's evaluation, quirks included, and what it published: the module behind ``SystemSpec.protocol``.
+
+    Attributes:
+        SETTINGS: Where the authors' defaults of the evaluation's options differ from those here.
+        PUBLISHED_ACCURACY: Their accuracy on each evaluation set, by the set's name.
+        PUBLISHED_MEAN: Their means over those sets, by the metric's name in a report.
+        PUBLISHED_OVER: What the means are over, in words.
+    """
+
+    SETTINGS: Mapping[str, Any]
+    PUBLISHED_ACCURACY: Mapping[str, float]
+    PUBLISHED_MEAN: Mapping[str, float]
+    PUBLISHED_OVER: str
+
+    def metrics(
+        self, answers: Sequence[EvaluatedAnswer], compare: CompareTexts, similarity: CompareMeanings | None
+    ) -> dict[str, float | None]:
+        """Returns the authors' metrics of one evaluation set in their order; None where one is undefined."""
+        ...
+
+    def metric_line(self, name: str, values: Mapping[str, float | None]) -> str:
+        """Returns a set's line of the authors' ``metric.txt``."""
         ...
 
 
@@ -285,7 +365,7 @@ class SystemSpec:
         checkpoint_format: Reference of the ``CheckpointFormat``; None for a system that reads its files itself.
         objective: Reference of the ``TrainingObjective``'s class, called with the model's config; None for a system
             without a loss of its own.
-        protocol: Reference of the module with the paper's evaluation protocol and published numbers, or None.
+        protocol: Reference of the module with the paper's evaluation (an ``EvaluationProtocol``), or None.
         components: References of classes that only its models are built from (towers, fusions, token sources), by type;
             a config names them ``<system>:<type>``.
     """

@@ -17,9 +17,10 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from forgery_eval.benchmarks import open_benchmark
-from forgery_eval.command import SOME_FAILED
-from forgery_eval.eval import _weight_files, parse_arguments, run
-from forgery_eval.predictions import Prediction, Run, RunStore, file_digests, read_run, weights_digest
+from forgery_eval.eval import parse_arguments, run
+from forgery_eval.fingerprints import images_digest, weight_locations, weights_digest
+from forgery_eval.store import Prediction, Run, RunStore, read_run
+from llava.cli import SOME_FAILED
 from llava.labels import LABELS
 from llava.systems.fakereasoning.answer import ATTRIBUTES, write_answer
 from tests.trained import picture
@@ -70,24 +71,24 @@ def test_a_whole_evaluation(trained, sets, tmp_path, capsys):
     (sets / "flux/0_real/004.png").unlink()
     assert run(arguments(trained, sets, results, "--clip_path", CLIP)) == SOME_FAILED
     said = capsys.readouterr()
-    assert "2 pictures could not be judged" in said.err and "no picture in a known format" in said.err
+    assert "2 images could not be analysed" in said.err and "no image in a known format" in said.err
     metrics = metrics_of(results)
     assert metrics["protocol"].startswith("default")
     flux = metrics["detection"]["sets"]["flux"]
-    assert flux["figures"]["images"] == 12 and flux["figures"]["scored"] == 10
-    assert flux["figures"]["failure_rate"] >= 2 / 12
+    assert flux["metrics"]["images"] == 12 and flux["metrics"]["scored"] == 10
+    assert flux["metrics"]["failure_rate"] >= 2 / 12
     assert {failure["id"] for failure in metrics["failures"]} >= {"flux/1_fake/006.png", "flux/0_real/004.png"}
-    assert "auroc" in flux["figures"] and flux["intervals"]["auroc"]
-    sets_accuracy = [metrics["detection"]["sets"][name]["figures"]["text_accuracy"] for name in ("flux", "other")]
-    assert metrics["detection"]["macro"]["figures"]["text_accuracy"] == pytest.approx(sum(sets_accuracy) / 2)
+    assert "auroc" in flux["metrics"] and flux["intervals"]["auroc"]
+    sets_accuracy = [metrics["detection"]["sets"][name]["metrics"]["text_accuracy"] for name in ("flux", "other")]
+    assert metrics["detection"]["macro"]["metrics"]["text_accuracy"] == pytest.approx(sum(sets_accuracy) / 2)
     reasoning = metrics["reasoning"]["all"]
-    assert 0 < reasoning["parsed"]["figures"]["bleu_1"] <= 1 and 0 < reasoning["all"]["figures"]["css"] <= 1
-    assert reasoning["all"]["figures"]["texts"] == 17
-    assert reasoning["parsed"]["figures"]["attribute_f1"] is not None
+    assert 0 < reasoning["parsed"]["metrics"]["bleu_1"] <= 1 and 0 < reasoning["all"]["metrics"]["css"] <= 1
+    assert reasoning["all"]["metrics"]["texts"] == 17
+    assert reasoning["parsed"]["metrics"]["attribute_f1"] is not None
     rows = list(csv.DictReader((results / "metrics.csv").read_text().splitlines()))
     assert {"detection", "reasoning, all answers"} <= {row["part"] for row in rows}
-    found = next(r for r in rows if (r["part"], r["name"], r["figure"]) == ("detection", "flux", "auroc"))
-    assert float(found["value"]) == flux["figures"]["auroc"]
+    found = next(r for r in rows if (r["part"], r["name"], r["metric"]) == ("detection", "flux", "auroc"))
+    assert float(found["value"]) == flux["metrics"]["auroc"]
     assert sorted(file.name for file in results.iterdir()) == [
         "metrics.csv",
         "metrics.json",
@@ -101,7 +102,7 @@ def test_a_second_run_judges_nothing_and_says_the_same(trained, sets, tmp_path, 
     assert run(arguments(trained, sets, results)) == 0
     before = {file.name: file.read_bytes() for file in results.iterdir() if file.is_file()}
     lines = predictions_of(results)
-    monkeypatch.setattr("llava.detector.ForgeryDetector._judge", None)
+    monkeypatch.setattr("llava.detector.ForgeryDetector._reports", None)
     assert run(arguments(trained, sets, results)) == 0
     assert {file.name: file.read_bytes() for file in results.iterdir() if file.is_file()} == before
     assert predictions_of(results) == lines
@@ -158,8 +159,10 @@ def test_anything_changed_starts_afresh(trained, sets, tmp_path):
 def test_a_pipe_among_the_images_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "file.png").write_bytes(b"x")
-    found = list(file_digests([tmp_path / "pipe.png", tmp_path / "file.png", tmp_path / "absent.png"], "hashing"))
-    assert found[0] == found[2] == "" != found[1]
+    images = [tmp_path / name for name in ("pipe.png", "file.png", "absent.png")]
+    digest = images_digest(["a", "b", "c"], images)
+    (tmp_path / "file.png").write_bytes(b"y")
+    assert images_digest(["a", "b", "c"], images) != digest != images_digest(["a", "b", "d"], images)
 
 
 def test_the_digest_of_weights_is_of_contents_and_names(tmp_path):
@@ -176,7 +179,7 @@ def test_the_digest_of_weights_is_of_contents_and_names(tmp_path):
 def test_no_two_runs_write_one_store(tmp_path):
     work = Run({"x": 1}, {}, 2)
     store = RunStore(tmp_path, work, ["a", "b"])
-    with pytest.raises(ValueError, match="another run is writing"):
+    with pytest.raises(ValueError, match="another process is writing"):
         RunStore(tmp_path, work, ["a", "b"])
     RunStore(tmp_path, Run({"x": 2}, {}, 2), ["a", "b"]).close()
     store.write([Prediction("a", 0), Prediction("b", 1)])
@@ -191,7 +194,7 @@ def test_a_store_of_another_order_is_refused(tmp_path):
     store = RunStore(tmp_path, work, ["a", "b", "c"])
     store.write([Prediction("a", 0), Prediction("b", 1)])
     store.close()
-    with pytest.raises(ValueError, match="remove it to start afresh"):
+    with pytest.raises(ValueError, match="remove it to start again"):
         RunStore(tmp_path, work, ["b", "a", "c"])
     again = RunStore(tmp_path, Run({"x": 1}, {}, 8), ["a", "b", "c"])
     assert (again.done, again.batch_size) == (2, 2)
@@ -213,29 +216,34 @@ def test_foreign_predictions_are_scored(sets, tmp_path):
     ]
     assert run(given) == SOME_FAILED
     metrics = metrics_of(tmp_path / "r")
-    figures = metrics["detection"]["all"]["figures"]
+    figures = metrics["detection"]["all"]["metrics"]
     assert figures["text_accuracy"] == pytest.approx(15 / 17) and figures["scored"] == 1
     assert metrics["detection"]["all"]["undefined"]["auroc"] == "both classes are needed"
     assert metrics["failures"][-1] == {"id": samples[-1].id, "reason": "there is no prediction"}
 
 
 def test_every_file_that_weights_come_from_makes_the_run(tmp_path, monkeypatch):
-    places = ("vision_tower", "dino_tower", "base", "given_vision", "given_dino.pth", "from_environment.pth")
-    for name in places:
+    names = ("vision_tower", "dino_tower", "base", "given_vision", "given_dino.pth", "from_environment.pth")
+    for name in names:
         (tmp_path / name).write_text("0")
     model = tmp_path / "model"
     model.mkdir()
-    towers = {f"mm_{name}": str(tmp_path / name) for name in places[:2]}
-    (model / "config.json").write_text(json.dumps(towers))
+    towers = {f"mm_{name}": str(tmp_path / name) for name in names[:2]}
+    (model / "config.json").write_text(json.dumps({**towers, "_name_or_path": str(tmp_path), "model_type": "x"}))
     (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "base")}))
     monkeypatch.setenv("DINO_WEIGHT", str(tmp_path / "from_environment.pth"))
-    more = ["--vision-tower", tmp_path / "given_vision", "--dino-weights", tmp_path / "given_dino.pth"]
-    parsed = parse_arguments(arguments(model, tmp_path, tmp_path, *more))
-    found = {weights_digest(_weight_files(parsed))}
-    for name in places:
+
+    def digest() -> str:
+        given = [str(tmp_path / "given_vision"), None, str(tmp_path / "given_dino.pth")]
+        return weights_digest(weight_locations(model, given))
+
+    found = {digest()}
+    for name in names:
         (tmp_path / name).write_text("1")
-        found.add(weights_digest(_weight_files(parsed)))
-    assert len(found) == 1 + len(places)
+        found.add(digest())
+    assert len(found) == 1 + len(names)
+    (tmp_path / "unrelated").write_text("1")
+    assert digest() in found
 
 
 @pytest.mark.parametrize(
@@ -286,10 +294,10 @@ def test_scores_alone_have_no_figures_of_texts(trained, sets, tmp_path, own):
         assert run([*map(str, given)]) == 0
     metrics = metrics_of(results)
     found = metrics["detection"]["all"]
-    assert found["figures"]["text_accuracy"] is None and found["figures"]["confusion_text"] is None
+    assert found["metrics"]["text_accuracy"] is None and found["metrics"]["confusion_text"] is None
     assert found["undefined"]["text_accuracy"] == found["undefined"]["disagreement"] == "only scores were asked for"
-    assert found["figures"]["failure_rate"] == 0 and found["intervals"]["score_accuracy"]
-    assert metrics["failures"] == [] and metrics["reasoning"]["all"]["all"]["figures"]["bleu_1"] is None
+    assert found["metrics"]["failure_rate"] == 0 and found["intervals"]["score_accuracy"]
+    assert metrics["failures"] == [] and metrics["reasoning"]["all"]["all"]["metrics"]["bleu_1"] is None
 
 
 def test_the_papers_protocol(trained, sets, tmp_path):
@@ -316,7 +324,7 @@ def test_calibration_reports_on_the_rest_and_is_used_again(tmp_path, capsys):
     given = [*map(str, given)]
     assert run([*given, str(tmp_path / "r"), "--calibrate"]) == 0
     metrics = metrics_of(tmp_path / "r")
-    figures, before = metrics["detection"]["all"]["figures"], metrics["calibration"]["before"]["figures"]
+    figures, before = metrics["detection"]["all"]["metrics"], metrics["calibration"]["before"]["metrics"]
     assert 100 < figures["images"] < 200 and figures["images"] == before["images"]
     assert figures["nll"] < before["nll"] and figures["score_accuracy"] > before["score_accuracy"]
     saved = str(tmp_path / "r" / "calibration.json")
@@ -369,15 +377,15 @@ def test_both_scores_have_figures_before_and_after_calibration(tmp_path):
     assert run([*given, str(tmp_path / "plain")]) == 0
     plain = metrics_of(tmp_path / "plain")
     assert plain["calibration"] is None and plain["answer_score"]["calibration"] is None
-    assert plain["answer_score"]["figures"]["disagreement"] == 0 < plain["detection"]["all"]["figures"]["disagreement"]
+    assert plain["answer_score"]["metrics"]["disagreement"] == 0 < plain["detection"]["all"]["metrics"]["disagreement"]
     labels = [row["label"] for row in rows]
     wanted = roc_auc_score(labels, [entry["answer_probability"] for entry in said])
-    assert plain["answer_score"]["figures"]["auroc"] == pytest.approx(wanted)
+    assert plain["answer_score"]["metrics"]["auroc"] == pytest.approx(wanted)
     assert run([*given, str(tmp_path / "fitted"), "--calibrate"]) == 0
     fitted = metrics_of(tmp_path / "fitted")
     for found in (fitted["answer_score"], {**fitted["detection"]["all"], "calibration": fitted["calibration"]}):
-        before = found["calibration"]["before"]["figures"]
-        assert found["figures"]["nll"] < before["nll"] and found["figures"]["images"] == before["images"] < 200
+        before = found["calibration"]["before"]["metrics"]
+        assert found["metrics"]["nll"] < before["nll"] and found["metrics"]["images"] == before["images"] < 200
     assert fitted["answer_score"]["calibration"]["temperature"] != fitted["calibration"]["temperature"]
     assert (fitted["calibration"]["score"], fitted["answer_score"]["calibration"]["score"]) == ("prompt", "answer")
     table = (
@@ -393,7 +401,7 @@ def test_an_evaluation_writes_both_scores(trained, sets, tmp_path):
     assert run(arguments(trained, sets, tmp_path / "r", "--score", "prompt")) == 0
     first = json.loads(predictions_of(tmp_path / "r")[1])
     assert first["score_source"] == "prompt" and 0 <= first["answer_probability"] <= 1
-    assert metrics_of(tmp_path / "r")["answer_score"]["figures"]["scored"] == 17
+    assert metrics_of(tmp_path / "r")["answer_score"]["metrics"]["scored"] == 17
     assert run(arguments(trained, sets, tmp_path / "s")) == 0
     assert "answer_score" not in metrics_of(tmp_path / "s")
     assert "With and without" not in (tmp_path / "s" / "report.html").read_text()
@@ -476,9 +484,14 @@ def test_wrong_settings_are_one_clear_line(trained, sets, tmp_path, capsys, more
 
 
 def test_what_is_not_installed_is_named(trained, sets, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "forgery_eval.results", None)
+    for module in ("forgery_eval.results", "forgery_eval.metrics.scoring", "forgery_eval.metrics.reasoning"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "nltk.translate.bleu_score", None)
     assert run(arguments(trained, sets, tmp_path / "r")) == 1
     assert "pip install 'fakereasoning[eval]'" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "forgery_eval.results", None)
+    with pytest.raises(ModuleNotFoundError):
+        run(arguments(trained, sets, tmp_path / "r"))
 
 
 def test_help_and_rescore_need_no_torch(sets, tmp_path):

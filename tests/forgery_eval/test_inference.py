@@ -1,6 +1,5 @@
 """The inference command as its user runs it."""
 
-import errno
 import itertools
 import json
 import os
@@ -14,12 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from forgery_eval import inference, overlay
-from forgery_eval.answers_file import AnswersFile, model_fingerprint
-from forgery_eval.command import SOME_FAILED
+from forgery_eval import inference
+from forgery_eval.fingerprints import model_fingerprint
 from forgery_eval.inference import overlay_path, parse_arguments, run, save_overlay
-from forgery_eval.overlay import draw_overlay
-from llava.errors import ImageReadError
+from forgery_eval.pages import overlay
+from forgery_eval.pages.overlay import draw_overlay
+from forgery_eval.store import AnswersFile
+from llava import ForgeryReport
+from llava.cli import SOME_FAILED
+from llava.errors import DataError, FileError, ImageReadError
 from llava.images import list_images, load_image
 from tests.trained import picture
 
@@ -65,7 +67,7 @@ GOOD_FILES = {
 }
 BAD_FILES = {
     "empty.png": (lambda file: file.touch(), "empty"),
-    "text.jpg": (lambda file: file.write_text("no picture"), "no picture in a known format"),
+    "text.jpg": (lambda file: file.write_text("no picture"), "no image in a known format"),
     "cut.png": (damaged, "cut.png: "),
     "bomb.png": (bomb, "DecompressionBombError"),
     "folder.png": (lambda file: file.mkdir(), "Is a directory"),
@@ -120,7 +122,7 @@ def test_every_kind_of_picture_is_judged_and_every_bad_one_named(trained, tmp_pa
     for name, (_, reason) in BAD_FILES.items():
         assert reason in answers[name]["error"] and name in answers[name]["error"]
         assert answers[name]["error"] in errors
-    assert f"{len(BAD_FILES) + 1} pictures could not be judged" in errors
+    assert f"{len(BAD_FILES) + 1} images could not be analysed" in errors
 
 
 def test_a_file_without_permission_is_named(tmp_path, monkeypatch):
@@ -163,7 +165,7 @@ def test_answers_of_another_run_are_not_mixed(trained, few, tmp_path, capsys):
     assert out.read_text() == before
     out.write_text("hello\n")
     assert run(arguments(trained, few, "--json", out)) == 1
-    assert "no line of answers" in capsys.readouterr().err
+    assert "no line of such a file" in capsys.readouterr().err
 
 
 def test_a_replaced_weight_file_makes_another_run(tmp_path):
@@ -176,15 +178,15 @@ def test_a_replaced_weight_file_makes_another_run(tmp_path):
     assert model_fingerprint("owner/name") == "owner/name"
 
 
-def test_a_cut_line_is_removed_before_the_next_is_written(tmp_path):
+def test_a_torn_line_is_removed_before_the_next_is_written(tmp_path):
     file = AnswersFile(tmp_path / "a.jsonl", {"x": 1})
-    file.write("a", {"label": "real"})
+    file.write([("a", ForgeryReport("real", 0.1, "verdict"))])
     file.close()
     with (tmp_path / "a.jsonl").open("a") as stream:
         stream.write('{"image": "b", "lab')
     again = AnswersFile(tmp_path / "a.jsonl", {"x": 1})
     assert again.done == {"a": ""}
-    again.write("b", {"label": "fake"})
+    again.write([("b", ForgeryReport("fake", 0.9, "verdict"))])
     again.close()
     assert [entry["image"] for entry in lines(tmp_path / "a.jsonl")] == ["a", "b"]
 
@@ -192,33 +194,32 @@ def test_a_cut_line_is_removed_before_the_next_is_written(tmp_path):
 @pytest.mark.parametrize("text", ["notes without an end of line", '{"accuracy": 0.9}'])
 def test_a_file_of_ones_own_is_never_cut(tmp_path, text):
     (tmp_path / "mine.json").write_text(text)
-    with pytest.raises(ValueError, match=r"mine\.json, line 1: this is no line of answers"):
+    with pytest.raises(DataError, match=r"mine\.json, line 1: this is no line of "):
         AnswersFile(tmp_path / "mine.json", {})
     assert (tmp_path / "mine.json").read_text() == text
 
 
-def test_no_two_runs_write_one_file(tmp_path, monkeypatch):
+def test_no_two_runs_write_one_file(tmp_path):
     file = AnswersFile(tmp_path / "a.jsonl", {"x": 1})
-    with pytest.raises(ValueError, match=r"another run is writing .*a\.jsonl"):
+    with pytest.raises(FileError, match=r"another process is writing .*a\.jsonl"):
         AnswersFile(tmp_path / "a.jsonl", {"x": 1})
     file.close()
     AnswersFile(tmp_path / "a.jsonl", {"x": 1}).close()
 
-    def without_locks(*given):
-        raise OSError(errno.ENOTSUP, "Operation not supported")
 
-    monkeypatch.setattr("forgery_eval.files.fcntl.flock", without_locks)
-    AnswersFile(tmp_path / "a.jsonl", {"x": 1}).close()
-    monkeypatch.setattr("forgery_eval.files.fcntl", None)
-    AnswersFile(tmp_path / "a.jsonl", {"x": 1}).close()
-
-
-def test_what_is_no_file_is_only_written_to():
+def test_a_full_disk_is_one_clear_line():
     answers = AnswersFile(Path("/dev/full"), {})
-    with pytest.raises(OSError, match="No space left"):
-        answers.write("a", {})
+    with pytest.raises(FileError, match="the disk is full; make room"):
+        answers.write([("a", ForgeryReport("real", 0.1, "verdict"))])
     with pytest.raises(OSError, match="No space left"):
         answers.close()
+
+
+def test_what_is_no_file_gets_no_masks():
+    answers = AnswersFile(Path("/dev/null"), {})
+    answers.write([("a", ForgeryReport("fake", 0.9, "detector", mask=np.ones((2, 2))))])
+    answers.close()
+    assert not Path("/dev/masks").exists()
 
 
 def test_earlier_failures_still_count(trained, few, tmp_path, capsys):
@@ -227,7 +228,7 @@ def test_earlier_failures_still_count(trained, few, tmp_path, capsys):
     for _ in range(2):
         assert run(given) == SOME_FAILED
         errors = capsys.readouterr().err
-        assert "bad.png: no picture in a known format" in errors and "1 pictures could not be judged" in errors
+        assert "bad.png: no image in a known format" in errors and "1 images could not be analysed" in errors
     assert len(lines(tmp_path / "out.jsonl")) == 5
 
 
@@ -253,16 +254,21 @@ def test_nothing_with_a_pictures_name_is_passed_over_in_silence(trained, tmp_pat
     assert run(arguments(trained, tmp_path, "--score-only")) == SOME_FAILED
     errors = capsys.readouterr().err
     assert "broken.png: No such file" in errors and "pipe.png: a pipe or a device" in errors
-    assert "2 pictures could not be judged" in errors
+    assert "2 images could not be analysed" in errors
 
 
-def test_a_folder_that_may_not_be_read_is_yielded_itself(few, monkeypatch):
-    def walk(top, onerror):
-        onerror(PermissionError(13, "Permission denied", str(few / "sub")))
-        yield str(few), ["sub"], ["0.png"]
+def test_a_folder_that_may_not_be_read_is_named(trained, few, monkeypatch, capsys):
+    listing = os.scandir
 
-    monkeypatch.setattr(os, "walk", walk)
-    assert list(list_images(few)) == [few / "0.png", few / "sub"]
+    def scandir(path):
+        if Path(path).name == "sub":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listing(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert list(list_images(few))[-1] == few / "sub"
+    assert run(arguments(trained, few, "--score-only")) == SOME_FAILED
+    assert f"cannot analyse {few / 'sub'}: Is a directory" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -316,8 +322,8 @@ def test_a_picture_that_changes_while_it_is_judged_stops_nothing(trained, few, t
     assert run(arguments(trained, few, *given)) == SOME_FAILED
     assert len(lines(tmp_path / "out.jsonl")) == 4
     errors = capsys.readouterr().err
-    assert "1.png, which changed after it was judged: the attention has shape" in errors
-    assert "2.png: No such file" in errors and "2 pictures could not be judged" in errors
+    assert "1.png, which changed after it was analysed: the attention has shape" in errors
+    assert "2.png: No such file" in errors and "2 images could not be analysed" in errors
 
 
 def test_a_name_too_long_for_an_overlay_stops_nothing(trained, tmp_path, capsys):
@@ -392,8 +398,8 @@ def test_paths_that_hold_nothing_are_explained(trained, tmp_path, capsys):
     (tmp_path / "list.txt").write_text("\n\n")
     for path, message in (
         ("nowhere", "no file or folder"),
-        ("empty", "hold no picture"),
-        ("list.txt", "lists no picture"),
+        ("empty", "hold no image"),
+        ("list.txt", "lists no image"),
     ):
         assert run(arguments(trained, tmp_path / path)) == 1
         assert message in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """Temperature and bias that make P(fake) a probability: fitted on some ids, reported on the others."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from llava.files import atomic_write
+from llava.errors import DataError
+from llava.files import read_json, write_json
 
 SHARE = 5
 """One id of so many is for fitting."""
@@ -35,29 +35,31 @@ class Calibration:
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:
         """Returns the calibrated probabilities; NaN stays NaN."""
+        # The logit is shifted and scaled, so that the order of scores stays as it is.
         calibrated: np.ndarray = 1 / (1 + np.exp(-(_logits(scores) / self.temperature + self.bias)))
         return calibrated
 
     def save(self, path: Path) -> None:
         """Writes it, atomically."""
-        atomic_write(path, json.dumps(asdict(self)) + "\n")
+        write_json(path, asdict(self), indent=None)
 
     @classmethod
     def load(cls, path: Path) -> "Calibration":
         """Reads what ``save`` wrote.
 
         Raises:
-            ValueError: The file holds something else.
+            DataError: The file holds something else.
+            FileError: It cannot be read.
         """
+        content = read_json(path)
         try:
-            read = json.loads(path.read_text(encoding="utf-8"))
-            found = cls(float(read["temperature"]), float(read["bias"]), read.get("score"))
+            found = cls(float(content["temperature"]), float(content["bias"]), content.get("score"))
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path} holds no calibration") from None
+            raise DataError(f"{path} holds no calibration") from None
         if not (np.isfinite([found.temperature, found.bias]).all() and found.temperature > 0):
-            raise ValueError(f"{path}: the temperature must be above 0 and the bias finite")
+            raise DataError(f"{path}: the temperature must be above 0 and the bias finite")
         if found.score not in (None, *_KINDS.values()):
-            raise ValueError(f"{path}: unknown score {found.score!r}; known: {', '.join(sorted(set(_KINDS.values())))}")
+            raise DataError(f"{path}: unknown score {found.score!r}; known: {', '.join(sorted(set(_KINDS.values())))}")
         return found
 
 
@@ -85,19 +87,20 @@ def fit(scores: Sequence[float], labels: Sequence[int], score: str | None = None
         score: What ``kind_of_score`` says.
 
     Raises:
-        ValueError: There are no images of both classes, or higher scores do not mean fake.
+        DataError: There are no images of both classes, or higher scores do not mean fake.
     """
     values, truth = np.asarray(scores, dtype=float), np.asarray(labels, dtype=int)
     known = ~np.isnan(values)
     values, truth = values[known], truth[known]
     if len(set(truth.tolist())) < 2:
-        raise ValueError(
+        raise DataError(
             f"the calibration split has {len(values)} scored images and not both classes: calibrate on more images"
         )
     model = LogisticRegression(C=1000.0).fit(_logits(values)[:, None], truth)
+    # The fit gives sigmoid(slope * logit + bias); the temperature is the slope's inverse.
     slope, bias = float(model.coef_[0, 0]), float(model.intercept_[0])
     if slope <= 0:
-        raise ValueError("on the calibration split a higher score does not mean fake, so no temperature fits")
+        raise DataError("on the calibration split a higher score does not mean fake, so no temperature fits")
     return Calibration(1 / slope, bias, score)
 
 
