@@ -57,16 +57,24 @@ def refusal(*arguments: object, **options) -> str:
     return done.stderr
 
 
+FAKE_PYTHON = """#!/bin/sh
+if [ "$1" = -c ]; then echo {gpus} {deepspeed}
+elif [ "$2" = llava.train.launcher ]; then exec {real} "$@"
+else printf "%s\\n" "$@"
+fi
+"""
+
+
 @pytest.fixture
 def machine(tmp_path):
-    """A folder with the files that are needed, and an interpreter that only says what it would run."""
+    """A folder with the files that are needed, and an interpreter that prints the training it would start."""
     folder = tmp_path / "my data"
     (folder / "all images").mkdir(parents=True)
     (folder / "train set.json").write_text("[]")
 
     def interpreter(gpus: int = 8, deepspeed: bool = True) -> Path:
         fake = folder / "python"
-        fake.write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then echo {gpus} {deepspeed}; else printf "%s\\n" "$@"; fi\n')
+        fake.write_text(FAKE_PYTHON.format(real=sys.executable, gpus=gpus, deepspeed=deepspeed))
         fake.chmod(0o755)
         return fake
 
@@ -153,7 +161,7 @@ def test_the_recipe_is_the_published_one():
         "--bf16": "True",
         "--tf32": "True",
         "--gradient_checkpointing": "True",
-        "--deepspeed": str(ROOT / "scripts" / "zero3.json"),
+        "--deepspeed": str(ROOT / "llava" / "train" / "recipes" / "zero3.json"),
         "--per_device_train_batch_size": "8",
         "--report_to": "none",
     }
@@ -199,7 +207,7 @@ def test_half_precision_of_another_kind_takes_the_place_of_bf16():
 
 
 def test_the_configuration_of_deepspeed_is_chosen_once():
-    assert flags_of(dry_run(ZERO=2)[0])["--deepspeed"] == [str(ROOT / "scripts" / "zero2.json")]
+    assert flags_of(dry_run(ZERO=2)[0])["--deepspeed"] == [str(ROOT / "llava" / "train" / "recipes" / "zero2.json")]
     assert flags_of(dry_run("--deepspeed", "own.json")[0])["--deepspeed"] == ["own.json"]
     assert "--deepspeed" not in flags_of(dry_run(ZERO=0)[0])
     assert "leave one of them out" in refusal(*NEEDED, "--deepspeed", "own.json", ZERO=2, DRY_RUN=1)
@@ -207,7 +215,7 @@ def test_the_configuration_of_deepspeed_is_chosen_once():
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_the_configurations_leave_sizes_to_the_flags(stage):
-    config = json.loads((ROOT / "scripts" / f"zero{stage}.json").read_text())
+    config = json.loads((ROOT / "llava" / "train" / "recipes" / f"zero{stage}.json").read_text())
     assert config["zero_optimization"]["stage"] == stage
     assert config["gradient_clipping"] == config["train_micro_batch_size_per_gpu"] == "auto"
     assert config["bf16"]["enabled"] == config["fp16"]["enabled"] == "auto"
@@ -308,7 +316,7 @@ def test_it_runs_from_any_folder_also_by_a_relative_path(machine):
     folder, interpreter = machine
     relative = Path(os.path.relpath(SCRIPT, folder))
     done = run_script(*FILES, cwd=folder, script=relative, PYTHON=interpreter(), CDPATH="/:..")
-    assert done.returncode == 0 and str(ROOT / "scripts" / "zero3.json") in done.stdout.splitlines()
+    assert done.returncode == 0 and str(ROOT / "llava" / "train" / "recipes" / "zero3.json") in done.stdout.splitlines()
 
 
 @pytest.mark.parametrize("left_out", NEEDED[::2])
