@@ -268,6 +268,7 @@ class SystemSpec:
         objective: Reference of the ``TrainingObjective``; None for a system that is not trained here.
         protocol: Reference of the module with the paper's evaluation protocol and published numbers, or None.
         token_sources: References of the ``TokenSource`` classes that its models splice into a prompt, by type.
+        weights: Hub ids of its published weights and of the towers that these need.
     """
 
     name: str
@@ -280,6 +281,7 @@ class SystemSpec:
     objective: Reference | None = None
     protocol: Reference | None = None
     token_sources: Mapping[str, Reference] = field(default_factory=dict)
+    weights: tuple[str, ...] = ()
 
 
 def resolve(reference: Any) -> Any:

@@ -21,4 +21,5 @@ SPEC = SystemSpec(
     options=f"{_ROOM}.options:FakeReasoningOptions",
     answer_format=f"{_ROOM}.answer:FORMAT",
     protocol=f"{_ROOM}.protocol",
+    weights=("AnnaGao/FakeReasoning", "openai/clip-vit-large-patch14-336"),
 )
