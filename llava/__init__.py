@@ -7,7 +7,11 @@ if TYPE_CHECKING:
     from llava.model.builder import load_pretrained_model
     from llava.report import ForgeryReport
 
-__all__ = ["ForgeryDetector", "ForgeryReport", "load_pretrained_model"]
+    __version__: str
+
+__all__ = ["ForgeryDetector", "ForgeryReport", "__version__", "load_pretrained_model"]
+DISTRIBUTION = "fakereasoning"
+"""Name of the installed package, whose metadata has the version and the extras."""
 _HOMES = {
     "ForgeryDetector": "llava.detector",
     "ForgeryReport": "llava.report",
@@ -17,8 +21,19 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Imports a public name on its first use, so that ``import llava`` costs no torch."""
+    if name == "__version__":
+        return _version()
     if name not in _HOMES:
         raise AttributeError(f"module 'llava' has no attribute {name!r}")
     from importlib import import_module
 
     return getattr(import_module(_HOMES[name]), name)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(DISTRIBUTION)
+    except PackageNotFoundError:
+        return "unknown (not installed)"

@@ -202,5 +202,11 @@ def _image_tokens(stored: Mapping[str, Any], folder: Path) -> int:
         raise CheckpointError(f"{folder}: config.json is wrong: {error.__cause__ or error}") from error
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit status."""
+    parsed = build_parser().parse_args(arguments)
+    return run_cli(lambda: run(parsed))
+
+
 if __name__ == "__main__":
-    sys.exit(run_cli(lambda: run(build_parser().parse_args())))
+    sys.exit(main())

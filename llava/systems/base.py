@@ -368,6 +368,7 @@ class SystemSpec:
         protocol: Reference of the module with the paper's evaluation (an ``EvaluationProtocol``), or None.
         components: References of classes that only its models are built from (towers, fusions, token sources), by type;
             a config names them ``<system>:<type>``.
+        weights: Hub ids of its published weights and of the towers that these need.
     """
 
     name: str
@@ -380,6 +381,7 @@ class SystemSpec:
     objective: Reference | None = None
     protocol: Reference | None = None
     components: Mapping[str, Reference] = field(default_factory=dict)
+    weights: tuple[str, ...] = ()
 
 
 def resolve(reference: Any) -> Any:

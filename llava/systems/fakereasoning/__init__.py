@@ -23,4 +23,5 @@ SPEC = SystemSpec(
     checkpoint_format=f"{_ROOM}.checkpoint:FORMAT",
     objective=f"{_ROOM}.training:FakeReasoningObjective",
     protocol=f"{_ROOM}.protocol",
+    weights=("AnnaGao/FakeReasoning", "openai/clip-vit-large-patch14-336"),
 )
