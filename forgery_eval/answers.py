@@ -7,7 +7,7 @@ from llava.labels import Label
 from llava.systems import registry
 from llava.systems.base import AnswerFormat, ParsedAnswer
 
-DEFAULT_SYSTEM = "fakereasoning"
+DEFAULT_SYSTEM = registry.DEFAULT
 """Whose words are assumed where nothing names a system: in other programs' predictions and in MMFR's annotations."""
 
 
