@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from forgery_eval.demo import command as demo
-from forgery_eval.demo.page import Shown, Truth, demo_page
+from forgery_eval.demo.page import Shown, Truth, constant_stages, demo_page
 from forgery_eval.pages.overlay import draw_mask
 from llava import ForgeryReport, assets
 from llava.cli import SOME_FAILED
@@ -139,6 +139,20 @@ def test_a_card_says_what_the_report_says(tmp_path, report, words, absent):
     assert all(word in said for word in [*words, "A tree & a cat.", "It glows."])
     assert not any(word in said for word in absent)
     assert len(page.pictures()) == 1 and "notice" not in page.tags
+
+
+def test_a_predicted_mask_is_shown_and_stages_that_never_change_are_not(tmp_path):
+    picture(1).save(tmp_path / "a.png")
+    mask = np.ones((30, 40))
+    reports = [
+        ForgeryReport(label, 0.5, "detector", stages={"PLAN": "I <look>.", "WHY": f"It is {label}."}, mask=mask)
+        for label in ("real", "fake")
+    ]
+    page = Page(demo_page([Shown(tmp_path / "a.png", report, None) for report in reports], "<script>no</script>"))
+    assert len(page.pictures()) == 4 and "predicted mask: what the model calls forged" in page.text
+    assert "script" not in page.tags and "<script>no</script>" in page.text
+    assert "It is real." in page.text and "I <look>." not in page.text
+    assert constant_stages(reports) == {"PLAN"} and constant_stages(reports[:1]) == constant_stages([]) == set()
 
 
 def test_the_mask_is_lit_and_the_rest_darkened():

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from forgery_eval.eval import run
 from forgery_eval.demo.card import card_metrics, read_rows
+from forgery_eval.eval import run
 from llava.assets import DEMO_MODEL
 from mmfr_generation.synthetic.writer import Run, write_dataset
 

@@ -13,12 +13,14 @@ import time
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
 from forgery_eval.benchmarks import open_benchmark
 from forgery_eval.eval import parse_arguments, run
 from forgery_eval.fingerprints import images_digest, weight_locations, weights_digest
+from forgery_eval.masks import read_mask, write_mask
 from forgery_eval.store import Prediction, Run, RunStore, read_run
 from llava.cli import SOME_FAILED
 from llava.labels import LABELS
@@ -447,6 +449,41 @@ def test_the_report_is_self_contained_and_escaped(sets, tmp_path):
     assert page.sources and all(source.startswith(("data:image/jpeg;base64,", "#")) for source in page.sources)
     assert "published 0.8716" in report and "cannot be shown" in report
     assert all(word in report for word in ("ROC", "Reliability", "Confusion", "Worst mistakes", "Protocol", "default"))
+
+
+def test_hostile_names_and_notices_are_only_text(tmp_path):
+    evil = "<script>alert(1)</script><img src=x onerror=alert(1)>"
+    rows = [{"image": "a.png", "id": f"{evil}{i}", "label": i, "set": evil, evil: evil} for i in (0, 1)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    header = {"settings": {"notice": evil}, "chosen": {}, "batch_size": 1}
+    predictions = [
+        {"id": rows[0]["id"], "verdict": "fake", "text": evil, "fake_probability": 0.9, "mask": f"../{evil}"},
+        {"id": rows[1]["id"], "verdict": None, "error": evil},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (header, *predictions)))
+    given = ["--dataset_path", tmp_path / "d.jsonl", "--result_folder", tmp_path / "r", "--rescore"]
+    assert run([*map(str, given), str(tmp_path / "p.jsonl")]) == SOME_FAILED
+    report = (tmp_path / "r" / "report.html").read_text()
+    page = Page(report)
+    assert "script" not in page.tags and "img" not in page.tags
+    assert report.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 8
+
+
+def test_masks_have_names_that_stay_in_their_folder(tmp_path):
+    mask = np.zeros((3, 4), bool)
+    mask[1, 2] = True
+    names = ["a.png", "a/b.png", "/data/a.png", "../../a.png", "a//b.png", "x" * 300, "a\0b", "\ud800.png", "a:b", ""]
+    written = [write_mask(tmp_path / "p", "run", name, mask) for name in names]
+    assert written[:3] == ["masks/run/a.png.png", "masks/run/a/b.png.png", "masks/run/root/data/a.png.png"]
+    assert len(set(written)) == len(names)
+    for path in written:
+        assert (tmp_path / "p" / path).resolve().is_relative_to(tmp_path / "p" / "masks" / "run")
+        assert np.array_equal(np.asarray(read_mask(tmp_path / "p", path)), mask * 255)
+    (tmp_path / "outside.png").write_bytes((tmp_path / "p" / written[0]).read_bytes())
+    assert read_mask(tmp_path / "p", "../outside.png") is None and read_mask(tmp_path / "p", "absent.png") is None
+    for wrong in (mask[0], mask + 1.5, np.full((2, 2), np.nan)):
+        with pytest.raises(ValueError, match="a mask must have two dimensions"):
+            write_mask(tmp_path, "run", "a", wrong)
 
 
 @pytest.mark.parametrize(
