@@ -104,7 +104,7 @@ class Toy:
         return 3
 
     def describe(self, options):
-        return {"question": options.question or self.answer_format.question, "notice": self.notice}
+        return {"gain": self.gain, "notice": self.notice}
 
     def analyze_batch(self, prepared, options):
         if self.crash:
@@ -443,4 +443,5 @@ def test_a_bug_keeps_its_traceback_and_a_mistake_is_one_line(package, photos, tm
         assert bug.stderr.rstrip().endswith(f"{name}: a bug in the toy")
         mistake = command(package, script, *given, "--model-path", broken, check=False)
         assert mistake.returncode == 1
-        assert mistake.stderr == f"error: {broken}: a toy needs its gain\n"
+        assert mistake.stderr.splitlines()[-1] == f"error: {broken}: a toy needs its gain"
+        assert mistake.stderr.count("error") == 1 and "Traceback" not in mistake.stderr

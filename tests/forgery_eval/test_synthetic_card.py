@@ -26,14 +26,14 @@ def entry(name, number, label, *, role="seen", strength=None, attributes=None):
 
 def prediction(truth, verdict, chance, attributes=None):
     label = verdict or "real"
-    said = dict.fromkeys(attributes or [{"real": "High Image Quality", "fake": TEXTURE}[label]], "It is so.")
-    text = write_answer(label, caption="A thing.", reasoning=write_reasoning(label, said)) if verdict else "Hm."
+    named = dict.fromkeys(attributes or [{"real": "High Image Quality", "fake": TEXTURE}[label]], "It is so.")
+    text = write_answer(label, caption="A thing.", reasoning=write_reasoning(label, named)) if verdict else "Hm."
     return {
         "id": truth["image"].removeprefix("evaluation_sets/"),
         "label": 0,
         "verdict": verdict,
         "text": text,
-        "attributes": said if verdict else {},
+        "attributes": named if verdict else {},
         "fake_probability": chance,
     }
 
