@@ -56,7 +56,7 @@ def write_results(
     protocol: EvaluationProtocol | None = None,
     masks: Path | None = None,
 ) -> None:
-    """Computes every metric and writes the files.
+    """Computes every metric, then writes the files.
 
     Args:
         folder: Where they go.
@@ -80,7 +80,6 @@ def write_results(
     if fit_calibration:
         for_fitting = [pair for pair in reported if is_for_fitting(pair[0].id)]
         calibration = _fit(for_fitting, "fake_probability", _score_read(predictions))
-        calibration.save(folder / "calibration.json")
         reported = [pair for pair in reported if not is_for_fitting(pair[0].id)]
         if not reported:
             raise DataError("every id falls in the calibration split, so there is nothing to report on")
@@ -93,16 +92,19 @@ def write_results(
         metrics["calibration"] = {**asdict(calibration), "fitted_here": fit_calibration, "before": before}
     if protocol:
         metrics["paper"] = protocol_metrics(kept, kept_predictions, protocol, similarity)
-        lines = (protocol.metric_line(name, values) for name, values in metrics["paper"].items())
-        atomic_write(folder / "metric.txt", "".join(lines))
     metrics |= scoring.all_metrics(rows)
     if any(p.answer_probability is not None for p in kept_predictions):
         own = _fit(for_fitting, "answer_probability", "answer") if for_fitting else None
         metrics["answer_score"] = _answer_score(rows, scoring, own)
+    page = report_page(metrics, rows, published=registry.component(answers.system, "protocol"), masks=masks)
+    if calibration and fit_calibration:
+        calibration.save(folder / "calibration.json")
+    if protocol:
+        lines = (protocol.metric_line(name, values) for name, values in metrics["paper"].items())
+        atomic_write(folder / "metric.txt", "".join(lines))
     atomic_write(folder / "metrics.json", json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     atomic_write(folder / "metrics.csv", _csv(metrics))
-    published = registry.component(answers.system, "protocol")
-    atomic_write(folder / "report.html", report_page(metrics, rows, published=published, masks=masks))
+    atomic_write(folder / "report.html", page)
 
 
 def _score_read(predictions: Sequence[Prediction]) -> str | None:

@@ -69,7 +69,7 @@ def is_for_fitting(sample_id: str) -> bool:
 
 
 def kind_of_score(sources: Iterable[str | None]) -> str | None:
-    """Returns which score was read, ``answer``, ``prompt`` or ``detector``; None where it is not said, or several.
+    """Returns which score was read, ``answer``, ``prompt`` or ``detector``; None where it is unknown, or several.
 
     Args:
         sources: ``score_source`` of each report.

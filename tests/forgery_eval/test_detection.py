@@ -84,8 +84,8 @@ def test_metrics_equal_counts_made_by_hand(case):
 
 def slow_ece(labels, scores) -> float:
     total = 0.0
-    for place in range(15):
-        inside = [i for i, p in enumerate(scores) if min(int(p * 15), 14) == place]
+    for index in range(15):
+        inside = [i for i, p in enumerate(scores) if min(int(p * 15), 14) == index]
         if inside:
             gap = abs(np.mean([scores[i] for i in inside]) - np.mean([labels[i] for i in inside]))
             total += gap * len(inside) / len(labels)
@@ -116,10 +116,10 @@ def test_ece_is_that_of_the_calibration_curve():
     rng = np.random.default_rng(0)
     scores = rng.uniform(size=5000)
     labels = (rng.uniform(size=5000) < scores**2).astype(int)
-    true, said = calibration_curve(labels, scores, n_bins=15)
+    true, predicted = calibration_curve(labels, scores, n_bins=15)
     counts = np.histogram(scores, bins=15, range=(0, 1))[0]
     metrics, _ = detection_metrics(outcomes(labels, labels, scores))
-    assert metrics["ece"] == pytest.approx((np.abs(true - said) * counts).sum() / 5000)
+    assert metrics["ece"] == pytest.approx((np.abs(true - predicted) * counts).sum() / 5000)
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,17 @@ import time
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
 from forgery_eval.benchmarks import open_benchmark
 from forgery_eval.eval import parse_arguments, run
 from forgery_eval.fingerprints import images_digest, weight_locations, weights_digest
+from forgery_eval.masks import read_mask, write_mask
 from forgery_eval.store import Prediction, Run, RunStore, read_run
 from llava.cli import SOME_FAILED
+from llava.errors import DataError, FileError
 from llava.labels import LABELS
 from llava.systems.fakereasoning.answer import ATTRIBUTES, write_answer
 from tests.trained import picture
@@ -30,7 +33,7 @@ CLIP = Path(__file__).parents[1] / "data" / "clip_full"
 
 
 def write_set(root: Path, name: str, reals: int, fakes: int, first: int = 0) -> None:
-    """A set in the MMFR layout; pictures from 0 to 23 are those that the small model has learnt."""
+    """A set in the MMFR layout; images from 0 to 23 are those that the small model has learnt."""
     reasoning = {}
     for label, (folder, count) in enumerate((("0_real", reals), ("1_fake", fakes))):
         (root / name / folder).mkdir(parents=True, exist_ok=True)
@@ -65,13 +68,13 @@ def predictions_of(results: Path) -> list[str]:
     return [re.sub(r', "seconds": [\d.e-]+', "", line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_whole_evaluation(trained, sets, tmp_path, capsys):
+def test_a_complete_evaluation(trained, sets, tmp_path, capsys):
     results = tmp_path / "r"
-    (sets / "flux/1_fake/006.png").write_text("no picture")
+    (sets / "flux/1_fake/006.png").write_text("no image")
     (sets / "flux/0_real/004.png").unlink()
     assert run(arguments(trained, sets, results, "--clip_path", CLIP)) == SOME_FAILED
-    said = capsys.readouterr()
-    assert "2 images could not be analysed" in said.err and "no image in a known format" in said.err
+    printed = capsys.readouterr()
+    assert "2 images could not be analysed" in printed.err and "no image in a known format" in printed.err
     metrics = metrics_of(results)
     assert metrics["protocol"].startswith("default")
     flux = metrics["detection"]["sets"]["flux"]
@@ -97,7 +100,7 @@ def test_a_whole_evaluation(trained, sets, tmp_path, capsys):
     ]
 
 
-def test_a_second_run_judges_nothing_and_says_the_same(trained, sets, tmp_path, monkeypatch):
+def test_a_second_run_analyses_nothing_and_writes_the_same(trained, sets, tmp_path, monkeypatch):
     results = tmp_path / "r"
     assert run(arguments(trained, sets, results)) == 0
     before = {file.name: file.read_bytes() for file in results.iterdir() if file.is_file()}
@@ -114,7 +117,7 @@ def test_a_second_run_judges_nothing_and_says_the_same(trained, sets, tmp_path, 
 
 
 @pytest.mark.parametrize("cut", [1, 3, 5, 9, 17], ids=lambda cut: f"{cut} lines left")
-def test_a_torn_file_goes_on_to_the_same_bytes(trained, sets, tmp_path, cut):
+def test_a_torn_file_resumes_to_the_same_bytes(trained, sets, tmp_path, cut):
     results = tmp_path / "r"
     given = arguments(trained, sets, results)
     assert run(given) == 0
@@ -127,7 +130,7 @@ def test_a_torn_file_goes_on_to_the_same_bytes(trained, sets, tmp_path, cut):
     assert (results / "metrics.json").read_bytes() == metrics
 
 
-def test_anything_changed_starts_afresh(trained, sets, tmp_path):
+def test_anything_changed_starts_again(trained, sets, tmp_path):
     results, model = tmp_path / "r", tmp_path / "model"
     shutil.copytree(trained, model)
 
@@ -179,7 +182,7 @@ def test_the_digest_of_weights_is_of_contents_and_names(tmp_path):
 def test_no_two_runs_write_one_store(tmp_path):
     work = Run({"x": 1}, {}, 2)
     store = RunStore(tmp_path, work, ["a", "b"])
-    with pytest.raises(ValueError, match="another process is writing"):
+    with pytest.raises(FileError, match="another process is writing"):
         RunStore(tmp_path, work, ["a", "b"])
     RunStore(tmp_path, Run({"x": 2}, {}, 2), ["a", "b"]).close()
     store.write([Prediction("a", 0), Prediction("b", 1)])
@@ -194,7 +197,7 @@ def test_a_store_of_another_order_is_refused(tmp_path):
     store = RunStore(tmp_path, work, ["a", "b", "c"])
     store.write([Prediction("a", 0), Prediction("b", 1)])
     store.close()
-    with pytest.raises(ValueError, match="remove it to start again"):
+    with pytest.raises(DataError, match="remove it to start again"):
         RunStore(tmp_path, work, ["b", "a", "c"])
     again = RunStore(tmp_path, Run({"x": 1}, {}, 8), ["a", "b", "c"])
     assert (again.done, again.batch_size) == (2, 2)
@@ -216,8 +219,8 @@ def test_foreign_predictions_are_scored(sets, tmp_path):
     ]
     assert run(given) == SOME_FAILED
     metrics = metrics_of(tmp_path / "r")
-    figures = metrics["detection"]["all"]["metrics"]
-    assert figures["text_accuracy"] == pytest.approx(15 / 17) and figures["scored"] == 1
+    found = metrics["detection"]["all"]["metrics"]
+    assert found["text_accuracy"] == pytest.approx(15 / 17) and found["scored"] == 1
     assert metrics["detection"]["all"]["undefined"]["auroc"] == "both classes are needed"
     assert metrics["failures"][-1] == {"id": samples[-1].id, "reason": "there is no prediction"}
 
@@ -283,13 +286,13 @@ def test_a_torn_last_line_of_predictions_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["our answers", "foreign ones"])
-def test_scores_alone_have_no_figures_of_texts(trained, sets, tmp_path, own):
+def test_scores_alone_have_no_metrics_of_texts(trained, sets, tmp_path, own):
     results, samples = tmp_path / "r", open_benchmark(sets)
     if own:
         assert run(arguments(trained, sets, results, "--score-only")) == 0
     else:
-        said = [{"id": s.id, "fake_probability": 0.2 + 0.5 * s.label} for s in samples]
-        (tmp_path / "p.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in said))
+        predictions = [{"id": s.id, "fake_probability": 0.2 + 0.5 * s.label} for s in samples]
+        (tmp_path / "p.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in predictions))
         given = ["--dataset_path", sets, "--result_folder", results, "--rescore", tmp_path / "p.jsonl"]
         assert run([*map(str, given)]) == 0
     metrics = metrics_of(results)
@@ -318,15 +321,17 @@ def test_the_papers_protocol(trained, sets, tmp_path):
 def test_calibration_reports_on_the_rest_and_is_used_again(tmp_path, capsys):
     rows = [{"image": f"{i}.png", "label": i % 2} for i in range(200)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = [{"id": r["image"], "fake_probability": 0.6 + 0.3 * (r["label"] ^ (i % 5 == 0))} for i, r in enumerate(rows)]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in said))
+    predictions = [
+        {"id": r["image"], "fake_probability": 0.6 + 0.3 * (r["label"] ^ (i % 5 == 0))} for i, r in enumerate(rows)
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in predictions))
     given = ["--dataset_path", tmp_path / "d.jsonl", "--rescore", tmp_path / "p.jsonl", "--result_folder"]
     given = [*map(str, given)]
     assert run([*given, str(tmp_path / "r"), "--calibrate"]) == 0
     metrics = metrics_of(tmp_path / "r")
-    figures, before = metrics["detection"]["all"]["metrics"], metrics["calibration"]["before"]["metrics"]
-    assert 100 < figures["images"] < 200 and figures["images"] == before["images"]
-    assert figures["nll"] < before["nll"] and figures["score_accuracy"] > before["score_accuracy"]
+    found, before = metrics["detection"]["all"]["metrics"], metrics["calibration"]["before"]["metrics"]
+    assert 100 < found["images"] < 200 and found["images"] == before["images"]
+    assert found["nll"] < before["nll"] and found["score_accuracy"] > before["score_accuracy"]
     saved = str(tmp_path / "r" / "calibration.json")
     assert run([*given, str(tmp_path / "again"), "--calibration", saved]) == 0
     assert metrics_of(tmp_path / "again")["calibration"]["temperature"] == metrics["calibration"]["temperature"]
@@ -341,11 +346,11 @@ def test_a_calibration_of_another_score_is_refused(tmp_path, capsys):
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sources = {"answer": ["verdict", "forced"], "prompt": ["prompt"], "unknown": [None]}
     for kind, names in sources.items():
-        said = [
+        predictions = [
             {"id": row["image"], "fake_probability": 0.3 + 0.4 * row["label"], "score_source": names[i % len(names)]}
             for i, row in enumerate(rows)
         ]
-        (tmp_path / f"{kind}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in said))
+        (tmp_path / f"{kind}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in predictions))
 
     def evaluated(kind: str, *more: object) -> int:
         given = ["--dataset_path", tmp_path / "d.jsonl", "--rescore", tmp_path / f"{kind}.jsonl"]
@@ -361,17 +366,17 @@ def test_a_calibration_of_another_score_is_refused(tmp_path, capsys):
     )
 
 
-def test_both_scores_have_figures_before_and_after_calibration(tmp_path):
+def test_both_scores_have_metrics_before_and_after_calibration(tmp_path):
     rows = [{"image": f"{i}.png", "label": i % 2} for i in range(200)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = []
+    predictions = []
     for i, row in enumerate(rows):
         text = write_answer(LABELS[row["label"] ^ (i % 8 == 0)], reasoning="r", caption="c")
         of_answer = 0.999 if "This image is fake" in text.split("<CONCLUSION>")[1] else 0.001
         score = 0.3 + 0.4 * (row["label"] ^ (i % 9 == 0)) + i % 7 / 100
         entry = {"id": row["image"], "text": text, "score_source": "prompt"}
-        said.append({**entry, "fake_probability": score, "answer_probability": of_answer})
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in said))
+        predictions.append({**entry, "fake_probability": score, "answer_probability": of_answer})
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in predictions))
     given = ["--dataset_path", tmp_path / "d.jsonl", "--rescore", tmp_path / "p.jsonl", "--result_folder"]
     given = [*map(str, given)]
     assert run([*given, str(tmp_path / "plain")]) == 0
@@ -379,7 +384,7 @@ def test_both_scores_have_figures_before_and_after_calibration(tmp_path):
     assert plain["calibration"] is None and plain["answer_score"]["calibration"] is None
     assert plain["answer_score"]["metrics"]["disagreement"] == 0 < plain["detection"]["all"]["metrics"]["disagreement"]
     labels = [row["label"] for row in rows]
-    wanted = roc_auc_score(labels, [entry["answer_probability"] for entry in said])
+    wanted = roc_auc_score(labels, [entry["answer_probability"] for entry in predictions])
     assert plain["answer_score"]["metrics"]["auroc"] == pytest.approx(wanted)
     assert run([*given, str(tmp_path / "fitted"), "--calibrate"]) == 0
     fitted = metrics_of(tmp_path / "fitted")
@@ -391,9 +396,9 @@ def test_both_scores_have_figures_before_and_after_calibration(tmp_path):
     table = (
         (tmp_path / "fitted" / "report.html").read_text().split("With and without the answer")[1].split("</table>")[0]
     )
-    for figure in ("ece", "nll"):
-        assert f"{fitted['answer_score']['figures'][figure]:.4f}" in table
-        assert f"{fitted['calibration']['before']['figures'][figure]:.4f}" in table
+    for name in ("ece", "nll"):
+        assert f"{fitted['answer_score']['metrics'][name]:.4f}" in table
+        assert f"{fitted['calibration']['before']['metrics'][name]:.4f}" in table
     assert 'detection,"all, score of the answer",auroc' in (tmp_path / "fitted" / "metrics.csv").read_text()
 
 
@@ -425,11 +430,11 @@ def test_the_report_is_self_contained_and_escaped(sets, tmp_path):
     samples = open_benchmark(sets)
     reasoning = "<REASONING> <script>alert(1)</script> <img src=x onerror=y> </REASONING>"
     text = reasoning + " <CONCLUSION> This image is {}. </CONCLUSION>"
-    said = [
+    predictions = [
         {"id": s.id, "fake_probability": round(i / 17, 3), "text": text.format(LABELS[i % 2])}
         for i, s in enumerate(samples)
     ]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in said))
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in predictions))
     (sets / "flux/0_real/001.png").write_text("broken")
     given = [
         "--dataset_path",
@@ -447,6 +452,41 @@ def test_the_report_is_self_contained_and_escaped(sets, tmp_path):
     assert page.sources and all(source.startswith(("data:image/jpeg;base64,", "#")) for source in page.sources)
     assert "published 0.8716" in report and "cannot be shown" in report
     assert all(word in report for word in ("ROC", "Reliability", "Confusion", "Worst mistakes", "Protocol", "default"))
+
+
+def test_hostile_names_and_notices_are_only_text(tmp_path):
+    evil = "<script>alert(1)</script><img src=x onerror=alert(1)>"
+    rows = [{"image": "a.png", "id": f"{evil}{i}", "label": i, "set": evil, evil: evil} for i in (0, 1)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    header = {"settings": {"notice": evil}, "chosen": {}, "batch_size": 1}
+    predictions = [
+        {"id": rows[0]["id"], "verdict": "fake", "text": evil, "fake_probability": 0.9, "mask": f"../{evil}"},
+        {"id": rows[1]["id"], "verdict": None, "error": evil},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (header, *predictions)))
+    given = ["--dataset_path", tmp_path / "d.jsonl", "--result_folder", tmp_path / "r", "--rescore"]
+    assert run([*map(str, given), str(tmp_path / "p.jsonl")]) == SOME_FAILED
+    report = (tmp_path / "r" / "report.html").read_text()
+    page = Page(report)
+    assert "script" not in page.tags and "img" not in page.tags
+    assert report.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 8
+
+
+def test_masks_have_names_that_stay_in_their_folder(tmp_path):
+    mask = np.zeros((3, 4), bool)
+    mask[1, 2] = True
+    names = ["a.png", "a/b.png", "/data/a.png", "../../a.png", "a//b.png", "x" * 300, "a\0b", "\ud800.png", "a:b", ""]
+    written = [write_mask(tmp_path / "p", "run", name, mask) for name in names]
+    assert written[:3] == ["masks/run/a.png.png", "masks/run/a/b.png.png", "masks/run/root/data/a.png.png"]
+    assert len(set(written)) == len(names)
+    for path in written:
+        assert (tmp_path / "p" / path).resolve().is_relative_to(tmp_path / "p" / "masks" / "run")
+        assert np.array_equal(np.asarray(read_mask(tmp_path / "p", path)), mask * 255)
+    (tmp_path / "outside.png").write_bytes((tmp_path / "p" / written[0]).read_bytes())
+    assert read_mask(tmp_path / "p", "../outside.png") is None and read_mask(tmp_path / "p", "absent.png") is None
+    for wrong in (mask[0], mask + 1.5, np.full((2, 2), np.nan)):
+        with pytest.raises(ValueError, match="a mask must have two dimensions"):
+            write_mask(tmp_path, "run", "a", wrong)
 
 
 @pytest.mark.parametrize(
@@ -523,13 +563,13 @@ def test_twenty_kills_change_nothing(trained, tmp_path):
         return [sys.executable, str(SCRIPT), *arguments(trained, sets, results)]
 
     start = time.monotonic()
-    subprocess.run(command(tmp_path / "whole"), check=True, **quiet)
+    subprocess.run(command(tmp_path / "unbroken"), check=True, **quiet)
     took = time.monotonic() - start
     choice, kills = random.Random(0), 0
     while kills < 20:
         process = subprocess.Popen(command(tmp_path / "killed"), **quiet)
         before = lines_in(tmp_path / "killed")
-        # Half of the kills wait until a batch has been written, so that the run gets on.
+        # Half of the kills wait until a batch has been written, so that the run advances.
         wanted = before + choice.randint(1, 12) if kills % 2 else None
         deadline = time.monotonic() + (3 * took if wanted else choice.uniform(0, took))
         while process.poll() is None and time.monotonic() < deadline:
@@ -538,16 +578,16 @@ def test_twenty_kills_change_nothing(trained, tmp_path):
             time.sleep(choice.uniform(0, 0.01))
         process.send_signal(signal.SIGKILL)
         if process.wait() != -signal.SIGKILL:
-            shutil.rmtree(tmp_path / "killed")  # it had ended: begin again until twenty runs were killed
+            shutil.rmtree(tmp_path / "killed")  # it had ended: start again until twenty runs were killed
         else:
             kills += 1
     subprocess.run(command(tmp_path / "killed"), check=True, **quiet)
     found = predictions_of(tmp_path / "killed")
-    assert found == predictions_of(tmp_path / "whole")
+    assert found == predictions_of(tmp_path / "unbroken")
     ids = [json.loads(line)["id"] for line in found[1:]]
     assert ids == [sample.id for sample in open_benchmark(sets)]
     for name in ("metrics.json", "metrics.csv"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
 
 
 def lines_in(results: Path) -> int:

@@ -67,7 +67,7 @@ GOOD_FILES = {
 }
 BAD_FILES = {
     "empty.png": (lambda file: file.touch(), "empty"),
-    "text.jpg": (lambda file: file.write_text("no picture"), "no image in a known format"),
+    "text.jpg": (lambda file: file.write_text("no image"), "no image in a known format"),
     "cut.png": (damaged, "cut.png: "),
     "bomb.png": (bomb, "DecompressionBombError"),
     "folder.png": (lambda file: file.mkdir(), "Is a directory"),
@@ -77,12 +77,12 @@ BAD_FILES = {
 
 @pytest.fixture
 def few(tmp_path) -> Path:
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     (folder / "sub").mkdir(parents=True)
     for index in range(3):
         picture(index, (60, 20)).save(folder / f"{index}.png")
     picture(9).save(folder / "sub" / "3.JPG", format="JPEG")
-    (folder / "notes.md").write_text("no picture")
+    (folder / "notes.md").write_text("no image")
     return folder
 
 
@@ -94,17 +94,17 @@ def arguments(trained: Path, images: Path, *more: object) -> list[str]:
     return ["--model-path", str(trained), "--img_path", str(images), "--device", "cpu", *map(str, more)]
 
 
-def test_a_folder_is_judged_and_read(trained, few, capsys):
+def test_a_folder_is_analysed_and_printed(trained, few, capsys):
     assert run(arguments(trained, few)) == 0
-    said = capsys.readouterr().out
-    blocks = said.strip().split("\n\n")
+    printed = capsys.readouterr().out
+    blocks = printed.strip().split("\n\n")
     assert [block.splitlines()[0] for block in blocks] == [str(file) for file in list_images(few)]
     for block in blocks:
         assert "verdict" in block and "P(fake)" in block and "own answer" in block
         assert all(f"  {stage}" in block for stage in ("summary", "caption", "reasoning", "conclusion"))
 
 
-def test_every_kind_of_picture_is_judged_and_every_bad_one_named(trained, tmp_path, capsys):
+def test_every_kind_of_image_is_analysed_and_every_bad_one_named(trained, tmp_path, capsys):
     for name, write in GOOD_FILES.items():
         write(tmp_path / name)
     for name, (write, _) in BAD_FILES.items():
@@ -144,16 +144,16 @@ def assert_equal_answers(found: list[dict], wanted: list[dict]) -> None:
 
 
 @pytest.mark.parametrize("sampled", [[], ["--temperature", "1.2"]], ids=["greedy", "sampled"])
-def test_answers_are_continued_and_nothing_is_done_twice(trained, few, tmp_path, sampled):
+def test_answers_are_resumed_and_nothing_is_done_twice(trained, few, tmp_path, sampled):
     out = tmp_path / "out.jsonl"
     assert run(arguments(trained, few, "--json", out, *sampled)) == 0
-    wanted, whole = lines(out), out.read_text()
-    first, second, *_ = whole.splitlines(keepends=True)
+    wanted, complete = lines(out), out.read_text()
+    first, second, *_ = complete.splitlines(keepends=True)
     out.write_text(first + second[:40])
     assert run(arguments(trained, few, "--json", out, *sampled)) == 0
     assert_equal_answers(lines(out), wanted)
     assert run(arguments(trained, few, "--json", out, *sampled)) == 0
-    assert out.read_text().count("\n") == whole.count("\n")
+    assert out.read_text().count("\n") == complete.count("\n")
 
 
 def test_answers_of_another_run_are_not_mixed(trained, few, tmp_path, capsys):
@@ -223,7 +223,7 @@ def test_what_is_no_file_gets_no_masks():
 
 
 def test_earlier_failures_still_count(trained, few, tmp_path, capsys):
-    (few / "bad.png").write_text("no picture")
+    (few / "bad.png").write_text("no image")
     given = arguments(trained, few, "--json", tmp_path / "out.jsonl", "--score-only")
     for _ in range(2):
         assert run(given) == SOME_FAILED
@@ -232,7 +232,7 @@ def test_earlier_failures_still_count(trained, few, tmp_path, capsys):
     assert len(lines(tmp_path / "out.jsonl")) == 5
 
 
-def test_names_of_any_bytes_are_judged_written_and_continued(trained, tmp_path, capfd):
+def test_names_of_any_bytes_are_analysed_written_and_resumed(trained, tmp_path, capfd):
     name = os.fsdecode(b"odd \xff\xfe.png")
     picture(1).save(tmp_path / "plain.png")
     (tmp_path / "plain.png").rename(tmp_path / name)
@@ -246,14 +246,14 @@ def test_names_of_any_bytes_are_judged_written_and_continued(trained, tmp_path, 
     assert rb"odd \udcff\udcfe.png" in done.stdout
 
 
-def test_nothing_with_a_pictures_name_is_passed_over_in_silence(trained, tmp_path, capsys):
+def test_nothing_with_an_image_name_is_skipped_in_silence(trained, tmp_path, capsys):
     (tmp_path / "broken.png").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "loop").symlink_to(tmp_path)
     picture(0).save(tmp_path / "good.png")
     assert run(arguments(trained, tmp_path, "--score-only")) == SOME_FAILED
     errors = capsys.readouterr().err
-    assert "broken.png: No such file" in errors and "pipe.png: a pipe or a device" in errors
+    assert "broken.png: there is no such file" in errors and "pipe.png: a pipe or a device" in errors
     assert "2 images could not be analysed" in errors
 
 
@@ -272,7 +272,7 @@ def test_a_folder_that_may_not_be_read_is_named(trained, few, monkeypatch, capsy
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_ends_the_same(trained, tmp_path):
+def test_a_killed_run_resumes_and_ends_the_same(trained, tmp_path):
     folder = tmp_path / "many"
     folder.mkdir()
     for index in range(60):
@@ -280,7 +280,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(trained, tmp_path):
     command = [sys.executable, str(SCRIPT), *arguments(trained, folder, "--batch-size", "4", "--json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     once = {"check": True, "env": environment, "cwd": "/", "capture_output": True}
-    subprocess.run([*command, str(tmp_path / "whole.jsonl")], **once)
+    subprocess.run([*command, str(tmp_path / "unbroken.jsonl")], **once)
     answers = tmp_path / "killed.jsonl"
     waits = itertools.cycle((0.0, 0.3, 0.0, 0.8, 0.2))
     kills = 0
@@ -296,12 +296,12 @@ def test_a_killed_run_goes_on_and_ends_the_same(trained, tmp_path):
         if process.wait() == -signal.SIGKILL:
             kills += 1
         else:
-            answers.unlink()  # it had ended: begin again until four runs were killed
+            answers.unlink()  # it had ended: start again until four runs were killed
     subprocess.run([*command, str(answers)], check=True, env=environment, cwd="/", capture_output=True)
-    assert_equal_answers(lines(answers), lines(tmp_path / "whole.jsonl"))
+    assert_equal_answers(lines(answers), lines(tmp_path / "unbroken.jsonl"))
 
 
-def test_overlays_lie_beside_their_pictures(trained, few, tmp_path):
+def test_overlays_are_named_after_their_images(trained, few, tmp_path):
     maps = tmp_path / "maps"
     assert run(arguments(trained, few, "--attention-map", maps, "--max_new_tokens", 5)) == 0
     found = sorted(str(file.relative_to(maps)) for file in maps.rglob("*.png"))
@@ -309,7 +309,7 @@ def test_overlays_lie_beside_their_pictures(trained, few, tmp_path):
     assert Image.open(maps / "0.png.attention.png").size == (60, 20)
 
 
-def test_a_picture_that_changes_while_it_is_judged_stops_nothing(trained, few, tmp_path, monkeypatch, capsys):
+def test_an_image_that_changes_while_it_is_analysed_stops_nothing(trained, few, tmp_path, monkeypatch, capsys):
     def changing(file, target, attention):
         if file.name == "1.png":
             picture(8, (10, 10)).save(file)
@@ -323,7 +323,7 @@ def test_a_picture_that_changes_while_it_is_judged_stops_nothing(trained, few, t
     assert len(lines(tmp_path / "out.jsonl")) == 4
     errors = capsys.readouterr().err
     assert "1.png, which changed after it was analysed: the attention has shape" in errors
-    assert "2.png: No such file" in errors and "2 images could not be analysed" in errors
+    assert "2.png: there is no such file" in errors and "2 images could not be analysed" in errors
 
 
 def test_a_name_too_long_for_an_overlay_stops_nothing(trained, tmp_path, capsys):
@@ -343,7 +343,7 @@ def test_overlays_of_a_list_keep_their_paths():
     assert overlay_path(Path("/a/b/x.png"), Path("/l.txt"), Path("o")) == Path("o/a/b/x.png.attention.png")
 
 
-def test_an_overlay_lights_the_strongest_place_and_leaves_the_rest():
+def test_an_overlay_lights_the_strongest_attention_and_leaves_the_rest():
     heat = np.zeros((20, 60), dtype=np.float32)
     heat[5:10, 40:50] = 1
     grey = Image.new("RGB", (60, 20), (100, 100, 100))
@@ -425,15 +425,17 @@ def test_the_authors_flags_and_both_spellings_are_understood():
 
 def test_sampled_answers_are_all_reported(trained, few, capsys):
     assert run(arguments(trained, few / "0.png", "--temperature", "1", "--samples", "3", "--force_summary")) == 0
-    said = capsys.readouterr().out
-    assert len(next(line for line in said.splitlines() if "of answers" in line).split()) == 2 + 3
-    assert "I will determine if the image is real or fake" in said
+    printed = capsys.readouterr().out
+    assert len(next(line for line in printed.splitlines() if "of answers" in line).split()) == 2 + 3
+    assert "I will determine if the image is real or fake" in printed
 
 
 def test_both_scores_are_written_and_told_apart(trained, few, tmp_path, capsys):
     assert run(arguments(trained, few / "0.png", "--score", "prompt")) == 0
-    said = capsys.readouterr().out
-    assert "(read without an answer)" in said and "  of answer   " in said and "not trained to be asked" in said
+    printed = capsys.readouterr().out
+    assert (
+        "(read without an answer)" in printed and "  of answer   " in printed and "not trained to be asked" in printed
+    )
     out = tmp_path / "out.jsonl"
     assert run(arguments(trained, few / "0.png", "--score", "prompt", "--json", out)) == 0
     (answer,) = lines(out)

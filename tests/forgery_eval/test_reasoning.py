@@ -41,9 +41,9 @@ def bleu_by_hand(words, wanted, order) -> float:
         return 0.0
     product = 1.0
     for n in range(1, order + 1):
-        said = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+        found = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
         there = Counter(tuple(wanted[i : i + n]) for i in range(len(wanted) - n + 1))
-        product *= (said & there).total() / max(1, said.total())
+        product *= (found & there).total() / max(1, found.total())
     brevity = 1.0 if len(words) > len(wanted) else math.exp(1 - len(wanted) / len(words))
     return brevity * product ** (1 / order)
 

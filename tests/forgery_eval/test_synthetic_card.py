@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from forgery_eval.demo.card import card_metrics, read_rows
+from forgery_eval.demo.card import card, card_metrics, read_rows
 from forgery_eval.synthetic_card import main
 from llava.systems.fakereasoning.answer import write_answer, write_reasoning
 
@@ -26,14 +26,14 @@ def entry(name, number, label, *, role="seen", strength=None, attributes=None):
 
 def prediction(truth, verdict, chance, attributes=None):
     label = verdict or "real"
-    said = dict.fromkeys(attributes or [{"real": "High Image Quality", "fake": TEXTURE}[label]], "It is so.")
-    text = write_answer(label, caption="A thing.", reasoning=write_reasoning(label, said)) if verdict else "Hm."
+    named = dict.fromkeys(attributes or [{"real": "High Image Quality", "fake": TEXTURE}[label]], "It is so.")
+    text = write_answer(label, caption="A thing.", reasoning=write_reasoning(label, named)) if verdict else "Hm."
     return {
         "id": truth["image"].removeprefix("evaluation_sets/"),
         "label": 0,
         "verdict": verdict,
         "text": text,
-        "attributes": said if verdict else {},
+        "attributes": named if verdict else {},
         "fake_probability": chance,
     }
 
@@ -110,6 +110,14 @@ def test_the_card_and_its_json_are_written(folders, tmp_path, capsys):
     assert text.startswith("# A model\n") and "| generators seen in training | 75.0 | 100.0 |" in text
     assert "| P(fake) as reported | 5.0 | 2.0 |" in text and "of the own answer" not in text
     assert json.loads(out.with_suffix(".json").read_text())["sample"]["images"] == 16
+
+
+def test_names_in_a_card_are_only_text_and_its_introduction_is_markdown(folders):
+    found = card_metrics(read_rows(*folders))
+    found["text"]["generator"]["<script>"] = found["score"]["generator"]["<script>"] = 0.5
+    text = card(found, "# A *model* & <b>more</b>")
+    assert text.startswith("# A *model* & <b>more</b>\n\n## Results\n")
+    assert "| &lt;script&gt; | 50.0 | 50.0 |" in text and "<script>" not in text
 
 
 def test_results_of_another_data_set_are_refused(folders, tmp_path, capsys):
