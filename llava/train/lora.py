@@ -96,7 +96,7 @@ def trainable_table(model: nn.Module) -> str:
     trained: dict[str, int] = defaultdict(int)
     for name, parameter in model.named_parameters():
         part = part_of(name)
-        # Sharded training leaves an empty tensor in the place of a parameter, and its size in this attribute.
+        # Sharded training leaves an empty tensor instead of a parameter, and its size in this attribute.
         count = getattr(parameter, "ds_numel", parameter.numel())
         total[part] += count
         trained[part] += count if parameter.requires_grad else 0

@@ -12,7 +12,7 @@ from llava.systems.fakereasoning.options import FakeReasoningOptions
 from llava.systems.fakereasoning.system import FakeReasoning, Prepared
 
 
-def verdict_judge(
+def verdict_predictor(
     model: LlavaLlamaForCausalLM,
     *,
     context_length: int,
@@ -33,7 +33,7 @@ def verdict_judge(
     system = FakeReasoning(model.tokenizer, model, model.image_processor, context_length)
     options = FakeReasoningOptions(score_only=score_only, max_new_tokens=max_new_tokens)
 
-    def judge(samples: list[Sample]) -> list[int | None]:
+    def predict(samples: list[Sample]) -> list[int | None]:
         prepared = [
             Prepared(sample.image, (sample.image.shape[-1], sample.image.shape[-2]), str(number))
             for number, sample in enumerate(samples)
@@ -42,4 +42,4 @@ def verdict_judge(
             reports = system.analyze_batch(prepared, options)
         return [None if report.label is None else LABELS.index(report.label) for report in reports]
 
-    return judge
+    return predict
