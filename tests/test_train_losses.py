@@ -15,10 +15,11 @@ from llava.model.checkpoint_files import read_tensor_file
 from llava.model.checkpoint_layout import LORA_PREFIX, NON_LORA_FILE, strip_lora_prefix
 from llava.systems.fakereasoning import checkpoint as layout
 from llava.train.arguments import parse_arguments
-from llava.train.loading import build_model, open_start
+from llava.train.checkpointing import complete_checkpoints
+from llava.train.loading import build_model, load_start
 from llava.train.lora import apply_lora, choose_trainable, optimizer_groups, trainable_tensors
 from llava.train.train import _grouped_order, main
-from llava.train.trainer import ForgeryTrainer, whole_checkpoints
+from llava.train.trainer import ForgeryTrainer
 from tests.conftest import GOLDENS
 from tests.reference import GRADIENTS, LM_LOSS
 from tests.training_runs import LORA, options, write_records
@@ -38,8 +39,8 @@ def adapted():
     lora = ["--lora_enable", "--lora_r", "4", "--lora_alpha", "8", "--cpm_search", "predictions"]
     others = ["--data_path", "x.json", "--output_dir", "unused", "--use_cpu"]
     model_args, data_args, _ = parse_arguments(["--model_name_or_path", str(GOLDENS / "base"), *towers, *lora, *others])
-    opened = open_start(model_args, data_args)
-    base = build_model(opened, dtype=torch.float32, device=torch.device("cpu"), bits=16, attn_implementation="sdpa")
+    start = load_start(model_args, data_args)
+    base = build_model(start, dtype=torch.float32, device=torch.device("cpu"), bits=16, attn_implementation="sdpa")
     model = apply_lora(base, rank=model_args.lora_r, alpha=model_args.lora_alpha)
     choose_trainable(model, RECIPE)
     set_peft_model_state_dict(model, load_file(GOLDENS / "lora" / "adapter_model.safetensors"))
@@ -196,9 +197,9 @@ def test_a_run_whose_loss_is_no_number_stops_and_keeps_its_checkpoints(
     saving["logging_steps"] = logging_steps
     given = options(tmp_path / "run", trained, write_records(tmp_path / "data"), **LORA, **saving)
     assert main(given) == 1
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     found_at = 3 if logging_steps == 1 else min(5, -(-3 // save_steps) * save_steps)
-    assert f"\nerror: the lm_loss is nan at step {found_at}" in said
-    assert "--learning_rate" in said and "Traceback" not in said
-    assert [path.name for path in whole_checkpoints(tmp_path / "run")] == ([f"checkpoint-{kept}"] if kept else [])
+    assert f"\nerror: the lm_loss is nan at step {found_at}" in message
+    assert "--learning_rate" in message and "Traceback" not in message
+    assert [path.name for path in complete_checkpoints(tmp_path / "run")] == ([f"checkpoint-{kept}"] if kept else [])
     assert not (tmp_path / "run" / "final").exists()

@@ -7,6 +7,9 @@ from transformers import LlamaConfig
 
 from llava.errors import CheckpointError
 
+CPM_SEARCHES = ("labels", "predictions")
+"""Where a probability mapper may look for the verdict in training."""
+
 
 @strict
 class LlavaConfig(LlamaConfig):

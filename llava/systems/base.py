@@ -232,9 +232,11 @@ class TrainingObjective(Protocol):
 
     Attributes:
         trained_whole: Parts that are trained whole beside LoRA adapters, by the names in ``llava.model.branches``.
+        searches_predictions: Whether a loss looks through what the model predicts at every position.
     """
 
     trained_whole: tuple[str, ...]
+    searches_predictions: bool
 
     def terms(self, step: Any) -> "dict[str, Any]":
         """Returns the losses beside the language model's, each a ``LossTerm``, from an ``ObjectiveStep``."""

@@ -20,8 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from llava.model.branches import projector_name
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.llava_arch import LlavaMetaModel, TowerOutputs
+from llava.model.llava_arch import LlavaMetaModel
 
 _TOKENS = 8
 """Length of the rows that are counted; a second row of twice the length tells what grows with the square."""
@@ -196,15 +197,12 @@ def _vision_costs(model: LlavaMetaModel, checkpointed: Sequence[nn.Module]) -> d
     side = model.config.pixel_format()["size"]
     pixels = torch.zeros(1, 3, side, side, device="meta")
     towers = _count(model.run_towers, pixels, repeated=checkpointed)
-    seen = TowerOutputs(
-        *(
-            None if part is None else part.detach().requires_grad_(part.requires_grad)
-            for part in model.run_towers(pixels)
-        )
-    )
-    inputs = {"mm_projector": seen.clip, "dino_mm_projector": seen.dino}
-    projectors = _sum(_count(getattr(model, name), part) for name, part in inputs.items() if part is not None)
-    fused = _count(lambda: model.fuse(seen).tokens)
+    outputs = {
+        name: part.detach().requires_grad_(part.requires_grad) for name, part in model.run_towers(pixels).items()
+    }
+    named = {projector_name(branch): outputs[branch] for branch in model.fusion.branches}
+    projectors = _sum(_count(getattr(model, name), part) for name, part in named.items())
+    fused = _count(lambda: model.fuse(outputs).tokens)
     return {"towers": towers, "projectors": projectors, "fusion": fused - projectors}
 
 

@@ -1,4 +1,4 @@
-"""Opens what training starts from: a checkpoint, perhaps with new parts, or a new model from a config."""
+"""Loads what training starts from: a checkpoint, perhaps with new parts, or a new model from a config."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.integrations import deepspeed as deepspeed_integration
 
 from llava.conversation import conv_templates
-from llava.errors import CheckpointError
+from llava.errors import CheckpointError, OptionError
 from llava.model.branches import FIRST, source_field, tower_name
 from llava.model.builder import load_tokenizer, materialize, quantization, resolve_attention, set_generation_defaults
 from llava.model.checkpoint import check_keys, complete_config, open_checkpoint
@@ -24,11 +24,12 @@ from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.base import TowerSource
 from llava.model.multimodal_encoder.builder import read_vision_tower
 from llava.systems import registry
+from llava.systems.base import AnswerFormat
 from llava.train.arguments import DataArguments, ModelArguments, new_parts
 
 
 @dataclass(frozen=True)
-class Opened:
+class StartingPoint:
     """What training starts from, before any weight is read.
 
     Attributes:
@@ -48,15 +49,15 @@ class Opened:
     folder: Path | None
 
 
-def open_start(model: ModelArguments, data: DataArguments) -> Opened:
+def load_start(model: ModelArguments, data: DataArguments) -> StartingPoint:
     """Opens what the options name.
 
     Raises:
         CheckpointError: It cannot be opened, or something is missing that is not named as new.
-        ValueError: Options do not fit the checkpoint.
+        OptionError: Options do not fit the checkpoint.
     """
     if data.version not in conv_templates:
-        raise ValueError(f"--version {data.version}: no such prompt template; known: {', '.join(conv_templates)}")
+        raise OptionError(f"--version {data.version}: no such prompt template; known: {', '.join(conv_templates)}")
     if model.model_config is not None:
         return _open_new(model, data)
     assert model.model_name_or_path is not None
@@ -65,7 +66,7 @@ def open_start(model: ModelArguments, data: DataArguments) -> Opened:
         # A plain LLaVA, which is trained to become one.
         checkpoint = open_checkpoint(model.model_name_or_path, system=registry.DEFAULT)
     if checkpoint.adapter_folder is not None:
-        raise ValueError(
+        raise OptionError(
             f"{model.model_name_or_path} is a LoRA folder; merge it with scripts/merge_lora_weights.py, and start there"
         )
     values = dict(checkpoint.config)
@@ -73,7 +74,7 @@ def open_start(model: ModelArguments, data: DataArguments) -> Opened:
         values["mm_fusion_type"] = model.mm_fusion_type
     elif "fusion" in new_parts(model) and "mm_fusion_type" not in values:
         values["mm_fusion_type"] = LlavaConfig().mm_fusion_type
-    _refuse_other(model, values)
+    _check_other(model, values)
     checkpoint, config = complete_config(replace(checkpoint, config=values), _towers(model))
     new = frozenset(new_parts(model))
     prefixes = tuple(f"model.{part}." for part in new)
@@ -82,18 +83,18 @@ def open_start(model: ModelArguments, data: DataArguments) -> Opened:
     skeleton = _skeleton(config)
     filled = {n: t for n, t in stored_state_dict(skeleton).items() if prefixes and n.startswith(prefixes)}
     if len(new) != sum(any(name.startswith(f"model.{part}.") for name in filled) for part in new):
-        raise ValueError(f"--init {model.init}: the fusion {config.mm_fusion_type!r} has no such part")
+        raise OptionError(f"--init {model.init}: the fusion {config.mm_fusion_type!r} has no such part")
     try:
         check_keys(config, replace(checkpoint, tensors={**kept, **filled}))
     except CheckpointError as error:
-        hint = "parts that a checkpoint lacks are begun anew only if --init names them, as in --init fusion"
+        hint = "parts that a checkpoint lacks are made new only if --init names them, as in --init fusion"
         if "missing" not in str(error):
             hint = "do the towers of --vision_tower and --dino_weights belong to it?"
             if model.mm_fusion_type is not None:
                 hint = f"the fusion {model.mm_fusion_type!r} has no such parts; start from a checkpoint without them"
         raise CheckpointError(f"{error}\n  {hint}") from None
     tokenizer = load_tokenizer(checkpoint.tokenizer_folder)
-    return Opened(config, tokenizer, skeleton.get_model().placeholder_tokens(), kept, new, checkpoint.folder)
+    return StartingPoint(config, tokenizer, skeleton.get_model().placeholder_tokens(), kept, new, checkpoint.folder)
 
 
 def _towers(model: ModelArguments) -> dict[str, str | None]:
@@ -101,7 +102,7 @@ def _towers(model: ModelArguments) -> dict[str, str | None]:
     return {"clip": model.vision_tower, "dino": model.dino_weights}
 
 
-def _open_new(model: ModelArguments, data: DataArguments) -> Opened:
+def _open_new(model: ModelArguments, data: DataArguments) -> StartingPoint:
     assert model.model_config is not None and model.tokenizer is not None
     values = read_json(Path(model.model_config))
     tokenizer = load_tokenizer(Path(model.tokenizer))
@@ -131,19 +132,19 @@ def _open_new(model: ModelArguments, data: DataArguments) -> Opened:
         skeleton = _skeleton(config)
     except (TypeError, KeyError, StrictDataclassError) as error:
         why = error.__cause__ or error
-        raise ValueError(f"--model_config {model.model_config} describes no model: {why}") from error
+        raise OptionError(f"--model_config {model.model_config} describes no model: {why}") from error
     unknown = set(tensors) - set(stored_state_dict(skeleton))
     if unknown:
         raise CheckpointError(f"the towers hold tensors that the model does not have, such as {sorted(unknown)[0]}")
-    return Opened(config, tokenizer, skeleton.get_model().placeholder_tokens(), tensors, frozenset(), None)
+    return StartingPoint(config, tokenizer, skeleton.get_model().placeholder_tokens(), tensors, frozenset(), None)
 
 
-def _refuse_other(model: ModelArguments, values: Mapping[str, Any]) -> None:
-    """Refuses options that would change what a checkpoint is."""
+def _check_other(model: ModelArguments, values: Mapping[str, Any]) -> None:
+    """Checks options that would change what a checkpoint is."""
     for name, default in (("mm_projector_type", "mlp2x_gelu"), ("mm_vision_select_layer", -2)):
         wanted, own = getattr(model, name), values.get(name, default)
         if wanted is not None and wanted != own:
-            raise ValueError(f"--{name} is {wanted}, but the checkpoint's is {own}, and it cannot be changed")
+            raise OptionError(f"--{name} is {wanted}, but the checkpoint's is {own}, and it cannot be changed")
 
 
 def _with_options(config: LlavaConfig, model: ModelArguments, data: DataArguments) -> LlavaConfig:
@@ -167,8 +168,20 @@ def _skeleton(config: LlavaConfig) -> LlavaLlamaForCausalLM:
         return LlavaLlamaForCausalLM(config)
 
 
+def answer_format(config: LlavaConfig) -> AnswerFormat:
+    """Returns the words of the system that is trained.
+
+    Raises:
+        OptionError: It has no answers, so there is nothing to train a language model on.
+    """
+    found = registry.answer_format(config.system)
+    if found is None:
+        raise OptionError(f"the system {config.system!r} has no answers, so no language model can be trained on them")
+    return found
+
+
 def build_model(
-    opened: Opened, *, dtype: torch.dtype, device: torch.device, bits: int, attn_implementation: str
+    opened: StartingPoint, *, dtype: torch.dtype, device: torch.device, bits: int, attn_implementation: str
 ) -> LlavaLlamaForCausalLM:
     """Reads the weights.
 
@@ -201,7 +214,7 @@ def build_model(
 
 
 def random_part(skeleton: LlavaLlamaForCausalLM, part: str) -> dict[str, Tensor]:
-    """Returns new weights for a part, each layer as torch begins it."""
+    """Returns new weights for a part, each layer as torch initialises it."""
     module: nn.Module = skeleton.get_model().get_submodule(part).to_empty(device="cpu")
     layers: list[Any] = list(module.modules())
     for layer in layers:

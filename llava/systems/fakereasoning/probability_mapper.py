@@ -14,9 +14,8 @@ from torch import Tensor
 
 from llava.constants import IGNORE_INDEX
 from llava.errors import OptionError
+from llava.model.configuration import CPM_SEARCHES
 from llava.model.verdict import VerdictTokens
-
-SEARCHES = ("labels", "predictions")
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,8 @@ class ProbabilityMapper:
     """
 
     def __init__(self, tokens: VerdictTokens, temperature: float = 10.0, search: str = "labels") -> None:
-        if search not in SEARCHES:
-            raise OptionError(f"unknown cpm_search {search!r}; known: {', '.join(SEARCHES)}")
+        if search not in CPM_SEARCHES:
+            raise OptionError(f"unknown cpm_search {search!r}; known: {', '.join(CPM_SEARCHES)}")
         if temperature <= 0:
             raise OptionError(f"cpm_temperature must be above 0, not {temperature}")
         self.tokens = tokens

@@ -38,6 +38,7 @@ class FakeReasoningObjective:
         tokens = VerdictTokens.from_dict(config.cpm_tokens)
         self.mapper = ProbabilityMapper(tokens, config.cpm_temperature, config.cpm_search)
         self.weight = config.cpm_weight
+        self.searches_predictions = self.mapper.search != "labels"
 
     def terms(self, step: ObjectiveStep) -> dict[str, LossTerm]:
         """Returns the mapper's loss; nothing where no row has a class."""
@@ -59,7 +60,7 @@ class FakeReasoningObjective:
 
     def count(self, batch: Mapping[str, Any]) -> dict[str, Tensor | None]:
         """Returns how many rows match; None where the verdict is looked for in the model's own predictions."""
-        if self.mapper.search != "labels":
+        if self.searches_predictions:
             return {MAPPER: None}
         return {MAPPER: (self.mapper.positions_in_labels(batch["labels"], batch[LABELS_INPUT]) >= 0).sum()}
 
