@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Makes .venv, installs the package into it, and judges the bundled samples with the embedded model: prints verdict,
-# P(fake) and reasoning of each, and writes one HTML page. Pictures named as arguments are judged as well.
+# Makes .venv, installs the package into it, and analyses the bundled samples with the embedded model: prints verdict,
+# P(fake) and reasoning of each, and writes one HTML page. Images named as arguments are analysed as well.
 # The first run installs for some minutes; later runs need no network. PYTHON=… chooses the interpreter.
 #
-#     bash scripts/demo.sh [--out PAGE.html] [PICTURE …]
+#     bash scripts/demo.sh [--out PAGE.html] [IMAGE …]
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 

@@ -7,7 +7,7 @@ recipe() { { pwd && cat pyproject.toml constraints.txt scripts/environment.sh sc
 # installed NAME: whether the installation of that name was finished, by the same recipe.
 installed() { [ -x .venv/bin/python ] && [ "$(cat ".venv/installed-$1" 2>/dev/null)" = "$(recipe)" ]; }
 
-# finish NAME: marks it; an installation that was interrupted has no mark, and is gone on with.
+# finish NAME: marks it; an installation that was interrupted has no mark, and is resumed.
 finish() { recipe > ".venv/installed-$1"; }
 
 # install PACKAGE…
@@ -22,5 +22,5 @@ make_environment() {
         echo "error: $python is not Python 3.10 or newer; name one with PYTHON=…" >&2
         return 1
     fi
-    "$python" -m venv .venv || { echo "error: $PWD/.venv cannot be made or mended; remove it and run again" >&2; return 1; }
+    "$python" -m venv .venv || { echo "error: $PWD/.venv cannot be made; remove it and run again" >&2; return 1; }
 }
