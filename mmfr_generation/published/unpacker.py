@@ -105,10 +105,10 @@ class Unpacker:
             state = read_json(self._state_path)
             self._parts = {int(number): PartState(**part) for number, part in state["parts"].items()}
             self._here = tuple(state["here"]) if state["here"] else None
-        for number in source.available() & self._parts.keys():
-            if source.size(number) != self._parts[number].size:
+        for number in source.sizes.keys() & self._parts.keys():
+            if source.sizes[number] != self._parts[number].size:
                 raise DataError(
-                    f"part {number} has {source.size(number):,} bytes, in an earlier run it had "
+                    f"part {number} has {source.sizes[number]:,} bytes, in an earlier run it had "
                     f"{self._parts[number].size:,}; name an empty output folder"
                 )
 
@@ -122,14 +122,14 @@ class Unpacker:
         Raises:
             UserError: A part cannot be fetched, or the output cannot be written.
         """
-        runs = _without_gaps(frozenset(wanted) & self._source.available())
+        runs = _without_gaps(frozenset(wanted) & self._source.sizes.keys())
         self._account = Account()
         with (
             file_errors(self._output, "written"),
             JsonlLog(self._log_path, lambda _, record: self._account.add(record)) as log,
         ):
             self._plan_missing()
-            total = sum(self._source.size(part) for run in runs for part in run if self._needed(part, run))
+            total = sum(self._source.sizes[part] for run in runs for part in run if self._needed(part, run))
             with tqdm(total=total, desc="unpacking", unit="B", unit_scale=True, unit_divisor=1024) as bar:
                 for run in runs:
                     for part in run:
@@ -303,7 +303,7 @@ class Unpacker:
 
     def _state(self, part: int) -> PartState:
         if part not in self._parts:
-            self._parts[part] = PartState(self._source.size(part))
+            self._parts[part] = PartState(self._source.sizes[part])
         return self._parts[part]
 
     def _open(self, part: int) -> BinaryIO:
