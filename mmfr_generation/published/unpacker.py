@@ -188,6 +188,7 @@ class Unpacker:
                     self._record(log, {"part": part, "damage": damage, "offset": item.at[1]})
                     continue
                 if part != entered:
+                    # The first member that begins in a part proves that all members of the parts before it are done.
                     passed = [number for number in reader.opened if number < part]
                     self._finish(passed)
                     self._clear_heads([*passed, part], start)
@@ -210,13 +211,13 @@ class Unpacker:
     def _where_to_begin(self, part: int) -> tuple[int, bool, bool]:
         """Returns the offset at which to read a part, whether a header is there, and whether all of it is read."""
         state = self._state(part)
-        if self._here is not None and self._here[0] == part:
+        if self._here is not None and self._here[0] == part:  # where a run was stopped
             return self._here[1], True, False
-        if state.done and state.tail:
+        if state.done and state.tail:  # only the member that was cut is missing
             return state.tail_offset, True, False
         if state.first is not None:
             return state.first, True, True
-        return 0, part == 1, True
+        return 0, part == 1, True  # any other part begins in the middle of a member, as a rule
 
     def _enter(self, at: tuple[int, int], log: JsonlLog, *, fresh: bool, start: int) -> None:
         """Notes that the members that begin in a part are now being written."""
