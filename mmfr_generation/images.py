@@ -117,8 +117,10 @@ def perceptual_hash(image: Image.Image) -> int | None:
     if grey.std() < _FLAT:
         return None
     steps = np.arange(_DCT_SIDE)
+    # Rows 1 to 8 of the DCT-II; row 0, the mean, is left out, so that brightness does not matter.
     cosines = np.cos(np.pi * np.outer(np.arange(1, _HASH_SIDE + 1), 2 * steps + 1) / (2 * _DCT_SIDE))
     frequencies = cosines @ grey @ cosines.T
+    # Against the median, half of the bits are set whatever the contrast.
     bits = (frequencies > np.median(frequencies)).ravel()
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
@@ -129,5 +131,6 @@ _ONES = np.array([value.bit_count() for value in range(1 << 16)], dtype=np.uint8
 
 def hamming_distances(hash_: int, others: np.ndarray) -> np.ndarray:
     """Returns in how many bits a hash differs from each of ``others`` (uint64)."""
+    # Four 16-bit pieces a hash, each looked up in a table: numpy counts bits itself only from version 2 on.
     different = np.bitwise_xor(others, np.uint64(hash_))
     return _ONES[different.view(np.uint16).reshape(-1, 4)].sum(axis=1)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from llava.errors import FileError, MissingFileError, UserError
 from llava.files import digest_file, file_errors
@@ -15,23 +15,28 @@ _PART_NAME = re.compile(r"(?:.*/)?dataset\.part0*(\d+)\.tar")
 _TRIES = 4
 
 
-class Source(Protocol):
-    """Where the parts come from."""
+class Source:
+    """Where the parts come from.
 
-    def available(self) -> frozenset[int]:
-        """Returns the numbers of the parts that exist."""
+    Attributes:
+        paths: Where each part is, or will be after ``fetch``, by its number.
+        sizes: Size of each part in bytes.
+    """
 
-    def size(self, part: int) -> int:
-        """Returns the size of a part in bytes."""
+    paths: dict[int, Path]
+    sizes: dict[int, int]
 
     def fetch(self, part: int) -> Path:
         """Returns a part as a file, complete and checked."""
+        return self.paths[part]
 
     def discard(self, part: int) -> None:
         """Deletes a part from the disk if it is there."""
+        with file_errors(self.paths[part], "deleted"):
+            self.paths[part].unlink(missing_ok=True)
 
 
-class FolderSource:
+class FolderSource(Source):
     """Parts that are on disk already.
 
     Args:
@@ -45,34 +50,16 @@ class FolderSource:
         if not folder.is_dir():
             raise MissingFileError(f"there is no folder {folder}")
         with file_errors(folder, "read"):
-            self._paths = {
-                int(match[1]): path for path in sorted(folder.iterdir()) if (match := _PART_NAME.fullmatch(path.name))
-            }
-
-    def available(self) -> frozenset[int]:
-        """Returns the numbers of the parts in the folder."""
-        return frozenset(self._paths)
-
-    def size(self, part: int) -> int:
-        """Returns the size of a part in bytes."""
-        with file_errors(self._paths[part], "read"):
-            return self._paths[part].stat().st_size
-
-    def fetch(self, part: int) -> Path:
-        """Returns the path of a part."""
-        return self._paths[part]
-
-    def discard(self, part: int) -> None:
-        """Deletes a part."""
-        with file_errors(self._paths[part], "deleted"):
-            self._paths[part].unlink(missing_ok=True)
+            matches = [(path, _PART_NAME.fullmatch(path.name)) for path in sorted(folder.iterdir())]
+            self.paths = {int(match[1]): path for path, match in matches if match}
+            self.sizes = {part: path.stat().st_size for part, path in self.paths.items()}
 
 
-class HubSource:
+class HubSource(Source):
     """Parts on the hub; each is downloaded when it is its turn, and a download that was stopped is resumed.
 
-    ``hf_hub_download`` starts a file from scratch after a kill, and parts are large; so its transfer function
-    ``http_get``, which resumes, appends to a file of ours here.
+    ``hf_hub_download`` starts a file from scratch after a kill, and parts are large. So its transfer function
+    ``http_get``, which resumes, appends to a file that is kept here.
 
     Args:
         repository: Hub id of the data set.
@@ -86,11 +73,10 @@ class HubSource:
     def __init__(self, repository: str, revision: str, folder: Path) -> None:
         from huggingface_hub import HfApi
 
-        self.repository = repository
-        self._folder = folder
+        self._repository = repository
         with _hub_errors(repository):
             info = HfApi().dataset_info(repository, revision=revision, files_metadata=True)
-        self.revision = info.sha or revision
+        self._revision = info.sha or revision
         self._files = {
             int(match[1]): file
             for file in info.siblings or []
@@ -98,14 +84,8 @@ class HubSource:
         }
         if not self._files:
             raise UserError(f"{repository} at {revision} holds no file dataset.part<number>.tar")
-
-    def available(self) -> frozenset[int]:
-        """Returns the numbers of the parts on the hub."""
-        return frozenset(self._files)
-
-    def size(self, part: int) -> int:
-        """Returns the size of a part in bytes."""
-        return int(self._files[part].size)
+        self.paths = {part: folder / str(file.rfilename) for part, file in self._files.items()}
+        self.sizes = {part: int(file.size) for part, file in self._files.items()}
 
     def fetch(self, part: int) -> Path:
         """Downloads a part, or the rest of it, and checks its size and hash.
@@ -113,7 +93,7 @@ class HubSource:
         Raises:
             UserError: The disk is too full, the hub fails, or the part is damaged.
         """
-        file, path = self._files[part], self._path(part)
+        file, path = self._files[part], self.paths[part]
         if path.exists():
             return path
         partial = path.with_name(path.name + ".partial")
@@ -121,10 +101,10 @@ class HubSource:
             partial.parent.mkdir(parents=True, exist_ok=True)
             partial.touch()
             missing = file.size - partial.stat().st_size
-            free = shutil.disk_usage(self._folder).free
+            free = shutil.disk_usage(path.parent).free
         if free < missing:
             raise FileError(
-                f"part {part} needs {missing:,} more bytes, but only {free:,} are free in {self._folder}; make room, "
+                f"part {part} needs {missing:,} more bytes, but only {free:,} are free in {path.parent}; make room, "
                 "then run the same command again: what is done is kept"
             )
         self._complete(file, partial)
@@ -142,13 +122,13 @@ class HubSource:
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils import build_hf_headers
 
-        url = hf_hub_url(self.repository, file.rfilename, repo_type="dataset", revision=self.revision)
+        url = hf_hub_url(self._repository, file.rfilename, repo_type="dataset", revision=self._revision)
         failures = 0
         while (size := partial.stat().st_size) < file.size:
             try:
                 with (
                     file_errors(partial, "written"),
-                    _hub_errors(self.repository),
+                    _hub_errors(self._repository),
                     partial.open("ab", buffering=0) as stream,
                 ):
                     http_get(url, stream, resume_size=size, headers=build_hf_headers(), expected_size=file.size)
@@ -158,14 +138,6 @@ class HubSource:
                 if failures == _TRIES:
                     raise
                 time.sleep(failures)
-
-    def discard(self, part: int) -> None:
-        """Deletes a downloaded part."""
-        with file_errors(self._path(part), "deleted"):
-            self._path(part).unlink(missing_ok=True)
-
-    def _path(self, part: int) -> Path:
-        return self._folder / str(self._files[part].rfilename)
 
 
 class _HubError(UserError):

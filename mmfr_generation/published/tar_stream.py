@@ -1,4 +1,4 @@
-"""Reads a tar archive that lies in pieces, from any byte on, without putting the pieces together.
+"""Reads a tar archive that is cut into pieces, starting at any byte, without putting the pieces together.
 
 A piece may begin and end anywhere in a member. Reading starts at the next valid header, and what is cut at either end
 is reported, never written.
@@ -88,7 +88,7 @@ class PartReader:
         return self._parts[index], absolute - (self._starts[index] if self._starts else 0)
 
     def at_end(self) -> bool:
-        """Says whether no byte is left; opens the next part if that is needed to know."""
+        """Whether no byte is left; opens the next part if that is needed to know."""
         byte = self.read(1)
         self.unread(byte)
         return not byte
@@ -119,12 +119,12 @@ class PartReader:
 
 @dataclass(frozen=True)
 class Member:
-    """A member whose header is whole; its data stands next in the reader.
+    """A member whose header is complete; its data comes next in the reader.
 
     Attributes:
         name: Full name.
         size: Bytes of data that follow.
-        kind: ``file``, ``folder``, or what else it is, for example ``symbolic link``.
+        kind: ``file``, ``folder``, or what else it is, which is never written.
         at: Where its first header is.
     """
 
@@ -140,7 +140,7 @@ class Cut:
 
     Attributes:
         what: Name of the member, or what is known of it.
-        where: ``start`` if its beginning is missing, ``end`` if its end is, ``damage`` if neither is the case.
+        where: ``start`` if its beginning is missing, ``end`` if its end is, else ``damage``.
         at: Where the bytes begin.
         size: Number of bytes.
     """
@@ -151,19 +151,6 @@ class Cut:
     size: int
 
 
-_KINDS = {
-    tarfile.SYMTYPE: "symbolic link",
-    tarfile.LNKTYPE: "hard link",
-    tarfile.CHRTYPE: "character device",
-    tarfile.BLKTYPE: "block device",
-    tarfile.FIFOTYPE: "pipe",
-    tarfile.DIRTYPE: "folder",
-    tarfile.REGTYPE: "file",
-    tarfile.AREGTYPE: "file",
-    tarfile.CONTTYPE: "file",
-}
-
-
 def read_members(reader: PartReader, *, at_header: bool) -> Iterator[Member | Cut]:
     """Yields the members of an archive in order, and what is cut or damaged.
 
@@ -172,7 +159,7 @@ def read_members(reader: PartReader, *, at_header: bool) -> Iterator[Member | Cu
 
     Args:
         reader: The archive.
-        at_header: Whether it stands at a header now. If not, the next valid header is looked for.
+        at_header: Whether a header comes next. If not, the reader goes to the next valid one.
     """
     if not at_header:
         yield from _synchronise(reader, "start")
@@ -211,12 +198,17 @@ def skip_padding(reader: PartReader, size: int) -> None:
 
 
 def _member(header: tarfile.TarInfo, extension: dict[str, str], start: Position) -> Member:
-    kind = _KINDS.get(header.type, "special file")
-    size = int(extension.get("size", header.size)) if kind in {"file", "special file"} else 0
-    if any(key.startswith("GNU.sparse") for key in extension):
-        kind = "sparse file"
     name = extension.get("path", header.name)
-    return Member(name, size, "folder" if kind == "file" and name.endswith("/") else kind, start)
+    if header.isdir() or header.islnk() or header.issym() or header.isdev():  # these have no data, whatever they claim
+        return Member(name, 0, "folder" if header.isdir() else "link, device or pipe", start)
+    size = int(extension.get("size", header.size))
+    if not _is_file(header) or any(key.startswith("GNU.sparse") for key in extension):
+        return Member(name, size, "sparse or special file", start)
+    return Member(name, size, "folder" if name.endswith("/") else "file", start)
+
+
+def _is_file(header: tarfile.TarInfo) -> bool:
+    return header.isreg() and header.type != tarfile.GNUTYPE_SPARSE
 
 
 def _header(block: bytes) -> tarfile.TarInfo | None:
@@ -266,38 +258,38 @@ def _pax_records(payload: bytes) -> dict[str, str]:
 def _synchronise(reader: PartReader, where: str) -> Iterator[Cut]:
     """Goes to the next valid header and reports what was passed over."""
     begin = reader.absolute
-    before = b""
-    found, empty = False, True
-    while not found:
+    before, empty = b"", True
+    while True:
         window = reader.read(_CHUNK)
-        at = window.find(_MAGIC, _MAGIC_AT)
-        while at >= 0 and at + BLOCK - _MAGIC_AT <= len(window):
-            header = _header(window[at - _MAGIC_AT : at - _MAGIC_AT + BLOCK])
-            if header is not None:
-                empty = empty and not window[: at - _MAGIC_AT].strip(b"\0")
-                before = (before + window[: at - _MAGIC_AT])[-BLOCK:]
-                reader.unread(window[at - _MAGIC_AT :])
-                found = True
-                break
-            at = window.find(_MAGIC, at + 1)
-        if found:
+        at = _find_header(window)
+        last = len(window) < _CHUNK
+        # A header that the window's end cuts is found whole in the next window, which begins less than a block earlier.
+        passed = window[:at] if at is not None or last else window[: 1 - BLOCK]
+        reader.unread(window[len(passed) :])
+        empty = empty and not passed.strip(b"\0")
+        before = (before + passed)[-BLOCK:]
+        if at is not None or last:
             break
-        empty = empty and not window.strip(b"\0")
-        if len(window) < BLOCK:
-            break
-        before = (before + window[: 1 - BLOCK])[-BLOCK:]
-        if len(window) < _CHUNK:
-            break
-        reader.unread(window[1 - BLOCK :])
     skipped = reader.absolute - begin
     what = {"start": "the member that begins in the part before", "damage": "a damaged member or header"}[where]
-    if found:
+    if at is not None:
         named = _continues_a_name(reader, before)
         if named:
             what, skipped = f"{what}, {named}", reader.absolute - begin
-    # Zeros alone fill up the last block of a member, or end the archive: they are nobody's data.
-    if skipped and not (empty and (skipped < BLOCK or not found)):
+    # Zeros alone fill up the last block of a member, or end the archive: they belong to no member.
+    if skipped and not (empty and (skipped < BLOCK or at is None)):
         yield Cut(what, where, reader.position(begin), skipped)
+
+
+def _find_header(window: bytes) -> int | None:
+    """Returns where the first valid header begins."""
+    magic = window.find(_MAGIC, _MAGIC_AT)
+    while magic >= 0 and magic - _MAGIC_AT + BLOCK <= len(window):
+        at = magic - _MAGIC_AT
+        if _header(window[at : at + BLOCK]) is not None:
+            return at
+        magic = window.find(_MAGIC, magic + 1)
+    return None
 
 
 def _continues_a_name(reader: PartReader, before: bytes) -> str:
@@ -312,7 +304,7 @@ def _continues_a_name(reader: PartReader, before: bytes) -> str:
     if header.type in {b"L", b"K", b"x", b"g"} or not (shortened or named):
         reader.unread(block)
         return ""
-    missing = header.size if _KINDS.get(header.type) == "file" else 0
+    missing = header.size if _is_file(header) else 0
     missing += -missing % BLOCK
     while missing and (piece := reader.read(min(missing, _CHUNK))):
         missing -= len(piece)

@@ -105,10 +105,10 @@ class Unpacker:
             state = read_json(self._state_path)
             self._parts = {int(number): PartState(**part) for number, part in state["parts"].items()}
             self._here = tuple(state["here"]) if state["here"] else None
-        for number in source.available() & self._parts.keys():
-            if source.size(number) != self._parts[number].size:
+        for number in source.sizes.keys() & self._parts.keys():
+            if source.sizes[number] != self._parts[number].size:
                 raise DataError(
-                    f"part {number} has {source.size(number):,} bytes, in an earlier run it had "
+                    f"part {number} has {source.sizes[number]:,} bytes, in an earlier run it had "
                     f"{self._parts[number].size:,}; name an empty output folder"
                 )
 
@@ -122,14 +122,14 @@ class Unpacker:
         Raises:
             UserError: A part cannot be fetched, or the output cannot be written.
         """
-        runs = _without_gaps(frozenset(wanted) & self._source.available())
+        runs = _without_gaps(frozenset(wanted) & self._source.sizes.keys())
         self._account = Account()
         with (
             file_errors(self._output, "written"),
             JsonlLog(self._log_path, lambda _, record: self._account.add(record)) as log,
         ):
             self._plan_missing()
-            total = sum(self._source.size(part) for run in runs for part in run if self._needed(part, run))
+            total = sum(self._source.sizes[part] for run in runs for part in run if self._needed(part, run))
             with tqdm(total=total, desc="unpacking", unit="B", unit_scale=True, unit_divisor=1024) as bar:
                 for run in runs:
                     for part in run:
@@ -188,6 +188,7 @@ class Unpacker:
                     self._record(log, {"part": part, "damage": damage, "offset": item.at[1]})
                     continue
                 if part != entered:
+                    # The first member that begins in a part proves that all members of the parts before it are done.
                     passed = [number for number in reader.opened if number < part]
                     self._finish(passed)
                     self._clear_heads([*passed, part], start)
@@ -210,13 +211,13 @@ class Unpacker:
     def _where_to_begin(self, part: int) -> tuple[int, bool, bool]:
         """Returns the offset at which to read a part, whether a header is there, and whether all of it is read."""
         state = self._state(part)
-        if self._here is not None and self._here[0] == part:
+        if self._here is not None and self._here[0] == part:  # where a run was stopped
             return self._here[1], True, False
-        if state.done and state.tail:
+        if state.done and state.tail:  # only the member that was cut is missing
             return state.tail_offset, True, False
         if state.first is not None:
             return state.first, True, True
-        return 0, part == 1, True
+        return 0, part == 1, True  # any other part begins in the middle of a member, as a rule
 
     def _enter(self, at: tuple[int, int], log: JsonlLog, *, fresh: bool, start: int) -> None:
         """Notes that the members that begin in a part are now being written."""
@@ -303,7 +304,7 @@ class Unpacker:
 
     def _state(self, part: int) -> PartState:
         if part not in self._parts:
-            self._parts[part] = PartState(self._source.size(part))
+            self._parts[part] = PartState(self._source.sizes[part])
         return self._parts[part]
 
     def _open(self, part: int) -> BinaryIO:

@@ -1,4 +1,4 @@
-"""The whole way over a real local server, with whatever can go wrong on it."""
+"""From requests to answers over a real local server, with whatever can go wrong."""
 
 import email.utils
 import json
@@ -71,7 +71,7 @@ def check_complete(folders, failed=()):
     assert len(answers_in(answers)) == len(answers_in(requests))
 
 
-def test_batches_bring_every_answer_home(server, folders, jobs):
+def test_batches_bring_every_answer(server, folders, jobs):
     server.plans = [{"shuffle": True}, {}, {}]
     assert jobs().run() == []
     check_complete(folders)
@@ -310,7 +310,7 @@ def test_direct_mode_keeps_failures_and_asks_them_again(server, folders, jobs):
         (429, {"error": {"message": "quota is used up", "code": "insufficient_quota"}}, "quota is used up"),
     ],
 )
-def test_a_hopeless_error_stops_at_once(what, body, told, server, folders, run_script, tmp_path):
+def test_a_fatal_error_stops_at_once(what, body, told, server, folders, run_script, tmp_path):
     server.failures = [Failure("POST", "/v1/chat", what, times=1000, body=body)]
     common = ["--input-folder", "requests", "--output-folder", "answers", "--base-url", server.url]
     done = run_script("batch_api", "direct", *common, *QUICK, cwd=tmp_path)
@@ -396,7 +396,7 @@ def test_two_processes_do_not_share_a_folder(server, folders, run_script, tmp_pa
     assert not server.files
 
 
-def test_text_of_any_kind_comes_home(server, folders, jobs):
+def test_text_of_any_kind_arrives(server, folders, jobs):
     server.answer = lambda request: completion("half \ud83d, 😀, \0, \u2028")
     assert jobs().run() == []
     check_complete(folders)

@@ -8,9 +8,9 @@ import shutil
 import tracemalloc
 
 import pytest
-from mmfr_generation.costs import PRICES, TileRule
 from PIL import Image
 
+from mmfr_generation.api.costs import PRICES, TileRule
 from mmfr_generation.get_jsonl import main
 from mmfr_generation.prompts import reasoning_prompt
 from tests.mmfr_generation.annotation_helpers import noise_image
