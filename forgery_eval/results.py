@@ -99,6 +99,10 @@ def write_results(
     page = report_page(metrics, rows, published=registry.component(answers.system, "protocol"), masks=masks)
     if calibration and fit_calibration:
         calibration.save(folder / "calibration.json")
+    _write(folder, metrics, page, protocol)
+
+
+def _write(folder: Path, metrics: dict[str, Any], page: str, protocol: EvaluationProtocol | None) -> None:
     if protocol:
         lines = (protocol.metric_line(name, values) for name, values in metrics["paper"].items())
         atomic_write(folder / "metric.txt", "".join(lines))
@@ -116,7 +120,7 @@ def _check_score(calibration: Calibration | None, predictions: Sequence[Predicti
     if calibration and calibration.score and read and calibration.score != read:
         raise DataError(
             f"the calibration is for the {calibration.score!r} score, but these scores are {read!r}: "
-            "ask for the other score with --score, or fit again with --calibrate"
+            "ask the model for the score that it is for, or fit again with --calibrate"
         )
 
 

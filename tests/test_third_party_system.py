@@ -122,7 +122,7 @@ class Toy:
             label=word,
             fake_probability=score,
             score_source="detector",
-            stages=self.answer_format.parse(text).stages,
+            stages=Words(explains=True).parse(text).stages,
             text=text,
             system=self.name,
             mask=red if self.gain < 2 else red * 0.5,

@@ -361,7 +361,7 @@ def test_a_calibration_of_another_score_is_refused(tmp_path, capsys):
     assert json.loads(saved.read_text())["score"] == "answer"
     assert evaluated("answer", "--calibration", saved) == evaluated("unknown", "--calibration", saved) == 0
     assert evaluated("prompt", "--calibration", saved) == 1
-    assert "for the 'answer' score, but these scores are 'prompt': ask for the other score with --score" in (
+    assert "for the 'answer' score, but these scores are 'prompt': ask the model for the score" in (
         capsys.readouterr().err
     )
 
