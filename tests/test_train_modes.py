@@ -94,12 +94,17 @@ def test_gradient_checkpointing_changes_no_loss(trained, data, tmp_path, given):
 
 
 def test_frozen_towers_run_once_a_micro_batch(trained, data, tmp_path, monkeypatch):
+    def is_shape(module: torch.nn.Module) -> bool:
+        """Whether it has no numbers, as where operations are counted."""
+        return next(module.parameters()).is_meta
+
     calls = []
     for tower in (CLIPVisionTower, DinoVisionTower):
         original = tower.forward
 
         def counted(self, *arguments, original=original, **named):
-            calls.append((type(self).__name__, torch._C._current_graph_task_id() != -1))
+            if not is_shape(self):
+                calls.append((type(self).__name__, torch._C._current_graph_task_id() != -1))
             return original(self, *arguments, **named)
 
         monkeypatch.setattr(tower, "forward", counted)
@@ -107,7 +112,7 @@ def test_frozen_towers_run_once_a_micro_batch(trained, data, tmp_path, monkeypat
     original_layers = torch.nn.Module.__call__
 
     def counted_layer(self, *arguments, **named):
-        if type(self).__name__ in ("CLIPEncoderLayer", "Dinov2Layer"):
+        if type(self).__name__ in ("CLIPEncoderLayer", "Dinov2Layer") and not is_shape(self):
             layers.append(self)
         return original_layers(self, *arguments, **named)
 
@@ -237,7 +242,8 @@ def test_kept_features_train_like_images(trained, data, tmp_path, monkeypatch, g
     original, runs = LlavaMetaModel.run_towers, []
 
     def counted(self, images):
-        runs.append(len(images))
+        if not images.is_meta:  # where operations are counted
+            runs.append(len(images))
         return original(self, images)
 
     monkeypatch.setattr(LlavaMetaModel, "run_towers", counted)

@@ -18,6 +18,7 @@ from transformers.trainer_callback import TrainerState
 from llava.errors import CheckpointError, FileError, OptionError
 from llava.files import read_json, write_json
 from llava.train.lora import trainable_tensors
+from llava.train.option_names import current_name
 
 BEST, FINAL, TRIAL = "best", "final", "trial"
 """Folders below the output folder: the best model so far, the trained one, and one that only tries to be written."""
@@ -105,6 +106,7 @@ def check_same_run(file: Path, run: Mapping[str, Any]) -> None:
     before = read_json(file) if file.is_file() else {}
     if not isinstance(before, dict):
         raise CheckpointError(f"{file} describes no run; start in another --output_dir")
+    before = {current_name(name): value for name, value in before.items()}  # of a run by an older version
     other = [
         f"{name} was {before[name]!r}, is {value!r}" for name, value in run.items() if before.get(name, value) != value
     ]

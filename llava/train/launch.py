@@ -1,4 +1,4 @@
-"""torchrun, silent about a process that has said itself why it ended."""
+"""torchrun, silent about a process that has itself reported why it ended."""
 
 import logging
 import signal
@@ -11,7 +11,7 @@ from torch.distributed.run import main as torchrun
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Starts processes as torchrun does, with its options; what it says stands below a progress bar's line.
+    """Starts processes as torchrun does, with its options; its messages start below a progress bar's line.
 
     Returns:
         The exit status of the process that failed first, 128 and the signal's number after a signal, or 0.
