@@ -74,7 +74,8 @@ def shell_commands() -> list[list[str]]:
 @pytest.mark.parametrize("words", shell_commands(), ids=" ".join)
 def test_shell_scripts_document_what_is_written_of_them(words):
     index = words.index("bash")
-    done = subprocess.run(["bash", ROOT / words[index + 1], "--help"], capture_output=True, text=True, check=True)
+    command, environment = ["bash", ROOT / words[index + 1], "--help"], {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     named = [
         word.partition("=")[0] for word in [*words[:index], *words[index + 2 :]] if "=" in word or word[:2] == "--"
     ]
