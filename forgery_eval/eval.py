@@ -1,47 +1,43 @@
-"""Evaluates a model on a data set: every figure with its interval, and a report page.
+"""Evaluates a model on a data set: every metric with its interval, and a report page.
 
 The data set is an MMFR tree or one of its sets, folders real and fake (in it or in each subfolder), or a CSV or JSONL
-manifest. Predictions are written as they come; run the same command again and it goes on where it was killed.
+manifest. Predictions are written as they come; run the same command again and it resumes where it was killed.
 
-Exit status: 0 all pictures were judged, 1 nothing could be done, 3 some pictures could not be judged.
+Exit status: 0 all images were analysed, 1 nothing could be done, 3 some images could not be analysed.
 """
 
 import argparse
-import json
-import os
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib import import_module
-from importlib.metadata import version
-from itertools import islice
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tqdm import tqdm
-
+from forgery_eval.answers import AnswerKind
 from forgery_eval.benchmarks import Sample, open_benchmark
-from forgery_eval.command import run_judging
+from forgery_eval.fingerprints import images_digest, weight_locations, weights_digest
 from forgery_eval.model_options import (
-    add_answer_options,
+    LOCATIONS,
     add_batch_size,
     add_model_options,
     analyze_options,
     loading_options,
     open_detector,
+    parse_with_system,
 )
-from forgery_eval.predictions import Prediction, Run, RunStore, images_digest, read_run, weights_digest
-from llava.cli import OptionParser
-from llava.systems.fakereasoning import protocol
-
-if TYPE_CHECKING:
-    from llava import ForgeryDetector, ForgeryReport
-    from llava.systems.base import AnalyzeOptions
+from forgery_eval.runner import fill_store
+from forgery_eval.store import Prediction, Run, RunStore, read_run, system_of
+from llava.cli import SOME_FAILED, OptionParser, log, positive_int, run_cli
+from llava.errors import DataError, MissingFileError, OptionError
+from llava.systems import registry
+from llava.systems.base import EvaluationProtocol
 
 _VERSIONS = ("torch", "transformers", "pillow")
+_PREDICTIONS = "predictions"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -51,215 +47,190 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--dataset_path", required=True, type=Path, help="data set")
     data.add_argument("--result_folder", required=True, type=Path, help="where metrics, report and predictions go")
     data.add_argument("--sets", nargs="+", metavar="NAME", help="only these evaluation sets (default: all)")
-    data.add_argument("--max_sample", type=_positive, metavar="N", help="the first N of each class and set")
+    data.add_argument("--max_sample", type=positive_int, metavar="N", help="the first N of each class and set")
     add_batch_size(data)
+    _add_metrics(parser)
+    add_model_options(parser)
+    parsed = parse_with_system(parser, arguments)
+    if parsed.answer_format and not parsed.rescore:
+        parser.error("--answer-format says how to read predictions that exist already; it needs --rescore")
+    if parsed.paper_protocol:
+        settings = dict(_protocol(AnswerKind.of(parsed.options_of)).SETTINGS)
+        parser.set_defaults(**settings)
+        parsed = argparse.Namespace(**{**vars(parser.parse_args(arguments)), "options_of": parsed.options_of})
+    return parsed
 
-    figures = parser.add_argument_group("figures")
-    figures.add_argument("--clip_path", help="folder or hub id of a CLIP model, for CSS")
-    figures.add_argument("--paper-protocol", action="store_true", help="the authors' protocol, quirks included")
-    figures.add_argument(
+
+def _add_metrics(parser: argparse.ArgumentParser) -> None:
+    metrics = parser.add_argument_group("metrics")
+    metrics.add_argument("--clip_path", help="folder or hub id of a CLIP model, for CSS")
+    metrics.add_argument("--paper-protocol", action="store_true", help="the authors' protocol, quirks included")
+    metrics.add_argument(
         "--rescore",
         nargs="?",
         const=True,
         metavar="FILE",
-        help="only compute the figures again, from the result folder's predictions or from this JSONL file",
+        help="only compute the metrics again, from the result folder's predictions or from this JSONL file",
     )
-    scores = figures.add_mutually_exclusive_group()
+    metrics.add_argument(
+        "--answer-format",
+        metavar="SYSTEM",
+        help="with --rescore: system in whose words the texts are (default: the run's)",
+    )
+    scores = metrics.add_mutually_exclusive_group()
     scores.add_argument(
         "--calibrate", action="store_true", help="fit temperature and bias on a fifth of the ids, report on the rest"
     )
     scores.add_argument("--calibration", type=Path, metavar="FILE", help="apply what --calibrate has saved")
 
-    add_model_options(parser)
-    add_answer_options(parser)
-    parsed = parser.parse_args(arguments)
-    if parsed.paper_protocol:
-        parser.set_defaults(**protocol.SETTINGS)
-        parsed = parser.parse_args(arguments)
-    return parsed
+
+def _protocol(answers: AnswerKind) -> EvaluationProtocol:
+    protocol: EvaluationProtocol | None = registry.component(answers.system, "protocol")
+    if protocol is None:
+        raise OptionError(f"--paper-protocol: {answers.title} has no evaluation protocol of its own here")
+    return protocol
 
 
-def _positive(text: str) -> int:
-    if not (text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
-    return int(text)
+@dataclass(frozen=True)
+class Predicted:
+    """What is scored.
+
+    Attributes:
+        samples: The samples.
+        predictions: One a sample.
+        answers: What the answers of their system can have.
+        folder: Where the predictions lie, and their masks.
+        about: What was run; stands in ``metrics.json``.
+    """
+
+    samples: Sequence[Sample]
+    predictions: Sequence[Prediction]
+    answers: AnswerKind
+    folder: Path
+    about: dict[str, Any]
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Evaluates as the arguments say; returns how many pictures could not be judged."""
+    """Evaluates as the arguments say; returns the exit status.
+
+    Raises:
+        UserError: Nothing could be done: wrong options, data, model or files.
+    """
     results = _results()
-    # Opened first, so that what is wrong with them is said before hours of judging.
+    # Opened first, so that what is wrong with them is known before hours of analysis.
     calibration = results.Calibration.load(arguments.calibration) if arguments.calibration else None
     similarity = results.open_similarity(arguments.clip_path) if arguments.clip_path else None
-    if arguments.rescore:
-        samples, predictions, about = _rescored(arguments)
-    else:
-        samples = open_benchmark(arguments.dataset_path, sets=arguments.sets, max_sample=arguments.max_sample)
-        predictions, about = judge(samples, arguments)
-    about = {"data": arguments.dataset_path.resolve().name, **about}
+    found = read_predicted(arguments) if arguments.rescore else predict(arguments)
     results.write_results(
         arguments.result_folder,
-        samples,
-        predictions,
-        about,
+        found.samples,
+        found.predictions,
+        {"data": arguments.dataset_path.resolve().name, **found.about},
+        found.answers,
         similarity=similarity,
         calibration=calibration,
         fit_calibration=arguments.calibrate,
-        paper=arguments.paper_protocol,
+        protocol=_protocol(found.answers) if arguments.paper_protocol else None,
+        masks=found.folder,
     )
     print(f"written: {arguments.result_folder / 'metrics.json'} and {arguments.result_folder / 'report.html'}")
-    failed = sum(1 for prediction in predictions if prediction.error)
+    failed = sum(1 for prediction in found.predictions if prediction.error)
     if failed:
-        print(f"{failed} pictures could not be judged; metrics.json names them", file=sys.stderr)
-    return failed
+        log(f"{failed} images could not be analysed; metrics.json names them")
+    return SOME_FAILED if failed else 0
 
 
 def _results() -> ModuleType:
     try:
         return import_module("forgery_eval.results")
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed; it comes with: pip install 'fakereasoning[eval]'") from None
+        if (error.name or "").partition(".")[0] in ("forgery_eval", "llava"):
+            raise
+        raise OptionError(f"{error.name} is not installed; it comes with: pip install 'fakereasoning[eval]'") from None
 
 
-def _rescored(arguments: argparse.Namespace) -> tuple[list[Sample], list[Prediction], dict[str, Any]]:
-    from forgery_eval.scoring import match
+def read_predicted(arguments: argparse.Namespace) -> Predicted:
+    """Reads predictions that exist already.
+
+    Raises:
+        UserError: There are none, they cannot be read, or they are of other data.
+    """
+    from forgery_eval.metrics.scoring import match
 
     file = _predictions_file(arguments)
-    header, found = read_run(file)
+    header, predictions = read_run(file, arguments.answer_format)
     chosen = header.get("chosen", {})
     samples = open_benchmark(
         arguments.dataset_path,
         sets=arguments.sets or chosen.get("sets"),
         max_sample=arguments.max_sample or chosen.get("max_sample"),
     )
-    return samples, match(samples, found), {"run": file.stem, "settings": header.get("settings", {})}
+    answers = AnswerKind.of(arguments.answer_format or system_of(header))
+    about = {"run": file.stem, "settings": header.get("settings", {})}
+    return Predicted(samples, match(samples, predictions), answers, file.parent, about)
 
 
 def _predictions_file(arguments: argparse.Namespace) -> Path:
     if arguments.rescore is not True:
         file = Path(arguments.rescore)
         if not file.is_file():
-            raise FileNotFoundError(f"there is no file {file}")
+            raise MissingFileError(f"there is no file {file}")
         return file
-    folder = arguments.result_folder / "predictions"
+    folder = arguments.result_folder / _PREDICTIONS
     files = sorted(folder.glob("*.jsonl"))
     if len(files) != 1:
-        said = ", ".join(str(file) for file in files) or "none"
-        raise ValueError(f"{folder} must hold the predictions of one run, or name one after --rescore; there: {said}")
+        listed = ", ".join(str(file) for file in files) or "none"
+        raise DataError(f"{folder} must hold the predictions of one run, or name one after --rescore; there: {listed}")
     return files[0]
 
 
-def judge(samples: Sequence[Sample], arguments: argparse.Namespace) -> tuple[list[Prediction], dict[str, Any]]:
-    """Judges what is not judged yet, batch by batch, and returns every sample's prediction and what was run.
+def predict(arguments: argparse.Namespace) -> Predicted:
+    """Analyses what is not analysed yet, batch by batch, and returns every sample's prediction.
 
     Raises:
-        CheckpointError: The model cannot be opened.
-        ValueError: The options cannot be met.
+        UserError: The data or the model cannot be opened, the options cannot be met, or a file cannot be written.
     """
+    samples = open_benchmark(arguments.dataset_path, sets=arguments.sets, max_sample=arguments.max_sample)
     options = analyze_options(arguments)
     if arguments.model_path is None:
         open_detector(arguments)  # says how to get a model
     settings = {
-        "weights": weights_digest(_weight_files(arguments)),
-        **loading_options(arguments),
+        "system": arguments.options_of,
+        "weights": weights_digest(_weight_locations(arguments)),
+        **{name: value for name, value in loading_options(arguments).items() if name not in LOCATIONS},
         **asdict(options),
         "orientation": not arguments.paper_protocol,
         "batch_size": arguments.batch_size,
         "images": images_digest([s.id for s in samples], [s.image for s in samples]),
-        "versions": {name: version(name) for name in _VERSIONS},
+        "versions": {name: known for name in _VERSIONS if (known := _version(name))},
     }
-    for place in ("model_base", "vision_tower", "dino_weights"):
-        del settings[place]  # their contents are in the weights' digest, wherever they lie
     detector = open_detector(arguments)
     settings |= detector.system.describe(options)
     size = detector.system.batch_size(options) if arguments.batch_size == "auto" else arguments.batch_size
     run = Run(settings, {"sets": arguments.sets, "max_sample": arguments.max_sample}, size)
-    with closing(RunStore(arguments.result_folder / "predictions", run, [s.id for s in samples])) as store:
-        judge_rest(detector, samples, options, store, oriented=not arguments.paper_protocol)
+    with closing(RunStore(arguments.result_folder / _PREDICTIONS, run, [s.id for s in samples])) as store:
+        fill_store(detector, samples, options, store, oriented=not arguments.paper_protocol)
     _, found = read_run(store.path)
-    return [found[sample.id] for sample in samples], {"run": run.key, "settings": settings}
+    about = {"run": run.key, "settings": settings}
+    answers = AnswerKind.of(arguments.options_of)
+    return Predicted(samples, [found[sample.id] for sample in samples], answers, store.path.parent, about)
 
 
-def judge_rest(
-    detector: "ForgeryDetector",
-    samples: Sequence[Sample],
-    options: "AnalyzeOptions",
-    store: RunStore,
-    *,
-    oriented: bool = True,
-) -> None:
-    """Judges the samples that the store does not have, and writes each batch before the next begins."""
-    rest = samples[store.done :]
-    pictures = (sample.image if oriented else _unturned(sample.image) for sample in rest)
-    reports = detector.analyze_many(pictures, batch_size=store.batch_size, **vars(options))
-    with tqdm(total=len(samples), initial=store.done, unit=" images") as progress:
-        for batch in _batches(rest, store.batch_size):
-            start = time.perf_counter()
-            judged = list(islice(reports, len(batch)))
-            seconds = (time.perf_counter() - start) / len(batch)
-            for report in judged:
-                if report.error:
-                    progress.write(f"cannot judge {report.error}", file=sys.stderr)
-            store.write([_prediction(s, report, seconds) for s, report in zip(batch, judged, strict=True)])
-            progress.update(len(batch))
+def _weight_locations(arguments: argparse.Namespace) -> list[str | None]:
+    files = registry.read_files(arguments.model_path)
+    return weight_locations(files.folder, [getattr(arguments, name) for name in LOCATIONS])
 
 
-def _batches(samples: Sequence[Sample], size: int) -> Iterator[Sequence[Sample]]:
-    for start in range(0, len(samples), size):
-        yield samples[start : start + size]
-
-
-def _prediction(sample: Sample, report: "ForgeryReport", seconds: float) -> Prediction:
-    return Prediction(
-        id=sample.id,
-        label=sample.label,
-        verdict=report.label,
-        fake_probability=report.fake_probability,
-        answer_probability=report.answer_probability,
-        score_source=report.score_source,
-        text=report.text,
-        stages=report.stages,
-        attributes=report.attributes,
-        error=report.error,
-        seconds=round(seconds, 4),
-    )
-
-
-def _unturned(image: Path) -> Any:
-    """The picture without its EXIF orientation; its path where it cannot be read, for the detector to say why."""
-    from llava.errors import ImageReadError
-    from llava.images import load_image
-
+def _version(package: str) -> str | None:
     try:
-        return load_image(image, apply_orientation=False)
-    except ImageReadError:
-        return image
-
-
-def _weight_files(arguments: argparse.Namespace) -> list[str | None]:
-    """Every place that weights may come from."""
-    from llava.model.checkpoint_files import resolve_folder
-
-    folder = resolve_folder(arguments.model_path, "model")
-    places = [str(folder), arguments.model_base, arguments.vision_tower, arguments.dino_weights]
-    places.append(os.environ.get("DINO_WEIGHT"))
-    named = (
-        ("config.json", "mm_vision_tower"),
-        ("config.json", "mm_dino_tower"),
-        ("adapter_config.json", "base_model_name_or_path"),
-    )
-    for name, field in named:
-        if (folder / name).is_file():
-            try:
-                places.append(json.loads((folder / name).read_bytes()).get(field))
-            except ValueError:
-                raise ValueError(f"{folder / name} is not JSON") from None
-    return places
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def run(arguments: Any = None) -> int:
     """Runs the command; returns its exit status."""
-    return run_judging(lambda: main(parse_arguments(arguments)))
+    return run_cli(lambda: main(parse_arguments(arguments)))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,22 @@
-"""The options of a model and of its answers, which all commands that judge pictures share."""
+"""The options of a model and of its answers, which all commands that analyse images share. Imports no torch.
+
+Options of answers are those of the system at hand: the one that ``--system`` names, or that the files at
+``--model-path`` belong to.
+"""
 
 import argparse
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from forgery_eval.answers import DEFAULT_SYSTEM
 from llava.assets import demo_model_folder
-from llava.cli import add_options, read_options
+from llava.cli import OptionParser, add_options, log, positive_int, read_options, unknown_option
+from llava.errors import CheckpointError, OptionError
 from llava.systems import registry
-from llava.systems.base import AnalyzeOptions, resolve
+from llava.systems.base import AnalyzeOptions, SystemSpec, resolve
 
 if TYPE_CHECKING:
     from llava import ForgeryDetector
@@ -23,16 +32,14 @@ _LOADING = (
     "vision_tower",
     "dino_weights",
 )
+LOCATIONS = ("model_base", "vision_tower", "dino_weights")
+"""Those loading options that name weights outside the checkpoint."""
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say which model is opened, and how."""
     model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model-path",
-        default=demo_model_folder(),
-        help="folder or hub id of a checkpoint (default: the embedded demonstration model)",
-    )
+    _add_which(model)
     model.add_argument("--model-base", help="base of a LoRA folder, where the folder does not name it")
     model.add_argument("--vision-tower", help="CLIP tower: folder or hub id, where the checkpoint does not hold it")
     model.add_argument("--dino-weights", help="DINOv2 .pth or folder, where the checkpoint does not hold it")
@@ -44,29 +51,92 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--attn-implementation", default="auto", help="auto (default), sdpa, eager, flash_attention_2")
 
 
+def _add_which(group: Any) -> None:
+    group.add_argument(
+        "--model-path",
+        default=demo_model_folder(),
+        help="folder or hub id of a checkpoint (default: the embedded demonstration model)",
+    )
+    group.add_argument("--system", help="the checkpoint's system, where its files do not tell it")
+
+
 def add_batch_size(group: Any) -> None:
-    """Adds the option that says how many pictures are judged at a time."""
+    """Adds the option that says how many images are analysed at a time."""
     group.add_argument(
         "--batch-size",
         type=_batch_size,
         default="auto",
-        help="pictures at a time (default auto: what fits and is fast)",
+        help="images at a time (default auto: what fits and is fast)",
     )
 
 
 def _batch_size(text: str) -> int | str:
-    if text != "auto" and not (text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"must be auto or a number above 0, not {text!r}")
-    return text if text == "auto" else int(text)
+    try:
+        return text if text == "auto" else positive_int(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"must be auto or a whole number above 0, not {text!r}") from None
 
 
-def add_answer_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that say how images are analysed."""
-    add_options(parser.add_argument_group("answer"), _options_class())
+def parse_with_system(parser: OptionParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Adds the options of the system at hand to a parser, and parses with it.
+
+    Args:
+        parser: Has every other option of the command, those of ``add_model_options`` included.
+        arguments: The command line, by default the process's.
+
+    Returns:
+        The arguments; ``options_of`` is the short name of the system whose options they hold.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        spec = _system_at_hand(given)
+    except OptionError as error:
+        parser.error(str(error))
+    group = parser.add_argument_group(f"answers of {spec.title}")
+    add_options(group, resolve(spec.options))
+    parsed, unknown = parser.parse_known_args(given)
+    if unknown:
+        parser.error(_unknown_option(unknown[0], parser, spec))
+    parsed.options_of = spec.name
+    return parsed
 
 
-def _options_class() -> type[AnalyzeOptions]:
-    return resolve(registry.spec("fakereasoning").options)
+def _system_at_hand(arguments: Sequence[str]) -> SystemSpec:
+    """The system whose options a command line may use.
+
+    Where the files belong to none, it is the default one: opening the model says what is wrong with them.
+    """
+    first = OptionParser(add_help=False)
+    _add_which(first)
+    known, _ = first.parse_known_args(arguments)
+    if known.system:
+        return registry.spec(known.system)
+    asks_for_help = any(word in ("-h", "--help") for word in arguments)
+    if known.model_path and _may_be_there(str(known.model_path), asks_for_help):
+        with suppress(CheckpointError):
+            return registry.identify(registry.read_files(known.model_path))
+    return registry.spec(DEFAULT_SYSTEM)
+
+
+def _may_be_there(path: str, asks_for_help: bool) -> bool:
+    """Whether files may be found at a path; a hub's files, which must be got first, are not looked for to give help."""
+    is_hub_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
+    return Path(path).expanduser().exists() or (is_hub_id and not asks_for_help)
+
+
+def _unknown_option(word: str, parser: argparse.ArgumentParser, spec: SystemSpec) -> str:
+    """Says of an unknown option which systems have it, or which known option is nearest."""
+    name = word.partition("=")[0]
+    owners = []
+    for other in registry.specs().values():
+        trial = OptionParser(add_help=False)
+        add_options(trial, resolve(other.options))
+        folded = {option.replace("_", "-") for option in trial._option_string_actions}
+        if name.replace("_", "-") in folded:
+            owners.append(other.title)
+    if owners:
+        return f"{spec.title} has no option {name}, which is one of {', '.join(owners)} (see --model-path, --system)"
+    return unknown_option(word, parser._option_string_actions)
 
 
 def loading_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -75,12 +145,12 @@ def loading_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def analyze_options(arguments: argparse.Namespace, *, attention: bool = False) -> AnalyzeOptions:
-    """Returns how pictures are to be judged.
+    """Returns how images are analysed.
 
     Raises:
-        ValueError: Options exclude each other or are out of range.
+        OptionError: Options exclude each other or are out of range.
     """
-    return read_options(_options_class(), arguments, attention=attention)
+    return read_options(resolve(registry.spec(arguments.options_of).options), arguments, attention=attention)
 
 
 def open_detector(arguments: argparse.Namespace) -> "ForgeryDetector":
@@ -88,10 +158,13 @@ def open_detector(arguments: argparse.Namespace) -> "ForgeryDetector":
 
     Raises:
         CheckpointError: No model is named, or it cannot be opened.
+        OptionError: A loading option cannot be met.
     """
     from llava import ForgeryDetector
 
-    detector = ForgeryDetector.from_pretrained(arguments.model_path, **loading_options(arguments))
+    detector = ForgeryDetector.from_pretrained(
+        arguments.model_path, system=arguments.system, **loading_options(arguments)
+    )
     if detector.notice:
-        print(f"note: {detector.notice}", file=sys.stderr)
+        log(f"note: {detector.notice}")
     return detector

@@ -45,6 +45,14 @@ class OptionParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
+class DefaultsHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """A ``formatter_class`` whose help names the default of each option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        no_default = action.default is None or action.default is False or action.default == []
+        return action.help if no_default else super()._get_help_string(action)
+
+
 def unknown_option(word: str, known: Sequence[str] | dict[str, Any]) -> str:
     """Returns a message about an unknown option that names the nearest known one."""
     name = word.partition("=")[0]

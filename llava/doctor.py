@@ -175,7 +175,7 @@ def _look_at_systems(found: Examination) -> None:
     except OptionError as error:  # an installed system that cannot be imported
         found.problems.append(str(error))
     embedded = demo_model_folder()
-    found.weights["embedded model"] = embedded and str(embedded)
+    found.weights["embedded model"] = None if embedded is None else str(embedded)
     if embedded is None:
         found.problems.append(f"the embedded model is missing: {DEMO_MODEL} is not there; install the package again")
     for hub_id in dict.fromkeys(weights):

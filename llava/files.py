@@ -14,6 +14,7 @@ from typing import IO, Any
 from uuid import uuid4
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from llava.errors import DataError, FileError, MissingFileError, UserError
 
@@ -35,6 +36,8 @@ def file_errors(path: str | os.PathLike[str], action: str) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise MissingFileError(f"there is no file or folder {error.filename or path}") from error
+    except SafetensorError as error:  # its writer reports a full disk in its own way
+        raise FileError(f"{path} cannot be {action}: {error}") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             reason = "the disk is full; make room, then run the same command again"

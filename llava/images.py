@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -40,17 +41,21 @@ def list_images(path: Path) -> Iterator[Path]:
         raise MissingFileError(f"there is no file or folder {path}")
 
 
-def walk_images(folder: Path) -> Iterator[Path]:
+def walk_images(folder: Path, *, sniff: bool = False) -> Iterator[Path]:
     """Yields the images below a folder by their endings, sorted by path; links to folders are followed once.
 
     Hidden files and folders are left out. Subfolders that may not be read are yielded last.
+
+    Args:
+        folder: Where to begin.
+        sniff: Whether to open each file with another ending too, and to take it if its content is an image.
     """
     unread: list[Path] = []
-    yield from sorted(_walk(folder, unread, set()))
+    yield from sorted(_walk(folder, unread, set(), sniff))
     yield from sorted(unread)
 
 
-def _walk(folder: Path, unread: list[Path], visited: set[tuple[int, int]]) -> Iterator[Path]:
+def _walk(folder: Path, unread: list[Path], visited: set[tuple[int, int]], sniff: bool) -> Iterator[Path]:
     try:
         status = folder.stat()
         if (status.st_dev, status.st_ino) in visited:  # a link that leads back
@@ -64,9 +69,17 @@ def _walk(folder: Path, unread: list[Path], visited: set[tuple[int, int]]) -> It
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            yield from _walk(folder / entry.name, unread, visited)
-        elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
+            yield from _walk(folder / entry.name, unread, visited, sniff)
+        elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES or (sniff and _opens(folder / entry.name)):
             yield folder / entry.name
+
+
+def _opens(file: Path) -> bool:
+    try:
+        with open_image(file):
+            return True
+    except ImageReadError:
+        return False
 
 
 def _read_list(path: Path) -> Iterator[Path]:
@@ -86,6 +99,15 @@ def _at_least_one(files: Iterable[Path], complaint: str) -> Iterator[Path]:
         raise DataError(complaint)
 
 
+@contextmanager
+def image_errors(file: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns what a decoder raises inside the block, which can be nearly any exception, into an ``ImageReadError``."""
+    try:
+        yield
+    except Exception as error:
+        raise _read_error(file, error) from error
+
+
 def open_image(file: str | os.PathLike[str]) -> Image.Image:
     """Opens an image without decoding its pixels.
 
@@ -94,17 +116,14 @@ def open_image(file: str | os.PathLike[str]) -> Image.Image:
     """
     if not isinstance(file, (str, os.PathLike)):
         raise ImageReadError(f"an image or its path is needed, not {type(file).__name__}")
-    try:
+    with image_errors(file), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # large images are refused by an error, smaller ones are welcome
         path = Path(file)
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise ImageReadError(f"{file}: a pipe or a device, not a file")
         if path.is_file() and path.stat().st_size == 0:
             raise ImageReadError(f"{file}: the file is empty")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # large images are refused by an error, smaller ones are welcome
-            return Image.open(path)
-    except Exception as error:
-        raise _read_error(file, error) from error
+        return Image.open(path)
 
 
 def load_image(file: str | os.PathLike[str], *, apply_orientation: bool = True) -> Image.Image:
@@ -119,18 +138,15 @@ def load_image(file: str | os.PathLike[str], *, apply_orientation: bool = True) 
     Raises:
         ImageReadError: The file is missing, is no image, is damaged, too large, or has floating-point pixels.
     """
-    with open_image(file) as image:
-        try:
-            image.seek(0)
-            image.load()
-            if image.mode == "F":
-                raise ImageReadError(
-                    f"{file}: its pixels are floating-point numbers, and nothing says which of them is white; "
-                    "save it with 8 or 16 bits"
-                )
-            return to_rgb(ImageOps.exif_transpose(image) if apply_orientation else image)
-        except Exception as error:
-            raise _read_error(file, error) from error
+    with open_image(file) as image, image_errors(file):
+        image.seek(0)
+        image.load()
+        if image.mode == "F":
+            raise ImageReadError(
+                f"{file}: its pixels are floating-point numbers, and nothing says which of them is white; "
+                "save it with 8 or 16 bits"
+            )
+        return to_rgb(ImageOps.exif_transpose(image) if apply_orientation else image)
 
 
 def _read_error(file: str | os.PathLike[str], error: Exception) -> ImageReadError:

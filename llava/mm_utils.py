@@ -1,6 +1,7 @@
-"""From a picture file to shared pixels, and from a prompt with ``<image>`` to ids. Names are LLaVA's."""
+"""From images to shared pixels, and from a prompt with ``<image>`` to ids. Names are LLaVA's."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,19 +10,22 @@ import torch
 from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.errors import DataError
 from llava.images import to_rgb
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+IMAGE_PLACEHOLDER: Mapping[str, int] = {DEFAULT_IMAGE_TOKEN: IMAGE_TOKEN_INDEX}
+"""What stands for an image in a prompt's text, and its id."""
 LONGEST_SIDE = 8192
-"""Larger pictures are first shrunk by a whole factor: padding them to a square would take gigabytes."""
+"""Larger images are first shrunk by a whole factor: padding them to a square would take gigabytes."""
 MOST_OBLONG = 100
-"""Ratio of sides up to which a picture that is not padded can be resized by its shorter side."""
+"""Ratio of sides up to which an image that is not padded can be resized by its shorter side."""
 
 
 def expand2square(image: Image.Image, background_color: tuple[int, int, int]) -> Image.Image:
-    """Pads a picture to a square, itself in the middle."""
+    """Pads an image to a square, itself in the middle."""
     width, height = image.size
     if width == height:
         return image
@@ -32,10 +36,10 @@ def expand2square(image: Image.Image, background_color: tuple[int, int, int]) ->
 
 
 def process_images(images: list[Image.Image], image_processor: Any, model_cfg: Any) -> torch.Tensor:
-    """Turns pictures into shared pixels.
+    """Turns images into shared pixels.
 
     Args:
-        images: Pictures of any mode and size.
+        images: Images of any mode and size.
         image_processor: The model's.
         model_cfg: The model's config; ``image_aspect_ratio`` ``pad`` pads with the processor's mean colour, anything
             else lets the processor resize and crop.
@@ -44,41 +48,41 @@ def process_images(images: list[Image.Image], image_processor: Any, model_cfg: A
         ``[N, 3, S, S]``.
 
     Raises:
-        ValueError: There are no images.
+        DataError: There are no images, or one is too oblong for a model that crops.
     """
     if not images:
-        raise ValueError("there are no images to process")
-    pictures = [_of_handy_size(to_rgb(image)) for image in images]
+        raise DataError("there are no images to process")
+    images = [_limited(to_rgb(image)) for image in images]
     if getattr(model_cfg, "image_aspect_ratio", None) == "pad":
         red, green, blue = (int(value * 255) for value in image_processor.image_mean)
-        pictures = [expand2square(picture, (red, green, blue)) for picture in pictures]
+        images = [expand2square(image, (red, green, blue)) for image in images]
     else:
-        _refuse_oblong(pictures)
-    return image_processor.preprocess(pictures, return_tensors="pt")["pixel_values"]
+        _check_oblong(images)
+    return image_processor.preprocess(images, return_tensors="pt")["pixel_values"]
 
 
-def _of_handy_size(picture: Image.Image) -> Image.Image:
-    factor = -(-max(picture.size) // LONGEST_SIDE)
-    return picture if factor == 1 else picture.reduce((min(factor, picture.width), min(factor, picture.height)))
+def _limited(image: Image.Image) -> Image.Image:
+    factor = -(-max(image.size) // LONGEST_SIDE)
+    return image if factor == 1 else image.reduce((min(factor, image.width), min(factor, image.height)))
 
 
-def _refuse_oblong(pictures: list[Image.Image]) -> None:
-    for picture in pictures:
-        if max(picture.size) > MOST_OBLONG * min(picture.size):
-            raise ValueError(
-                f"a picture of {picture.width}x{picture.height} pixels is too oblong for a model that crops; "
+def _check_oblong(images: list[Image.Image]) -> None:
+    for image in images:
+        if max(image.size) > MOST_OBLONG * min(image.size):
+            raise DataError(
+                f"an image of {image.width}x{image.height} pixels is too oblong for a model that crops; "
                 "crop it, or use a model with image_aspect_ratio 'pad'"
             )
 
 
-def grid_over_picture(grid: np.ndarray, size: tuple[int, int], image_aspect_ratio: str | None) -> np.ndarray:
-    """Lays values of patches over the picture that they were computed from.
+def grid_over_image(grid: np.ndarray, size: tuple[int, int], image_aspect_ratio: str | None) -> np.ndarray:
+    """Lays values of patches over the image that they were computed from.
 
     Args:
         grid: ``[rows, columns]`` over the square that the model saw.
-        size: Width and height of the picture.
-        image_aspect_ratio: The model's; ``pad``: the square is the picture with padding, which is cut off; else it is
-            the picture's middle, and what the model did not see is 0.
+        size: Width and height of the image.
+        image_aspect_ratio: The model's; ``pad``: the square is the image with padding, which is cut off; else it is
+            the image's middle, and what the model did not see is 0.
 
     Returns:
         ``[height, width]``, float32, bilinear between patches.
@@ -115,18 +119,29 @@ def tokenizer_image_token(
     """
     if return_tensors not in (None, "pt"):
         raise ValueError(f"unsupported return_tensors {return_tensors!r}; it must be None or 'pt'")
-    chunks = [tokenizer(chunk).input_ids for chunk in prompt.split(DEFAULT_IMAGE_TOKEN)]
-    ids = join_chunks(chunks, tokenizer.bos_token_id, image_token_index)
+    ids = tokenize_placeholders(prompt, tokenizer, {DEFAULT_IMAGE_TOKEN: image_token_index})
     return torch.tensor(ids, dtype=torch.long) if return_tensors == "pt" else ids
 
 
-def join_chunks(
-    chunks: Sequence[list[int]], bos_token_id: int | None, image_token_index: int = IMAGE_TOKEN_INDEX
+def tokenize_placeholders(
+    prompt: str, tokenizer: "PreTrainedTokenizerBase", placeholders: Mapping[str, int] = IMAGE_PLACEHOLDER
 ) -> list[int]:
-    """Joins the ids of the texts between images; only the first keeps its beginning-of-sequence mark."""
+    """Tokenises a prompt in which placeholders stand, each becoming its id; the texts between are tokenised apart."""
+    texts, between = split_placeholders(prompt, placeholders)
+    return join_chunks([tokenizer(text).input_ids for text in texts], tokenizer.bos_token_id, between)
+
+
+def split_placeholders(prompt: str, placeholders: Mapping[str, int]) -> tuple[list[str], list[int]]:
+    """Cuts a prompt at its placeholders; returns the texts, and the ids that stand between them."""
+    pieces = re.split("(" + "|".join(map(re.escape, placeholders)) + ")", prompt)
+    return pieces[::2], [placeholders[mark] for mark in pieces[1::2]]
+
+
+def join_chunks(chunks: Sequence[list[int]], bos_token_id: int | None, between: Sequence[int]) -> list[int]:
+    """Joins the ids of texts with those between them; only the first text keeps its beginning-of-sequence mark."""
     ids = list(chunks[0])
-    for chunk in chunks[1:]:
-        ids.append(image_token_index)
+    for index, chunk in zip(between, chunks[1:], strict=True):
+        ids.append(index)
         ids += chunk[1:] if chunk[:1] == [bos_token_id] else chunk
     return ids
 

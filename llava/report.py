@@ -24,22 +24,26 @@ class ForgeryReport:
         label: ``"real"`` or ``"fake"`` as the text says; None when the text says neither. Where only a score was asked
             for (``score_source`` is ``prompt``) there is no text, and the label is what the score says.
         fake_probability: P(fake) in 0..1; None for a system without a score and for an image that cannot be read.
-        answer_probability: P(fake) at the verdict of the answer where ``fake_probability`` was read without the answer
-            (``score_source`` is ``prompt``); None where they are the same, or there is no answer.
         score_source: Where the probability was read: ``verdict``, before the verdict word of the model's own answer;
             ``forced``, after the missing tags and the verdict's opening were appended for one forward; ``prompt``,
             without an answer; ``detector``, from a system's own head.
+        answer_probability: P(fake) at the verdict of the answer where ``fake_probability`` was read without the answer
+            (``score_source`` is ``prompt``); None where they are the same, or there is no answer.
         stages: Text of each stage of the answer, in the answer's order.
         attributes: Sentence of each attribute that the reasoning names.
         text: The answer as decoded.
         system: Name of the system that answered.
-        attention: Where the model looked, ``[height, width]`` over the picture's own shape, or None.
-        mask: Which pixels are forged, ``[height, width]`` in 0..1, or None.
+        attention: Where the model looked, ``[height, width]`` over the image's own shape, or None.
+        mask: Which pixels are forged, ``[height, width]`` over the image's own shape, bool or in 0..1, or None.
         probabilities: P(fake) of each answer where several were sampled; the score of the answer is their mean and
             the text is the first one's.
+        tag: Kind of image or forgery that the system named before it answered; empty for most systems.
+        details: Further values that only this system gives, as plain JSON values.
         off_distribution: Whether the score was asked for in a way that the model was not trained for.
+        abstained: Whether the system declined to give a verdict.
+        abstained_because: Why it did; empty if it did not.
         notice: What whoever reads this must know of the model; empty for most.
-        error: Why the image could not be judged; empty if it was.
+        error: Why the image could not be analysed; empty if it was.
     """
 
     label: str | None
@@ -53,7 +57,11 @@ class ForgeryReport:
     attention: "np.ndarray | None" = None
     mask: "np.ndarray | None" = None
     probabilities: list[float] = field(default_factory=list)
+    tag: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
     off_distribution: bool = False
+    abstained: bool = False
+    abstained_because: str = ""
     notice: str = ""
     error: str = ""
 
@@ -64,27 +72,34 @@ class ForgeryReport:
             return None
         return (self.fake_probability >= 0.5) == (self.label == "fake")
 
+    def stage(self, name: str) -> str:
+        """Returns the text of the stage of that name, in any case; an empty string if the answer has none."""
+        return next((text for stage, text in self.stages.items() if stage.lower() == name.lower()), "")
+
     @property
     def summary(self) -> str:
-        """Text of the SUMMARY stage, or an empty string."""
-        return self.stages.get("SUMMARY", "")
+        """Text of the stage ``summary``, or an empty string."""
+        return self.stage("summary")
 
     @property
     def caption(self) -> str:
-        """Text of the CAPTION stage, or an empty string."""
-        return self.stages.get("CAPTION", "")
+        """Text of the stage ``caption``, or an empty string."""
+        return self.stage("caption")
 
     @property
     def reasoning(self) -> str:
-        """Text of the REASONING stage, or an empty string."""
-        return self.stages.get("REASONING", "")
+        """Text of the stage ``reasoning``, or an empty string."""
+        return self.stage("reasoning")
 
     @property
     def conclusion(self) -> str:
-        """Text of the CONCLUSION stage, or an empty string."""
-        return self.stages.get("CONCLUSION", "")
+        """Text of the stage ``conclusion``, or an empty string."""
+        return self.stage("conclusion")
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns everything but the two pictures as plain JSON values."""
+        """Returns everything but ``attention`` and ``mask`` as plain JSON values.
+
+        Whoever writes the mask to a file adds its path.
+        """
         plain = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("attention", "mask")}
         return {**plain, "agrees": self.agrees}

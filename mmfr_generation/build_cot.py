@@ -1,15 +1,15 @@
 """Builds a training file from reasoning files and captions, in the layout of ``forgery_reasoning_cot.json``."""
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.cli import format_list, log
-from llava.errors import UserError
+from llava.cli import DefaultsHelpFormatter, OptionParser, format_list, log, run_cli
+from llava.errors import DataError, MissingFileError
+from llava.files import file_errors, read_json, write_json, write_jsonl
 from llava.labels import LABELS, Label
 from llava.systems.fakereasoning.answer import ATTRIBUTES, FORM_STAGES, QUESTION, Form, write_answer, write_reasoning
-from mmfr_generation.command_line import Parser, run_script
-from mmfr_generation.files import read_json, write_json, write_json_lines
 from mmfr_generation.output_control import Reasoning
 
 IMAGE_MARK = "<image>"
@@ -33,10 +33,13 @@ def training_record(
         form: Which stages the answer has.
 
     Raises:
-        ValueError: What the form needs is missing, or an attribute does not belong to the label.
+        DataError: What the form needs is missing, or an attribute does not belong to the label.
     """
-    text = write_reasoning(label, reasoning or {}) if "REASONING" in FORM_STAGES[form] else ""
-    answer = write_answer(label, reasoning=text, caption=caption, form=form)
+    try:
+        text = write_reasoning(label, reasoning or {}) if "REASONING" in FORM_STAGES[form] else ""
+        answer = write_answer(label, reasoning=text, caption=caption, form=form)
+    except ValueError as error:
+        raise DataError(str(error)) from error
     return {
         "image": image,
         "conversations": [
@@ -50,12 +53,12 @@ def label_of(reasoning: Mapping[str, Any]) -> Label:
     """Returns the class of an image from the names of its attributes.
 
     Raises:
-        ValueError: No name is known, or they belong to both classes.
+        DataError: No name is known, or they belong to both classes.
     """
     labels = [label for label in LABELS if any(name in reasoning for name in ATTRIBUTES[label])]
     if len(labels) != 1:
         found = ", ".join(map(str, reasoning)) or "none"
-        raise ValueError(f"its attributes do not log whether it is real or fake: {found}")
+        raise DataError(f"its attributes do not say whether it is real or fake: {found}")
     return labels[0]
 
 
@@ -63,7 +66,7 @@ def read_reasoning(paths: Iterable[Path]) -> dict[str, Reasoning]:
     """Reads reasoning files into one.
 
     Raises:
-        UserError: A file is no reasoning file, or two log different things of an image.
+        DataError: A file is no reasoning file, or two contradict each other.
     """
     merged: dict[str, Reasoning] = {}
     for path in paths:
@@ -71,9 +74,9 @@ def read_reasoning(paths: Iterable[Path]) -> dict[str, Reasoning]:
             if not isinstance(reasoning, dict) or not all(
                 value is None or isinstance(value, str) for value in reasoning.values()
             ):
-                raise UserError(f"{path}: {image!r} is not an object of attribute names and sentences or null")
+                raise DataError(f"{path}: {image!r} is not an object of attribute names and sentences or null")
             if merged.setdefault(image, reasoning) != reasoning:
-                raise UserError(f"{path}: {image!r} has another reasoning in an earlier file")
+                raise DataError(f"{path}: {image!r} has another reasoning in an earlier file")
     return merged
 
 
@@ -81,22 +84,22 @@ def read_captions(paths: Iterable[Path]) -> dict[str, str]:
     """Reads caption files into one.
 
     Raises:
-        UserError: A file is no caption file, or two have different captions of an image.
+        DataError: A file is no caption file, or two have different captions of an image.
     """
     merged: dict[str, str] = {}
     for path in paths:
         for image, caption in _read_object(path).items():
             if not isinstance(caption, str):
-                raise UserError(f"{path}: the caption of {image!r} is not a text")
+                raise DataError(f"{path}: the caption of {image!r} is not a text")
             if merged.setdefault(image, caption) != caption:
-                raise UserError(f"{path}: {image!r} has another caption in an earlier file")
+                raise DataError(f"{path}: {image!r} has another caption in an earlier file")
     return merged
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     value = read_json(path)
     if not isinstance(value, dict):
-        raise UserError(f"{path} must hold one JSON object whose keys are image paths")
+        raise DataError(f"{path} must hold one JSON object whose keys are image paths")
     return value
 
 
@@ -119,39 +122,42 @@ def build(
     for image, sentences in reasoning.items():
         try:
             if form == "cot" and not captions.get(image, "").strip():
-                raise ValueError("it has no caption")
+                raise DataError("it has no caption")
             if image_folder is not None and not (image_folder / image).is_file():
-                raise ValueError(f"it is not in {image_folder}")
+                raise DataError(f"it is not in {image_folder}")
             caption = captions.get(image, "")
             records.append(training_record(image, label_of(sentences), reasoning=sentences, caption=caption, form=form))
-        except ValueError as error:
+        except DataError as error:
             dropped.append({"image": image, "reason": str(error)})
     return records, dropped
 
 
 def write_training_file(path: Path, records: list[dict[str, Any]], dropped: list[dict[str, str]]) -> None:
-    """Writes a training file, and beside it ``<path>.dropped.jsonl`` with what was left out; says both.
+    """Writes a training file, and beside it ``<path>.dropped.jsonl`` with what was left out, and prints both numbers.
 
     Raises:
-        UserError: There is no record to write.
+        DataError: There is no record to write.
     """
+    dropped_path = path.with_name(path.name + ".dropped.jsonl")
     if dropped:
-        write_json_lines(path.with_name(path.name + ".dropped.jsonl"), dropped)
+        write_jsonl(dropped_path, dropped)
         names = [f"{entry['image']}: {entry['reason']}" for entry in dropped]
         log(f"dropped: {len(dropped)} images\n{format_list(names)}")
     else:
-        path.with_name(path.name + ".dropped.jsonl").unlink(missing_ok=True)
+        with file_errors(dropped_path, "deleted"):
+            dropped_path.unlink(missing_ok=True)
     if not records:
-        raise UserError(f"no image is left, so {path} was not written")
+        raise DataError(f"no image is left, so {path} was not written")
     write_json(path, records)
     print(f"records: {len(records)} in {path}")
 
 
-def build_parser() -> Parser:
+def build_parser() -> OptionParser:
     """Returns the options of this script."""
-    parser = Parser(
+    parser = OptionParser(
         description="Build a training file from reasoning and captions. An image that lacks what the form needs is "
-        "named, counted and left out, and listed in OUTPUT.dropped.jsonl."
+        "named, counted and left out, and listed in OUTPUT.dropped.jsonl.",
+        formatter_class=DefaultsHelpFormatter,
     )
     parser.add_argument("--reasoning", type=Path, nargs="+", required=True, help="files of output_to_reasoning.py")
     parser.add_argument("--captions", type=Path, nargs="+", default=[], help="caption files; needed for --form cot")
@@ -173,11 +179,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.form == "cot" and not options.captions:
         parser.error("--form cot needs --captions; ask for them with get_jsonl.py --task caption")
     if options.image_folder and not options.image_folder.is_dir():
-        raise UserError(f"there is no folder {options.image_folder}")
+        raise MissingFileError(f"there is no folder {options.image_folder}")
     reasoning, captions = read_reasoning(options.reasoning), read_captions(options.captions)
     write_training_file(options.output, *build(reasoning, captions, options.form, options.image_folder))
     return 0
 
 
 if __name__ == "__main__":
-    run_script(main)
+    sys.exit(run_cli(main))

@@ -3,6 +3,7 @@
 import csv
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -10,15 +11,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llava.cli import format_list, log
-from llava.errors import UserError
+from llava.cli import DefaultsHelpFormatter, OptionParser, format_list, log, run_cli
+from llava.errors import DataError, FileError, ImageReadError, OptionError
+from llava.files import file_errors, write_json
+from llava.images import load_image
 from llava.labels import Label
 from llava.systems.fakereasoning.answer import FORM_STAGES, Form
 from mmfr_generation.build_cot import read_captions, read_reasoning, training_record, write_training_file
-from mmfr_generation.command_line import Parser, run_script
-from mmfr_generation.files import write_json
 from mmfr_generation.get_jsonl import check_set_name
-from mmfr_generation.images import CLASS_FOLDERS, UnreadableImage, label_from_folders, list_images, load_image
+from mmfr_generation.images import CLASS_FOLDERS, label_from_folders, list_images, read_reason
 from mmfr_generation.output_control import Reasoning
 
 SET_FOLDERS: dict[Label, str] = {"real": "0_real", "fake": "1_fake"}
@@ -60,7 +61,7 @@ def read_tree(root: Path, left_out: list[str]) -> Iterator[LabelledImage]:
 
     Args:
         root: Where to begin; its own name does not count.
-        left_out: Takes ``path: reason`` of each image whose folders do not log its class.
+        left_out: Takes ``path: reason`` of each image whose folders do not name its class.
     """
     for path in list_images(root):
         label = label_from_folders(path)
@@ -76,37 +77,35 @@ def read_table(table: Path, root: Path, words: Mapping[str, Label], left_out: li
     Args:
         table: The table; image paths start from ``root`` or are absolute below it.
         root: Folder of the images.
-        words: What the label column may log, in lower case.
+        words: What the label column may hold, in lower case.
         left_out: Takes ``path: reason`` of each row that cannot be used.
 
     Raises:
         UserError: The table cannot be read or lacks a column.
     """
     try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
+        with file_errors(table, "read"), table.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file, skipinitialspace=True)
             columns = {(name or "").strip().lower(): name for name in rows.fieldnames or []}
             if "image" not in columns or "label" not in columns:
-                raise UserError(
+                raise DataError(
                     f"{table} must have the columns image and label; it has: {', '.join(columns) or 'none'}"
                 )
             for row in rows:
                 image = (row[columns["image"]] or "").strip()
                 word = (row[columns["label"]] or "").strip()
                 caption = (row[columns["caption"]] or "").strip() if "caption" in columns else ""
-                place = f"line {rows.line_num}, {image or 'no image'}"
+                where = f"line {rows.line_num}, {image or 'no image'}"
                 label = words.get(word.lower())
                 path = _below(image, root)
                 if label is None:
-                    left_out.append(f"{place}: the label {word!r} is none of {', '.join(words)}")
+                    left_out.append(f"{where}: the label {word!r} is none of {', '.join(words)}")
                 elif not path:
-                    left_out.append(f"{place}: it is not a path below {root}")
+                    left_out.append(f"{where}: it is not a path below {root}")
                 else:
                     yield LabelledImage(path, label, caption)
-    except FileNotFoundError:
-        raise UserError(f"there is no file {table}") from None
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{table} is not a CSV table in UTF-8: {error}") from None
+        raise DataError(f"{table} is not a CSV table in UTF-8: {error}") from None
 
 
 def _below(image: str, root: Path) -> str:
@@ -127,8 +126,8 @@ def usable(images: Iterator[LabelledImage], root: Path, left_out: list[str]) -> 
         seen[image.path] = image.label
         try:
             load_image(root / image.path)
-        except UnreadableImage as error:
-            left_out.append(f"{image.path}: {error}")
+        except ImageReadError as error:
+            left_out.append(f"{image.path}: {read_reason(error, root / image.path)}")
             continue
         kept.append(image)
     return kept
@@ -158,32 +157,33 @@ def write_evaluation_set(
     Folders below the class become part of the file's name, since a set has none.
 
     Raises:
-        UserError: The set is there already, or two images would get the same name.
+        UserError: The set is there already or cannot be written, or two images would get the same name.
     """
     folder = output / set_name
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is there already; take another --set-name or --output, or remove it first")
     targets: dict[str, LabelledImage] = {}
     for image in images:
         target = f"{SET_FOLDERS[image.label]}/{_flat_name(image.path)}"
         if target in targets:
-            raise UserError(f"{image.path} and {targets[target].path} would both be named {target}; rename one")
+            raise DataError(f"{image.path} and {targets[target].path} would both be named {target}; rename one")
         targets[target] = image
-    unfinished = output / f".{set_name}.unfinished"
-    if unfinished.exists():
-        shutil.rmtree(unfinished)
-    for sub in SET_FOLDERS.values():
-        (unfinished / sub).mkdir(parents=True)
     sentences: dict[str, Reasoning] = {}
-    for target, image in tqdm(targets.items(), desc="writing", unit=" images", delay=2):
-        place(root / image.path, unfinished / target)
-        found = find_entry(reasoning, image.path, root, set_name)
-        if found is not None:
-            sentences[f"{set_name}/{target}"] = found
-    write_json(unfinished / f"{set_name}_reasoning.json", sentences)
-    if folder.exists():
-        folder.rmdir()
-    unfinished.rename(folder)
+    unfinished = output / f".{set_name}.unfinished"
+    with file_errors(folder, "written"):
+        if folder.exists() and any(folder.iterdir()):
+            raise FileError(f"{folder} is there already; name another --set-name or --output, or remove it first")
+        if unfinished.exists():
+            shutil.rmtree(unfinished)
+        for sub in SET_FOLDERS.values():
+            (unfinished / sub).mkdir(parents=True)
+        for target, image in tqdm(targets.items(), desc="writing", unit=" images", delay=2):
+            place(root / image.path, unfinished / target)
+            entry = find_entry(reasoning, image.path, root, set_name)
+            if entry is not None:
+                sentences[f"{set_name}/{target}"] = entry
+        write_json(unfinished / f"{set_name}_reasoning.json", sentences)
+        if folder.exists():
+            folder.rmdir()
+        unfinished.rename(folder)
     print(f"images: {len(targets)} in {folder}, {len(sentences)} of them with reasoning")
     return folder
 
@@ -211,28 +211,31 @@ def training_records(
         caption = image.caption or find_entry(captions, image.path, root, set_name) or ""
         try:
             records.append(training_record(image.path, image.label, reasoning=sentences, caption=caption, form=form))
-        except ValueError as error:
+        except DataError as error:
             dropped.append({"image": image.path, "reason": str(error)})
     return records, dropped
 
 
 def label_words(real: Sequence[str], fake: Sequence[str]) -> dict[str, Label]:
-    """Returns what a label column may log.
+    """Returns what a label column may hold.
 
     Raises:
-        UserError: A word stands for both classes.
+        OptionError: A word means both classes.
     """
     both = {word.lower() for word in real} & {word.lower() for word in fake}
     if both:
-        raise UserError(f"{', '.join(sorted(both))} cannot mean both real and fake; see --real-words and --fake-words")
+        raise OptionError(
+            f"{', '.join(sorted(both))} cannot mean both real and fake; see --real-words and --fake-words"
+        )
     return {**{word.lower(): "real" for word in real}, **{word.lower(): "fake" for word in fake}}
 
 
-def build_parser() -> Parser:
+def build_parser() -> OptionParser:
     """Returns the options of this script."""
-    parser = Parser(
+    parser = OptionParser(
         description="Make an evaluation set or a training file from a tree with folders named real and fake, at any "
-        "depth, or from a CSV table with the columns image and label (and caption, if there is one)."
+        "depth, or from a CSV table with the columns image and label (and caption, if there is one).",
+        formatter_class=DefaultsHelpFormatter,
     )
     parser.add_argument("--input", type=Path, required=True, help="the tree, or the CSV table")
     parser.add_argument("--image-folder", type=Path, help="where the table's image paths start; by default its folder")
@@ -269,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if left_out:
         log(f"left out: {len(left_out)} images\n{format_list(left_out)}")
     if not images:
-        raise UserError(f"{options.input} gives no usable image; it needs folders named real and fake, or a table")
+        raise DataError(f"{options.input} gives no usable image; it needs folders named real and fake, or a table")
     reasoning, captions = read_reasoning(options.reasoning), read_captions(options.captions)
     set_name = check_set_name(options.set_name or (root.name if options.input.is_dir() else options.input.stem))
     if options.to == "eval":
@@ -286,4 +289,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    sys.exit(run_cli(main))

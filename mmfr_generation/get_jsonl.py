@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -10,21 +11,18 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llava.cli import format_list, log, positive_int
-from llava.errors import UserError
+from llava.cli import DefaultsHelpFormatter, OptionParser, format_list, log, positive_float, positive_int, run_cli
+from llava.errors import DataError, ImageReadError, OptionError
+from llava.files import atomic_file, exclusive_lock
 from llava.labels import LABELS
-from mmfr_generation.answers import read_lines
-from mmfr_generation.command_line import Parser, price, run_script
-from mmfr_generation.costs import BATCH_FACTOR, CHARACTERS_PER_TOKEN, PRICES, TILE_RULES, Price, TileRule, dollars
-from mmfr_generation.files import only_one_at_work, replaced_when_complete
-from mmfr_generation.images import EncodedImage, UnreadableImage, encode_image, list_images
+from mmfr_generation.api.answers import ENDPOINT, read_lines
+from mmfr_generation.api.costs import BATCH_FACTOR, CHARACTERS_PER_TOKEN, PRICES, TILE_RULES, Price, TileRule, dollars
+from mmfr_generation.images import EncodedImage, encode_image, list_images, read_reason
 from mmfr_generation.prompts import TASKS, prompt_for
-
-ENDPOINT = "/v1/chat/completions"
 
 
 @dataclass(frozen=True)
-class Asking:
+class Question:
     """What is the same in every request of a set."""
 
     prompt: str
@@ -44,7 +42,7 @@ class Asking:
         return {"custom_id": custom_id, "method": "POST", "url": ENDPOINT, "body": body}
 
     def asks_like(self, request: dict[str, Any]) -> bool:
-        """Says whether a request that was written earlier asks the same of its image."""
+        """Whether a request that was written earlier asks the same about its image."""
         try:
             url = request["body"]["messages"][0]["content"][1]["image_url"]["url"]
             return request == self.request(request["custom_id"], url)
@@ -58,10 +56,10 @@ class Outcome:
 
     Attributes:
         written: Number of requests written now.
-        kept: Number of images whose requests stood there before.
+        kept: Number of images whose requests existed before.
         files: Request files written now.
         skipped: ``path: reason`` of each image that could not be put into a request.
-        image_tokens: Tokens of the images met now.
+        image_tokens: Tokens of the images counted now.
     """
 
     written: int = 0
@@ -76,37 +74,37 @@ def write_requests(
     output_folder: Path,
     set_name: str,
     file_stem: str,
-    asking: Asking,
+    question: Question,
     *,
     max_bytes: int,
     images_per_file: int,
 ) -> Outcome:
     """Writes request files ``<file_stem>_0001.jsonl`` and so on, each complete before it gets its name.
 
-    Images whose requests are there already are left out, so that a run that was stopped goes on and one with new
-    images adds to what there is; the result of a stopped run is the same as that of one that was not.
+    Images whose requests exist already are left out, so that a run that was stopped resumes and one with new images
+    adds to what exists. A stopped and resumed run gives the same files as an uninterrupted one.
 
     Args:
         image_folder: Where the images are.
         output_folder: Where the request files go.
         set_name: Path of the image folder in the data set; the start of every ``custom_id``.
         file_stem: Start of the request files' names.
-        asking: What to ask.
+        question: What to ask.
         max_bytes: Largest size of a request file.
         images_per_file: Largest number of requests in a file.
 
     Raises:
-        UserError: The output folder holds requests under these names that ask something else.
+        DataError: The output folder holds requests under these names that ask something else.
     """
     outcome = Outcome()
-    there, next_number = _requests_there(output_folder, file_stem, asking)
+    there, next_number = _requests_there(output_folder, file_stem, question)
     lines: list[bytes] = []
     size = 0
 
     def close_file() -> None:
         nonlocal lines, size, next_number
         path = output_folder / f"{file_stem}_{next_number:04d}.jsonl"
-        with replaced_when_complete(path) as file:
+        with atomic_file(path) as file:
             file.writelines(lines)
         outcome.files.append(path)
         outcome.written += len(lines)
@@ -114,7 +112,7 @@ def write_requests(
 
     for custom_id, image in _images(image_folder, set_name, outcome, there):
         url = f"data:{image.media_type};base64,{base64.b64encode(image.data).decode('ascii')}"
-        line = (json.dumps(asking.request(custom_id, url), ensure_ascii=False) + "\n").encode()
+        line = (json.dumps(question.request(custom_id, url), ensure_ascii=False) + "\n").encode()
         if len(line) > max_bytes:
             outcome.skipped.append(f"{custom_id}: its request has {len(line):,} bytes, --max-bytes is {max_bytes:,}")
             continue
@@ -142,7 +140,7 @@ def _images(
     """Yields the ``custom_id`` and content of each image that is to be asked about; notes the others."""
     paths = list(list_images(image_folder))
     if not paths:
-        raise UserError(f"there is no image in {image_folder}")
+        raise DataError(f"there is no image in {image_folder}")
     for path in tqdm(paths, desc="images", unit="", delay=2):
         custom_id = (PurePosixPath(set_name) / path).as_posix()
         if custom_id in there:
@@ -155,30 +153,30 @@ def _images(
             continue
         try:
             yield custom_id, encode_image(image_folder / path)
-        except UnreadableImage as error:
-            outcome.skipped.append(f"{custom_id}: {error}")
+        except ImageReadError as error:
+            outcome.skipped.append(f"{custom_id}: {read_reason(error, image_folder / path)}")
 
 
-def _requests_there(output_folder: Path, file_stem: str, asking: Asking) -> tuple[frozenset[str], int]:
+def _requests_there(output_folder: Path, file_stem: str, question: Question) -> tuple[frozenset[str], int]:
     """Returns the ids in the request files of this set, and the number of the next file."""
     ids: set[str] = set()
     number = 0
     while (path := output_folder / f"{file_stem}_{number + 1:04d}.jsonl").exists():
         for line_number, request in read_lines(path):
-            if request is None or not asking.asks_like(request):
-                raise UserError(
+            if request is None or not question.asks_like(request):
+                raise DataError(
                     f"{path}, line {line_number}, asks something else (another model, prompt, or limit); "
-                    "take another --output-folder, or remove the old request files first"
+                    "name another --output-folder, or remove the old request files first"
                 )
             ids.add(request["custom_id"])
         number += 1
     return frozenset(ids), number + 1
 
 
-def cost_report(count: int, image_tokens: int, asking: Asking, prices: Price | None) -> str:
+def cost_report(count: int, image_tokens: int, question: Question, prices: Price | None) -> str:
     """Says how many tokens and dollars the annotation of a set takes at most."""
-    text_tokens = count * math.ceil(len(asking.prompt) / CHARACTERS_PER_TOKEN)
-    output_tokens = count * asking.max_tokens
+    text_tokens = count * math.ceil(len(question.prompt) / CHARACTERS_PER_TOKEN)
+    output_tokens = count * question.max_tokens
     lines = [
         f"images: {count}",
         f"image tokens: {image_tokens}",
@@ -186,7 +184,7 @@ def cost_report(count: int, image_tokens: int, asking: Asking, prices: Price | N
         f"answer tokens: at most {output_tokens}",
     ]
     if prices is None:
-        lines.append(f"cost: no price is known for {asking.model}; give --input-price and --output-price")
+        lines.append(f"cost: no price is known for {question.model}; give --input-price and --output-price")
     else:
         batch, direct = (
             dollars(prices, image_tokens + text_tokens, output_tokens, batch=batch) for batch in (True, False)
@@ -203,21 +201,29 @@ def check_set_name(set_name: str) -> str:
     """Returns the set's name as a relative path with ``/``.
 
     Raises:
-        UserError: It is absolute, empty, or climbs out of the data set.
+        OptionError: It is absolute, empty, or climbs out of the data set.
     """
     path = PurePosixPath(set_name)
     if path.is_absolute() or not path.parts or ".." in path.parts:
-        raise UserError(f"--set-name {set_name!r} must be a relative path such as photos or gallery/1_fake")
+        raise OptionError(f"--set-name {set_name!r} must be a relative path such as photos or gallery/1_fake")
     return path.as_posix()
 
 
-def build_parser() -> Parser:
+def _price(text: str) -> float:
+    """Reads an amount of zero or more, for ``type=`` of an option."""
+    return 0.0 if text.strip() in {"0", "0.0"} else positive_float(text)
+
+
+def build_parser() -> OptionParser:
     """Returns the options of this script."""
-    parser = Parser(
+    parser = OptionParser(
         description="Write Batch API request files that ask for an annotation of every image in a folder. Each request "
-        "is named after its image: SET_NAME/path below the image folder. Run again, it adds what is missing."
+        "is named after its image: SET_NAME/path below the image folder. Run again, it adds what is missing.",
+        formatter_class=DefaultsHelpFormatter,
     )
-    parser.add_argument("--image-folder", type=Path, required=True, help="folder of images, looked through to its end")
+    parser.add_argument(
+        "--image-folder", type=Path, required=True, help="folder of images; its subfolders are searched too"
+    )
     parser.add_argument("--output-folder", type=Path, help="folder for the request files; not needed for --dry-run")
     parser.add_argument("--label", choices=LABELS, help="class of all these images; not needed for captions")
     parser.add_argument(
@@ -226,12 +232,14 @@ def build_parser() -> Parser:
     parser.add_argument("--task", choices=TASKS, default="reasoning", help="what to ask for")
     parser.add_argument("--model", default="gpt-4o-2024-08-06", help="model that annotates")
     parser.add_argument("--max-tokens", type=positive_int, default=300, help="limit of each answer, in tokens")
-    parser.add_argument("--detail", choices=("auto", "low", "high"), default="auto", help="how closely the model looks")
+    parser.add_argument(
+        "--detail", choices=("auto", "low", "high"), default="auto", help="resolution at which the model sees the image"
+    )
     parser.add_argument("--max-bytes", type=positive_int, default=95_000_000, help="largest size of a request file")
     parser.add_argument("--images-per-file", type=positive_int, default=50, help="most requests in a file")
     parser.add_argument("--dry-run", action="store_true", help="write nothing; print tokens and cost")
-    parser.add_argument("--input-price", type=price, metavar="USD", help="price of a million input tokens")
-    parser.add_argument("--output-price", type=price, metavar="USD", help="price of a million output tokens")
+    parser.add_argument("--input-price", type=_price, metavar="USD", help="price of a million input tokens")
+    parser.add_argument("--output-price", type=_price, metavar="USD", help="price of a million output tokens")
     parser.add_argument(
         "--image-tokens", type=positive_int, nargs=2, metavar=("BASE", "TILE"), help="tokens of an image and of a tile"
     )
@@ -249,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (options.input_price is None) != (options.output_price is None):
         parser.error("--input-price and --output-price go together")
     set_name = check_set_name(options.set_name or options.image_folder.resolve().name)
-    asking = Asking(prompt_for(options.task, options.label), options.model, options.max_tokens, options.detail)
+    question = Question(prompt_for(options.task, options.label), options.model, options.max_tokens, options.detail)
     if options.dry_run:
         rule = TILE_RULES.get(options.model, TileRule())
         if options.image_tokens:
@@ -257,27 +265,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = PRICES.get(options.model)
         prices = known if options.input_price is None else Price(options.input_price, options.output_price)
         count, outcome = measure(options.image_folder, set_name, rule, options.detail)
-        print(cost_report(count, outcome.image_tokens, asking, prices))
+        print(cost_report(count, outcome.image_tokens, question, prices))
     else:
         asked = [options.task] if options.task == "caption" else [options.label, options.task]
         stem = "_".join([*PurePosixPath(set_name).parts, *asked])
-        with only_one_at_work(options.output_folder / ".get_jsonl"):
+        with exclusive_lock(options.output_folder / stem):
             outcome = write_requests(
                 options.image_folder,
                 options.output_folder,
                 set_name,
                 stem,
-                asking,
+                question,
                 max_bytes=options.max_bytes,
                 images_per_file=options.images_per_file,
             )
         print(f"requests written: {outcome.written} in {len(outcome.files)} files in {options.output_folder}")
         if outcome.kept:
-            print(f"requests that were there already: {outcome.kept}")
+            print(f"requests that existed already: {outcome.kept}")
     if outcome.skipped:
         log(f"left out: {len(outcome.skipped)} images\n{format_list(outcome.skipped)}")
     return 1 if outcome.skipped else 0
 
 
 if __name__ == "__main__":
-    run_script(main)
+    sys.exit(run_cli(main))

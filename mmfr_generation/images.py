@@ -1,21 +1,17 @@
-"""Images on disk: which files are images, what they hold, and which look alike."""
+"""What annotation needs of images: their encoding for the API, the class that a folder names, and near-duplicates."""
 
 import io
-import os
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from llava.errors import UserError
+from llava.errors import FileError, MissingFileError
+from llava.images import image_errors, open_image, to_rgb, walk_images
 from llava.labels import Label
 
-IMAGE_SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm"}
-)
 MEDIA_TYPES = {
     "PNG": "image/png",
     "JPEG": "image/jpeg",
@@ -33,15 +29,12 @@ CLASS_FOLDERS: dict[str, Label] = {
 }
 """What the name of a folder says of the images below it."""
 PUBLISHED_FOLDERS: dict[str, Label] = {"laion": "real", "diffusiondb": "fake"}
-"""The same for folders of the published training data, where no other folder says it."""
+"""The same for folders of the published training data, if no other folder says it."""
+_PNG_MODES = frozenset({"L", "LA", "RGB", "RGBA", "P", "1", "I;16"})
 
 _HASH_SIDE = 8
 _DCT_SIDE = 32
 _FLAT = 2.0
-
-
-class UnreadableImage(ValueError):
-    """A file that is no image, is damaged, or is too large to open; the text says which."""
 
 
 @dataclass(frozen=True)
@@ -61,90 +54,41 @@ class EncodedImage:
     height: int
 
 
-def list_images(folder: Path) -> Iterator[str]:
-    """Yields the path, relative to ``folder`` and with ``/``, of every file below it that is an image, sorted.
+def list_images(folder: Path) -> list[str]:
+    """Returns the path, relative to ``folder`` and with ``/``, of every file below it that is an image, sorted.
 
     A file counts as an image if its name ends like one, so that damaged images are met later and not passed over,
     or if its content is one whatever its name. Hidden files and folders are left out.
 
     Raises:
-        UserError: There is no such folder.
+        MissingFileError: There is no such folder.
     """
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}")
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            path = Path(parent, name)
-            if not name.startswith(".") and (path.suffix.lower() in IMAGE_SUFFIXES or _looks_like_image(path)):
-                yield path.relative_to(folder).as_posix()
-
-
-def _looks_like_image(path: Path) -> bool:
-    try:
-        with open_image(path):
-            return True
-    except UnreadableImage:
-        return False
-
-
-def open_image(path: Path) -> Image.Image:
-    """Opens an image without decoding its pixels.
-
-    Raises:
-        UnreadableImage: The file cannot be read or is no image.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return Image.open(path)
-    except Exception as error:
-        raise UnreadableImage(_describe(error)) from error
-
-
-def load_image(path: Path) -> Image.Image:
-    """Opens an image and decodes it whole, which finds damage; the file is closed again.
-
-    Raises:
-        UnreadableImage: The file cannot be read, is no image, or is damaged.
-    """
-    with open_image(path) as image:
-        try:
-            image.load()
-            return image.copy()
-        except Exception as error:
-            raise UnreadableImage(_describe(error)) from error
+        raise MissingFileError(f"there is no folder {folder}")
+    return [path.relative_to(folder).as_posix() for path in walk_images(folder, sniff=True)]
 
 
 def encode_image(path: Path) -> EncodedImage:
     """Reads an image and gives it in a format that the chat API takes.
 
     Raises:
-        UnreadableImage: The file cannot be read, is no image, or is damaged.
+        ImageReadError: The file cannot be read, is no image, or is damaged.
     """
-    with open_image(path) as image:
-        try:
-            image.load()
-            media_type = MEDIA_TYPES.get(image.format or "")
-            moving = image.format != "MPO" and getattr(image, "n_frames", 1) > 1
-            if media_type and not moving:
-                return EncodedImage(media_type, path.read_bytes(), *image.size)
-            if image.mode not in {"L", "LA", "RGB", "RGBA", "P", "1", "I;16"}:
-                image = image.convert("RGB")
-            buffer = io.BytesIO()
-            image.save(buffer, "PNG")
-            return EncodedImage(MEDIA_TYPES["PNG"], buffer.getvalue(), *image.size)
-        except Exception as error:
-            raise UnreadableImage(_describe(error)) from error
+    with open_image(path) as image, image_errors(path):
+        image.load()
+        media_type = MEDIA_TYPES.get(image.format or "")
+        animated = image.format != "MPO" and getattr(image, "n_frames", 1) > 1
+        if media_type and not animated:
+            return EncodedImage(media_type, path.read_bytes(), *image.size)
+        first = image if image.mode in _PNG_MODES else to_rgb(image)
+        buffer = io.BytesIO()
+        first.save(buffer, "PNG")
+        return EncodedImage(MEDIA_TYPES["PNG"], buffer.getvalue(), *first.size)
 
 
-def _describe(error: Exception) -> str:
-    # Pillow's decoders raise nearly any exception on damaged input, and some of them carry the path or no text at all.
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "it is not an image, or of an unknown format"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error) or type(error).__name__
+def read_reason(error: FileError, path: Path) -> str:
+    """Returns why an image cannot be read, without its path."""
+    return str(error).removeprefix(f"{path}: ")
 
 
 def label_from_folders(path: str) -> Label | None:

@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.errors import UserError
+from llava.cli import DefaultsHelpFormatter, OptionParser, run_cli
+from llava.errors import DataError
+from llava.files import file_errors
 from llava.labels import LABELS, Label
 from llava.systems.fakereasoning.answer import ATTRIBUTES, STAGES, attribute_name, parse_answer
-from mmfr_generation.command_line import Parser, run_script
 from mmfr_generation.prompts import ANSWER_KEY, ATTRIBUTE_KEYS
 
 Reasoning = dict[str, str | None]
@@ -25,7 +26,7 @@ REASONS = {
     "no_answer": f'the object has no "{ANSWER_KEY}"',
     "unclear_answer": f'the "{ANSWER_KEY}" says neither real nor fake',
     "cannot_determine": "the annotator could not determine it",
-    "other_label": "the annotator says the opposite of what was asked about",
+    "other_label": "the annotator names the other class",
     "no_attributes": "the object has no attributes",
     "attributes_not_object": "the attributes are not an object of names and sentences",
     "no_known_attribute": "none of the attributes belongs to the label",
@@ -58,7 +59,7 @@ _NOTHING = frozenset({"", "null", "none", "n/a"})
 _TAG = re.compile(rf"</?(?:{'|'.join(STAGES)})>")
 
 
-class RejectedAnswer(ValueError):
+class RejectedAnswer(DataError):
     """An answer that gives no annotation.
 
     Attributes:
@@ -92,10 +93,10 @@ def output_control(answer: str | None, label: Label) -> Reasoning:
         raise RejectedAnswer("too_long", f"{len(answer)} characters")
     if "{" not in answer:
         raise RejectedAnswer("no_object")
-    found = list(_objects(answer))
-    if not found:
+    objects = list(_objects(answer))
+    if not objects:
         raise RejectedAnswer("unreadable")
-    with_answer = [value for value in found if ANSWER_KEY.lower() in value]
+    with_answer = [value for value in objects if ANSWER_KEY.lower() in value]
     if not with_answer:
         raise RejectedAnswer("no_answer")
     results = [_read_or_reason(value, label) for value in with_answer]
@@ -132,17 +133,17 @@ def _read_or_reason(value: dict[str, Any], label: Label) -> Reasoning | Rejected
         return rejection
 
 
-def _check_verdict(said: Any, label: Label) -> None:
-    if not isinstance(said, str):
-        raise RejectedAnswer("unclear_answer", repr(said)[:80])
-    if _CANNOT.search(said):
-        raise RejectedAnswer("cannot_determine", repr(said[:80]))
-    word = said.strip(" \t\r\n.").lower()
-    verdict = word if word in LABELS else parse_answer(f"<CONCLUSION>{said}</CONCLUSION>", tolerant=True).verdict
+def _check_verdict(text: Any, label: Label) -> None:
+    if not isinstance(text, str):
+        raise RejectedAnswer("unclear_answer", repr(text)[:80])
+    if _CANNOT.search(text):
+        raise RejectedAnswer("cannot_determine", repr(text[:80]))
+    word = text.strip(" \t\r\n.").lower()
+    verdict = word if word in LABELS else parse_answer(f"<CONCLUSION>{text}</CONCLUSION>", tolerant=True).verdict
     if verdict is None:
-        raise RejectedAnswer("unclear_answer", repr(said[:80]))
+        raise RejectedAnswer("unclear_answer", repr(text[:80]))
     if verdict != label:
-        raise RejectedAnswer("other_label", f"it says {verdict}, asked was about a {label} image")
+        raise RejectedAnswer("other_label", f"it says {verdict}, the image is {label}")
 
 
 def _read_attributes(value: dict[str, Any], label: Label) -> Reasoning:
@@ -174,7 +175,7 @@ def _clean(text: str) -> str:
 
 
 def _objects(text: str) -> Iterator[dict[str, Any]]:
-    """Yields every object in a text that can be read, its keys in lower case; what cannot be read is looked into."""
+    """Yields each object in a text that can be read, its keys in lower case; if one cannot be, the next one in it."""
     start = text.find("{")
     for _ in range(_MAX_OBJECTS):
         if start < 0:
@@ -228,9 +229,12 @@ def _evaluate(source: str, end: int) -> tuple[Any, int] | None:
         return None
 
 
-def build_parser() -> Parser:
+def build_parser() -> OptionParser:
     """Returns the options of this script."""
-    parser = Parser(description="Read one answer of the annotator and print its attribute sentences as JSON.")
+    parser = OptionParser(
+        description="Read one answer of the annotator and print its attribute sentences as JSON.",
+        formatter_class=DefaultsHelpFormatter,
+    )
     parser.add_argument("answer", help="file with the answer's text, or - for the standard input")
     parser.add_argument("--label", choices=LABELS, required=True, help="class of the image that was asked about")
     return parser
@@ -239,14 +243,15 @@ def build_parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints what one answer says, or why it is rejected."""
     options = build_parser().parse_args(arguments)
-    data = sys.stdin.buffer.read() if options.answer == "-" else Path(options.answer).read_bytes()
+    with file_errors(options.answer, "read"):
+        data = sys.stdin.buffer.read() if options.answer == "-" else Path(options.answer).read_bytes()
     try:
         reasoning = output_control(data.decode("utf-8", "replace"), options.label)
     except RejectedAnswer as rejection:
-        raise UserError(f"rejected as {rejection.reason}: {rejection.detail}") from None
+        raise DataError(f"rejected as {rejection.reason}: {rejection.detail}") from None
     print(json.dumps(reasoning, ensure_ascii=False, indent=1))
     return 0
 
 
 if __name__ == "__main__":
-    run_script(main)
+    sys.exit(run_cli(main))

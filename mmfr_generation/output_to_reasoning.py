@@ -1,5 +1,6 @@
 """Turns the annotator's answers into a reasoning or caption file; rejected answers are kept with their reasons."""
 
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -8,12 +9,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llava.cli import log
-from llava.errors import UserError
+from llava.cli import DefaultsHelpFormatter, OptionParser, log, run_cli
+from llava.errors import MissingFileError
+from llava.files import write_json, write_jsonl
 from llava.labels import LABELS, Label
-from mmfr_generation.answers import Answer, read_answer, read_lines
-from mmfr_generation.command_line import Parser, run_script
-from mmfr_generation.files import write_json, write_json_lines
+from mmfr_generation.api.answers import Answer, read_answer, read_lines
 from mmfr_generation.output_control import (
     REASONS,
     Reasoning,
@@ -42,19 +42,19 @@ def answer_files(paths: Sequence[Path]) -> list[Path]:
     """Returns the given files, and the ``.jsonl`` files of the given folders by name.
 
     Raises:
-        UserError: A path does not exist, or a folder holds no such file.
+        MissingFileError: A path does not exist, or a folder holds no such file.
     """
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
             inside = sorted(path.glob("*.jsonl"))
             if not inside:
-                raise UserError(f"there is no .jsonl file in {path}; give the folder that batch_api.py wrote")
+                raise MissingFileError(f"there is no .jsonl file in {path}; give the folder that batch_api.py wrote")
             files += inside
         elif path.is_file():
             files.append(path)
         else:
-            raise UserError(f"there is no file or folder {path}")
+            raise MissingFileError(f"there is no file or folder {path}")
     return files
 
 
@@ -131,11 +131,12 @@ def report(result: Annotations) -> str:
     return "\n".join(lines)
 
 
-def build_parser() -> Parser:
+def build_parser() -> OptionParser:
     """Returns the options of this script."""
-    parser = Parser(
+    parser = OptionParser(
         description="Turn the annotator's answers into a reasoning file {image: {attribute: sentence or null}}, or "
-        "into a caption file {image: caption}. Rejected answers go to a second file, each with its reason."
+        "into a caption file {image: caption}. Rejected answers go to a second file, each with its reason.",
+        formatter_class=DefaultsHelpFormatter,
     )
     parser.add_argument(
         "--input", type=Path, nargs="+", required=True, help="answer files (.jsonl), or folders that batch_api.py wrote"
@@ -156,11 +157,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result = collect(answer_files(options.input), options.task, options.label)
     rejects = options.rejects or options.output.with_name(options.output.name + ".rejects.jsonl")
     write_json(options.output, result.accepted)
-    write_json_lines(rejects, result.rejected)
+    write_jsonl(rejects, result.rejected)
     print(report(result))
     log(f"written: {options.output} and {rejects}")
     return 0
 
 
 if __name__ == "__main__":
-    run_script(main)
+    sys.exit(run_cli(main))

@@ -1,11 +1,12 @@
-"""The words in which the annotator is asked, and the shape in which it is to answer."""
+"""The request to the annotator, and the layout of its answer."""
 
+import sys
 from collections.abc import Sequence
 from typing import Literal
 
+from llava.cli import DefaultsHelpFormatter, OptionParser, run_cli
 from llava.labels import LABELS, Label
 from llava.systems.fakereasoning.answer import ATTRIBUTES
-from mmfr_generation.command_line import Parser, run_script
 
 Task = Literal["reasoning", "caption"]
 TASKS: tuple[Task, Task] = ("reasoning", "caption")
@@ -36,7 +37,7 @@ _ROLE: dict[Label, str] = {
 
 
 def reasoning_prompt(label: Label) -> str:
-    """Returns the request for the attributes that show why an image is what it is known to be."""
+    """Returns the request for the attributes that show why an image is real or fake."""
     attributes = ATTRIBUTES[label]
     guides = "\n".join(f"{number}. {name}: {GUIDES[name]}." for number, name in enumerate(attributes, start=1))
     shape = ",\n".join(f'    "{name}": "<one sentence>" or null' for name in attributes)
@@ -73,11 +74,11 @@ def prompt_for(task: Task, label: Label | None) -> str:
     return reasoning_prompt(label)
 
 
-def build_parser() -> Parser:
+def build_parser() -> OptionParser:
     """Returns the options of this script."""
-    parser = Parser(description="Print the words in which the annotator is asked.")
+    parser = OptionParser(description="Print the request to the annotator.", formatter_class=DefaultsHelpFormatter)
     parser.add_argument("--task", choices=TASKS, default="reasoning", help="what is asked for")
-    parser.add_argument("--label", choices=LABELS, default="fake", help="class of the images; no matter for captions")
+    parser.add_argument("--label", choices=LABELS, default="fake", help="class of the images; not used for captions")
     return parser
 
 
@@ -89,4 +90,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    sys.exit(run_cli(main))

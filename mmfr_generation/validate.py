@@ -1,5 +1,6 @@
 """Checks a training file, a reasoning file or an evaluation set, and finds images that two of them share."""
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,19 +10,19 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from llava.errors import UserError
+from llava.cli import DefaultsHelpFormatter, OptionParser, run_cli
+from llava.errors import DataError, FileError, MissingFileError
+from llava.files import digest_file, file_errors, read_json, write_json
+from llava.images import load_image
 from llava.labels import Label
 from llava.systems.fakereasoning.answer import ATTRIBUTES, parse_answer
 from mmfr_generation.build_cot import IMAGE_MARK, label_of
-from mmfr_generation.command_line import Parser, run_script
-from mmfr_generation.files import read_json, sha256_of, write_json
 from mmfr_generation.images import (
-    UnreadableImage,
     hamming_distances,
     list_images,
-    load_image,
     perceptual_hash,
     published_label,
+    read_reason,
 )
 
 CHECKS = {
@@ -32,11 +33,11 @@ CHECKS = {
     "folder": "verdict or attributes against the folder's class",
     "missing image": "images that are not there",
     "unreadable image": "images that do not open",
-    "duplicate": "images that stand more than once, by path or by bytes",
+    "duplicate": "images that occur more than once, by path or by bytes",
     "leakage": "images that are also in the other set, or look like one there",
     "class": "evaluation sets without images of both classes",
 }
-"""Every fault that is looked for."""
+"""Every fault that is checked for."""
 REMARKS = {
     "similar": "images that look alike in the same set",
     "file type": "classes that the file type alone tells apart",
@@ -44,7 +45,7 @@ REMARKS = {
     "no reasoning": "images of an evaluation set without reasoning",
     "balance": "classes of different size",
 }
-"""What is worth knowing and no fault."""
+"""What is worth knowing and is no fault."""
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Findings:
     """What a check has found.
 
     Attributes:
-        entries: Number of entries looked at.
+        entries: Number of entries checked.
         found: Places of each fault or remark, by its name in ``CHECKS`` or ``REMARKS``.
     """
 
@@ -83,7 +84,7 @@ class Findings:
 
 
 @dataclass(frozen=True)
-class Picture:
+class SetImage:
     """An image of a set.
 
     Attributes:
@@ -99,40 +100,40 @@ class Picture:
     hash: int | None
 
 
-def check_training_file(path: Path, image_folder: Path, findings: Findings) -> list[Picture]:
+def check_training_file(path: Path, image_folder: Path, findings: Findings) -> list[SetImage]:
     """Checks a training file; returns its images.
 
     Raises:
-        UserError: It is not a list.
+        UserError: It cannot be read or is not a list.
     """
     records = read_json(path)
     if not isinstance(records, list):
-        raise UserError(f"{path} must hold a list of conversations")
+        raise DataError(f"{path} must hold a list of conversations")
     names = []
     for number, record in enumerate(records):
         findings.entries += 1
         image = _check_record(f"entry {number}", record, findings)
         if image is not None:
             names.append(image)
-    return list(_pictures(names, image_folder, findings))
+    return list(_read_images(names, image_folder, findings))
 
 
-def check_reasoning_file(path: Path, image_folder: Path, findings: Findings) -> list[Picture]:
+def check_reasoning_file(path: Path, image_folder: Path, findings: Findings) -> list[SetImage]:
     """Checks a reasoning file ``{image: {attribute: sentence or null}}``; returns its images.
 
     Raises:
-        UserError: It is not an object.
+        UserError: It cannot be read or is not an object.
     """
     reasoning = read_json(path)
     if not isinstance(reasoning, dict):
-        raise UserError(f"{path} must hold an object whose keys are image paths")
+        raise DataError(f"{path} must hold an object whose keys are image paths")
     findings.entries += len(reasoning)
     for image, sentences in reasoning.items():
         _check_sentences(image, sentences, findings)
-    return list(_pictures(list(reasoning), image_folder, findings))
+    return list(_read_images(list(reasoning), image_folder, findings))
 
 
-def check_evaluation_set(folder: Path, findings: Findings) -> list[Picture]:
+def check_evaluation_set(folder: Path, findings: Findings) -> list[SetImage]:
     """Checks a folder with ``0_real``, ``1_fake`` and ``<name>_reasoning.json``; returns its images.
 
     Raises:
@@ -165,7 +166,7 @@ def check_evaluation_set(folder: Path, findings: Findings) -> list[Picture]:
     without = sum(name not in reasoning for name in images)
     if without:
         findings.add("no reasoning", f"{folder}: {without} of {len(images)}")
-    return list(_pictures(images, folder.parent, findings))
+    return list(_read_images(images, folder.parent, findings))
 
 
 def _check_record(place: str, record: Any, findings: Findings) -> str | None:
@@ -189,9 +190,9 @@ def _check_record(place: str, record: Any, findings: Findings) -> str | None:
     if parsed.verdict is None:
         findings.add("verdict", f"{place}: {parsed.problem}")
         return str(image)
-    alien = sorted(set(parsed.attributes) - set(ATTRIBUTES[parsed.verdict]))
-    if alien:
-        findings.add("attributes", f"{place}: a {parsed.verdict} image with {', '.join(alien)}")
+    unknown_names = sorted(set(parsed.attributes) - set(ATTRIBUTES[parsed.verdict]))
+    if unknown_names:
+        findings.add("attributes", f"{place}: a {parsed.verdict} image with {', '.join(unknown_names)}")
     _check_folder(place, image, parsed.verdict, findings)
     return str(image)
 
@@ -220,12 +221,12 @@ def _check_sentences(image: str, sentences: Any, findings: Findings) -> None:
         return
     try:
         label = label_of(sentences)
-    except ValueError as error:
+    except DataError as error:
         findings.add("attributes", f"{image}: {error}")
         return
-    alien = sorted(set(sentences) - set(ATTRIBUTES[label]))
-    if alien:
-        findings.add("attributes", f"{image}: unknown {', '.join(alien)}")
+    unknown_names = sorted(set(sentences) - set(ATTRIBUTES[label]))
+    if unknown_names:
+        findings.add("attributes", f"{image}: unknown {', '.join(unknown_names)}")
     _check_folder(image, image, label, findings)
 
 
@@ -235,13 +236,13 @@ def _check_folder(place: str, image: str, label: Label, findings: Findings) -> N
         findings.add("folder", f"{place}: annotated as {label}, lies in a folder of {folder} images")
 
 
-def _pictures(names: Iterable[str], image_folder: Path, findings: Findings) -> Iterator[Picture]:
+def _read_images(names: Iterable[str], image_folder: Path, findings: Findings) -> Iterator[SetImage]:
     """Opens each image once and yields those that open."""
     seen: set[str] = set()
     bytes_seen: dict[str, str] = {}
     for name in tqdm(list(names), desc=f"images in {image_folder}", unit="", delay=2):
         if name in seen:
-            findings.add("duplicate", f"{name} stands more than once")
+            findings.add("duplicate", f"{name} occurs more than once")
             continue
         seen.add(name)
         path = image_folder / name
@@ -252,42 +253,42 @@ def _pictures(names: Iterable[str], image_folder: Path, findings: Findings) -> I
             findings.add("missing image", f"{name} is not in {image_folder}")
             continue
         try:
-            picture = Picture(name, path, sha256_of(path), perceptual_hash(load_image(path)))
-        except UnreadableImage as error:
-            findings.add("unreadable image", f"{name}: {error}")
+            image = SetImage(name, path, digest_file(path), perceptual_hash(load_image(path)))
+        except FileError as error:
+            findings.add("unreadable image", f"{name}: {read_reason(error, path)}")
             continue
-        if picture.sha256 in bytes_seen:
-            findings.add("duplicate", f"{name} has the same bytes as {bytes_seen[picture.sha256]}")
-        bytes_seen.setdefault(picture.sha256, name)
-        yield picture
+        if image.sha256 in bytes_seen:
+            findings.add("duplicate", f"{name} has the same bytes as {bytes_seen[image.sha256]}")
+        bytes_seen.setdefault(image.sha256, name)
+        yield image
 
 
-def check_similar(pictures: Sequence[Picture], distance: int, findings: Findings) -> None:
+def check_similar(images: Sequence[SetImage], distance: int, findings: Findings) -> None:
     """Notes images of one set that look alike but are not the same file."""
-    hashed = [picture for picture in pictures if picture.hash is not None]
+    hashed = [image for image in images if image.hash is not None]
     for one, other in _near(hashed, hashed, distance):
         if one < other and hashed[one].sha256 != hashed[other].sha256:
             findings.add("similar", f"{hashed[other].name} looks like {hashed[one].name}")
 
 
-def check_leakage(pictures: Sequence[Picture], others: Sequence[Picture], distance: int, findings: Findings) -> None:
+def check_leakage(images: Sequence[SetImage], others: Sequence[SetImage], distance: int, findings: Findings) -> None:
     """Notes images that are in another set too: the same file, or one that looks the same."""
     by_bytes = {other.sha256: other for other in others}
-    for picture in pictures:
-        if picture.sha256 in by_bytes:
-            findings.add("leakage", f"{picture.name} is {by_bytes[picture.sha256].name}")
-    hashed = [picture for picture in pictures if picture.hash is not None and picture.sha256 not in by_bytes]
+    for image in images:
+        if image.sha256 in by_bytes:
+            findings.add("leakage", f"{image.name} is {by_bytes[image.sha256].name}")
+    hashed = [image for image in images if image.hash is not None and image.sha256 not in by_bytes]
     hashed_others = [other for other in others if other.hash is not None]
     for one, other in _near(hashed, hashed_others, distance):
         findings.add("leakage", f"{hashed[one].name} looks like {hashed_others[other].name}")
 
 
-def _near(pictures: Sequence[Picture], others: Sequence[Picture], distance: int) -> Iterator[tuple[int, int]]:
+def _near(images: Sequence[SetImage], others: Sequence[SetImage], distance: int) -> Iterator[tuple[int, int]]:
     """Yields the indices of all pairs whose hashes differ in at most ``distance`` bits."""
     hashes = np.array([other.hash for other in others], dtype=np.uint64)
-    for index, picture in enumerate(tqdm(pictures, desc="comparing", unit=" images", delay=2)):
-        if picture.hash is not None and len(hashes):
-            for match in np.flatnonzero(hamming_distances(picture.hash, hashes) <= distance):
+    for index, image in enumerate(tqdm(images, desc="comparing", unit=" images", delay=2)):
+        if image.hash is not None and len(hashes):
+            for match in np.flatnonzero(hamming_distances(image.hash, hashes) <= distance):
                 yield index, int(match)
 
 
@@ -295,19 +296,20 @@ def evaluation_sets(folder: Path) -> list[Path]:
     """Returns the folder itself if it is an evaluation set, else the sets in it.
 
     Raises:
-        UserError: There is none.
+        DataError: There is none.
     """
 
     def is_set(path: Path) -> bool:
         return (path / "0_real").is_dir() or (path / "1_fake").is_dir()
 
-    sets = [folder] if is_set(folder) else sorted(path for path in folder.iterdir() if is_set(path))
+    with file_errors(folder, "read"):
+        sets = [folder] if is_set(folder) else sorted(path for path in folder.iterdir() if is_set(path))
     if not sets:
-        raise UserError(f"{folder} is no evaluation set and holds none: there is no 0_real or 1_fake in it")
+        raise DataError(f"{folder} is no evaluation set and holds none: there is no 0_real or 1_fake in it")
     return sets
 
 
-def check(path: Path, image_folder: Path | None, findings: Findings) -> list[Picture]:
+def check(path: Path, image_folder: Path | None, findings: Findings) -> list[SetImage]:
     """Checks a training file, a reasoning file, an evaluation set or a folder of sets; returns its images.
 
     Args:
@@ -319,18 +321,19 @@ def check(path: Path, image_folder: Path | None, findings: Findings) -> list[Pic
         UserError: There is nothing at the path, or it is none of these.
     """
     if path.is_dir():
-        return [picture for folder in evaluation_sets(path) for picture in check_evaluation_set(folder, findings)]
-    reader: Callable[[Path, Path, Findings], list[Picture]]
+        return [image for folder in evaluation_sets(path) for image in check_evaluation_set(folder, findings)]
+    reader: Callable[[Path, Path, Findings], list[SetImage]]
     reader = check_training_file if isinstance(read_json(path), list) else check_reasoning_file
     return reader(path, image_folder or path.parent, findings)
 
 
-def build_parser() -> Parser:
+def build_parser() -> OptionParser:
     """Returns the options of this script."""
-    parser = Parser(
+    parser = OptionParser(
         description="Check a training file, a reasoning file or an evaluation set: layout, images, verdicts, "
         "duplicates; and with --against, whether its images are in another set too. Images are compared by bytes and "
-        "by a perceptual hash, which survives scaling and compression but not mirroring or cropping."
+        "by a perceptual hash, which survives scaling and compression but not mirroring or cropping.",
+        formatter_class=DefaultsHelpFormatter,
     )
     parser.add_argument("path", type=Path, help="training or reasoning file (.json), evaluation set, or folder of sets")
     parser.add_argument("--image-folder", type=Path, help="where the file's image paths start; by default its folder")
@@ -346,13 +349,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     for folder in (options.image_folder, options.against_image_folder):
         if folder and not folder.is_dir():
-            raise UserError(f"there is no folder {folder}")
+            raise MissingFileError(f"there is no folder {folder}")
     findings = Findings()
-    pictures = check(options.path, options.image_folder, findings)
-    check_similar(pictures, options.distance, findings)
+    images = check(options.path, options.image_folder, findings)
+    check_similar(images, options.distance, findings)
     for other in options.against:
         others = check(other, options.against_image_folder, Findings())
-        check_leakage(pictures, others, options.distance, findings)
+        check_leakage(images, others, options.distance, findings)
     print(findings.text())
     if options.report:
         write_json(options.report, {"entries": findings.entries, "faults": findings.faults, "found": findings.found})
@@ -360,4 +363,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    sys.exit(run_cli(main))

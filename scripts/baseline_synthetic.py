@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -30,7 +29,10 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llava.cli import OptionParser
+from llava.cli import OptionParser, run_cli
+from llava.errors import DataError
+from llava.files import file_errors
+from llava.images import load_image
 
 Array = npt.NDArray[Any]
 STRENGTH_EDGES = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -57,18 +59,23 @@ def load(root: Path, split: str) -> Images:
     """Reads the images of a split.
 
     Raises:
-        SystemExit: The folder has no manifest or no such images.
+        DataError: The folder has no manifest or no such images.
+        FileError: A file cannot be read.
     """
     manifest = root / "manifest.jsonl"
     if not manifest.is_file():
-        sys.exit(f"error: {manifest} is missing; make it with python -m mmfr_generation.synthetic")
-    records = [r for r in map(json.loads, manifest.read_text("utf-8").splitlines()) if r["split"] == split]
+        raise DataError(f"{manifest} is missing; make it with python -m mmfr_generation.synthetic")
+    with file_errors(manifest, "read"):
+        lines = manifest.read_bytes().splitlines()
+    try:
+        records = [record for record in map(json.loads, lines) if record["split"] == split]
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{manifest} is no manifest of python -m mmfr_generation.synthetic") from None
     if len({r["label"] for r in records}) < 2:
-        sys.exit(f"error: {root} has no {split} images of both classes")
+        raise DataError(f"{root} has no {split} images of both classes")
     pixels = []
     for record in records:
-        with Image.open(root / record["image"]) as image:
-            pixels.append(np.asarray(image.convert("RGB")))
+        pixels.append(np.asarray(load_image(root / record["image"])))
     sizes = np.asarray([(root / r["image"]).stat().st_size for r in records], np.float64)
     return Images(np.stack(pixels), np.asarray([r["label"] == "fake" for r in records]), sizes, records)
 
@@ -98,7 +105,7 @@ def _frequency(shape: tuple[int, ...]) -> Array:
 
 @lru_cache(maxsize=8)
 def _rings(shape: tuple[int, ...]) -> list[tuple[Array, ...]]:
-    """Returns the places of twelve rings of the spectrum."""
+    """Returns the indices of twelve rings of the spectrum."""
     frequency = _frequency(shape)
     return [((frequency >= f) & (frequency < f + 0.05)).nonzero() for f in np.arange(0.05, 0.65, 0.05)]
 
@@ -264,8 +271,7 @@ def score_network(train: Images, test: Images, epochs: float, seed: int) -> Arra
 
 def report(test: Images, scores: Array) -> dict[str, Any]:
     """Returns balanced accuracies: by role, generator and strength, the last two among fakes of seen generators too."""
-    said = scores > 0.5
-    right = said == test.fake
+    right = (scores > 0.5) == test.fake
     role = np.asarray([r["split_role"] for r in test.records])
     sets = np.asarray([r["set"] for r in test.records])
     strength = np.asarray([r["strength"] or 0.0 for r in test.records])
@@ -292,7 +298,7 @@ def report(test: Images, scores: Array) -> dict[str, Any]:
 
 
 def show(results: dict[str, dict[str, Any]]) -> None:
-    """Prints a table with a row for each figure and a column for each detector."""
+    """Prints a table with a row for each metric and a column for each detector."""
     names = list(results)
     print(f"{'balanced accuracy':34}" + "".join(f"{name:>12}" for name in names))
     for section in ("role", "full_strength_by_role", "strength", "generator"):
@@ -333,5 +339,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return line
 
 
+def run() -> int:
+    """Runs the command; returns its exit status."""
+
+    def command() -> None:
+        main()
+
+    return run_cli(command)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(run())

@@ -1,8 +1,8 @@
 """Measures evaluation of a random model against one-at-a-time loops; the last line printed is one JSON object.
 
-Three ways over the same images, with equal answers asserted: evaluation at its defaults (judging in batches, run store,
-CLIP's text tower once and batched), a loop that judges one image at a time and keeps CLIP, and the same loop loading
-CLIP for each pair of texts, as the authors do. The loops compute the text figures and CSS alone. Run from the
+Three ways over the same images, with equal answers asserted: evaluation at its defaults (analysis in batches, run
+store, CLIP's text tower once and batched), a loop that analyses one image at a time and keeps CLIP, and the same loop
+loading CLIP for each pair of texts, as the authors do. The loops compute the text metrics and CSS only. Run from the
 repository's root:
 
     python -m scripts.bench_eval --size mid
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.cli import OptionParser, run_cli
+from llava.errors import OptionError
 from scripts.bench_inference import SIZES, build_system, rounded
 
 CLIP_SIZES = {"tiny": (64, 2), "large": (768, 12)}
@@ -69,7 +70,7 @@ def write_clip(folder: Path, size: str, tokenizer: Any) -> None:
 
 
 class WholeClip:
-    """A whole CLIP model that compares two texts at a time, as the authors use it."""
+    """A complete CLIP model that compares two texts at a time, as the authors use it."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer, CLIPModel
@@ -112,45 +113,48 @@ class Stages:
 
 def evaluate(detector: Any, samples: Sequence[Any], options: Any, clip_folder: Path, folder: Path) -> tuple[Any, Any]:
     """Evaluates as the command does at its defaults; returns the stages and the texts."""
-    from forgery_eval.eval import judge_rest
+    from forgery_eval.answers import DEFAULT_SYSTEM, AnswerKind
+    from forgery_eval.fingerprints import images_digest
+    from forgery_eval.metrics.scoring import Scoring, Similarity, score
     from forgery_eval.metrics.similarity import TextSimilarity
-    from forgery_eval.predictions import Run, RunStore, images_digest, read_run
-    from forgery_eval.report_page import report_page
-    from forgery_eval.scoring import Similarity, all_figures, score
+    from forgery_eval.pages.report import report_page
+    from forgery_eval.runner import fill_store
+    from forgery_eval.store import Run, RunStore, read_run
 
     stages, ids = Stages(), [sample.id for sample in samples]
     with stages("hash"):
         settings = {"images": images_digest(ids, [sample.image for sample in samples])}
     run = Run(settings, {}, detector.system.batch_size(options))
-    with stages("judge"), closing(RunStore(folder, run, ids)) as store:
-        judge_rest(detector, samples, options, store)
+    with stages("analyze"), closing(RunStore(folder, run, ids)) as store:
+        fill_store(detector, samples, options, store)
     with stages("load clip"):
         clip = TextSimilarity(str(clip_folder))
     predictions = [read_run(store.path)[1][sample.id] for sample in samples]
     with stages("texts"):
-        rows = score(samples, predictions, similarity=Similarity(clip.cut, clip.chunked))
-    with stages("figures"):
-        figures = all_figures(rows)
+        answers = AnswerKind.of(DEFAULT_SYSTEM)
+        rows = score(samples, predictions, answers, similarity=Similarity(clip.cut, clip.chunked))
+    with stages("metrics"):
+        metrics = Scoring.of(rows, answers).all_metrics(rows)
     with stages("report"):
         about = {"protocol": "", "data": "", "run": run.key, "calibration": None}
-        report_page({**about, **figures}, rows)
+        report_page({**about, **metrics}, rows)
     return stages, [prediction.text for prediction in predictions]
 
 
 def plain_loop(detector: Any, samples: Sequence[Any], options: Any, clip_folder: Path, *, keep: bool) -> Any:
-    """Judges and compares one image at a time; returns the stages and the texts."""
-    from forgery_eval.metrics.reasoning import text_figures
+    """Analyses and compares one image at a time; returns the stages and the texts."""
+    from forgery_eval.metrics.reasoning import text_metrics
 
     stages, texts = Stages(), []
     clip: WholeClip | None = None
     for sample in samples:
-        with stages("judge"):
+        with stages("analyze"):
             report = detector.analyze(sample.image, **vars(options))
         if clip is None or not keep:
             with stages("load clip"):
                 clip = WholeClip(clip_folder)
         with stages("texts"):
-            text_figures(report.reasoning, sample.reference)
+            text_metrics(report.reasoning, sample.reference)
             clip.compare(report.reasoning, sample.reference)
         texts.append(report.text)
     return stages, texts
@@ -160,7 +164,8 @@ def bench(arguments: argparse.Namespace) -> None:
     """Measures and prints.
 
     Raises:
-        ValueError: A number is too small, or answers differ.
+        OptionError: A number is too small.
+        RuntimeError: Answers differ.
     """
     import numpy as np
     import torch
@@ -171,7 +176,7 @@ def bench(arguments: argparse.Namespace) -> None:
     from llava.model.builder import resolve_device
 
     if arguments.images < 2 or arguments.new_tokens < 2:
-        raise ValueError("images and new tokens must be at least 2")
+        raise OptionError("images and new tokens must be at least 2")
     torch.manual_seed(0)
     device = torch.device(resolve_device(arguments.device))
     system = build_system(SIZES[arguments.size], device, torch.float32)
@@ -194,7 +199,7 @@ def bench(arguments: argparse.Namespace) -> None:
         for way, keep in (("loop_keeping_clip", True), ("loop_reloading_clip", False)):
             ways[way] = plain_loop(detector, samples, options, folder / "clip", keep=keep)
     if len({tuple(texts) for _, texts in ways.values()}) > 1:
-        raise ValueError("the ways gave different answers")
+        raise RuntimeError("the ways gave different answers")
     measured = {way: stages.summary(arguments.images) for way, (stages, _) in ways.items()}
     speed = {way: found["images_per_s"] for way, found in measured.items()}
     result = {

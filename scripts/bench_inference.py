@@ -54,7 +54,6 @@ def build_system(size: dict[str, int], device: Any, dtype: Any) -> Any:
     from llava.model.configuration import LlavaConfig
     from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
     from llava.model.multimodal_encoder.clip_encoder import image_processor_settings
-    from llava.model.probability_mapper import VerdictTokens
     from llava.systems.fakereasoning import answer
     from llava.systems.fakereasoning.system import FakeReasoning
 
@@ -70,6 +69,7 @@ def build_system(size: dict[str, int], device: Any, dtype: Any) -> Any:
     tower = {"num_hidden_layers": size["tower_layers"], "hidden_size": size["tower"], "patch_size": 14}
     heads = max(1, size["tower"] // 64)
     config = LlavaConfig(
+        system="fakereasoning",
         vocab_size=32000,
         hidden_size=size["hidden"],
         intermediate_size=size["inner"],
@@ -92,7 +92,7 @@ def build_system(size: dict[str, int], device: Any, dtype: Any) -> Any:
         model = LlavaLlamaForCausalLM(config).eval()
     torch.set_default_dtype(default)
     model.generation_config = GenerationConfig(pad_token_id=0)
-    model.set_tokenizer(tokenizer, VerdictTokens.from_tokenizer(tokenizer, answer.VERDICT_PREFIX, answer.VERDICT_WORDS))
+    model.set_tokenizer(tokenizer)
     return FakeReasoning(tokenizer, model, model.image_processor, 2048)
 
 
@@ -124,7 +124,7 @@ def measure_batch(system: Any, pictures: list[Any], size: int, new_tokens: int) 
     prepared = [system.prepare(picture) for picture in many[:size]]
     pixels = torch.stack([item.pixels for item in prepared]).to(device, model.dtype)
     ids = system.tokenizer(system.prompt(options).replace("<image>", "")).input_ids
-    words = (model.probability_mapper.tokens.real, model.probability_mapper.tokens.fake)
+    words = (model.verdict_tokens.real, model.verdict_tokens.fake)
 
     def answer(embeds: Any, length: int) -> None:
         decode(

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from llava.cli import OptionParser, run_cli
+from llava.errors import OptionError, UserError
 from scripts.bench_inference import SIZES, build_system, rounded, seconds
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 GPUS = 8
 """Of the published run, whose rounds of samples are divided into micro-batches."""
 PROMPT_TOKENS = 80
-"""Tokens of template and question, the image's place among them."""
+"""Tokens of template and question, the image's placeholder among them."""
 ANSWER_TOKENS = (150, 270, 45, 450)
 """Fewest, mean, standard deviation and most tokens of an answer in four stages."""
 
@@ -51,13 +52,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--alike",
         action="store_true",
-        help="micro-batches of like length (default: of like total length, as published)",
+        help="micro-batches of similar length (default: of similar total length, as published)",
     )
     parser.add_argument(
         "--cpm-search", choices=("labels", "predictions"), default="predictions", help="default: as published"
     )
     parser.add_argument(
-        "--no-gradient-checkpointing", action="store_true", help="keep all activations in place of computing them twice"
+        "--no-gradient-checkpointing", action="store_true", help="keep all activations instead of computing them twice"
     )
     parser.add_argument("--device", default="auto", help="auto (default), cuda, cpu")
     parser.add_argument("--dtype", default="auto", help="auto (bfloat16 on a GPU, float32 on a CPU), or a dtype")
@@ -97,7 +98,7 @@ def synthetic_sample(answer: int, model: Any) -> Any:
     from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
     from llava.data.collator import Sample
 
-    verdict = model.probability_mapper.tokens
+    verdict = model.verdict_tokens
     label = int(torch.randint(2, ()))
     ids = torch.randint(model.config.vocab_size, (PROMPT_TOKENS + answer,))
     ids[PROMPT_TOKENS // 2] = IMAGE_TOKEN_INDEX
@@ -124,7 +125,7 @@ def batch_order(answers: Sequence[int], arguments: argparse.Namespace, *, alike:
     lengths = [PROMPT_TOKENS + answer for answer in answers]
     order = list(ModalityLengthSampler(lengths, width, GPUS * arguments.accumulation, alike=alike))
     batches = [order[start : start + width] for start in range(0, len(order), width)]
-    return [batches[place] for place in np.random.default_rng(0).permutation(len(batches))]
+    return [batches[index] for index in np.random.default_rng(0).permutation(len(batches))]
 
 
 def padding_share(answers: Sequence[int], batches: Sequence[Sequence[int]], other_tokens: int) -> float:
@@ -227,7 +228,8 @@ def bench(arguments: argparse.Namespace) -> None:
     """Measures and prints.
 
     Raises:
-        ValueError: A number is too small, or the loss is not finite.
+        OptionError: A number is too small.
+        UserError: The loss is not finite.
     """
     import numpy as np
     import torch
@@ -235,7 +237,7 @@ def bench(arguments: argparse.Namespace) -> None:
     from llava.model.builder import resolve_device
 
     if min(arguments.batch_size, arguments.accumulation, arguments.steps, arguments.lora_r) < 1:
-        raise ValueError("batch size, accumulation, steps and rank must be at least 1")
+        raise OptionError("batch size, accumulation, steps and rank must be at least 1")
     device = resolve_device(arguments.device)
     wanted = ("bfloat16" if device.type == "cuda" else "float32") if arguments.dtype == "auto" else arguments.dtype
     dtype = getattr(torch, wanted)
@@ -245,7 +247,7 @@ def bench(arguments: argparse.Namespace) -> None:
     other_tokens = PROMPT_TOKENS - 1 + image_tokens(model.get_base_model())
     longest = arguments.max_length - other_tokens
     if longest < ANSWER_TOKENS[0]:
-        raise ValueError(f"the maximal length must be at least {other_tokens + ANSWER_TOKENS[0]}, to leave an answer")
+        raise OptionError(f"the maximal length must be at least {other_tokens + ANSWER_TOKENS[0]}, to leave an answer")
     count = (arguments.steps + 1) * arguments.accumulation
     answers = answer_lengths(max(count, 1000) * arguments.batch_size, longest, np.random.default_rng(0))
     orders = {way: batch_order(answers, arguments, alike=way == "alike") for way in ("published", "alike")}
@@ -253,7 +255,7 @@ def bench(arguments: argparse.Namespace) -> None:
     steps = [chosen[start : start + arguments.accumulation] for start in range(0, count, arguments.accumulation)]
     measured = measure(model, steps, arguments, dtype)
     if not all(math.isfinite(loss) for loss in measured.losses):
-        raise ValueError(f"the loss is not finite: {measured.losses}")
+        raise UserError(f"the loss is not finite: {measured.losses}")
     gpu = device.type == "cuda"
     result = {
         "size": arguments.size,

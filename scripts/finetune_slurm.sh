@@ -8,7 +8,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 # An example for Slurm. From this repository's folder: sbatch scripts/finetune_slurm.sh --data_path … (any flag of
-# finetune_task_lora.sh). One task a node starts that node's processes; a job that is requeued goes on where it was.
+# finetune_task_lora.sh). One task a node starts that node's processes; a job that is requeued resumes where it was.
 set -euo pipefail
 
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")

@@ -22,9 +22,11 @@ from llava.data.prompting import fill_template, tokenize_conversation
 from llava.labels import FAKE, REAL
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.model.probability_mapper import ProbabilityMapper, VerdictTokens
+from llava.model.checkpoint_layout import LORA_PREFIX
+from llava.model.verdict import VerdictTokens
 from llava.systems.fakereasoning import checkpoint as layout
 from llava.systems.fakereasoning.answer import QUESTION, parse_answer
+from llava.systems.fakereasoning.probability_mapper import ProbabilityMapper
 
 FEATURES = {"atol": 1e-5, "rtol": 1e-5}
 LOGITS = {"atol": 1e-4, "rtol": 0.0}
@@ -286,7 +288,7 @@ def compare_mapper(reference: Reference, comparer: Comparer) -> None:
     """Pattern, ids and every case of the probability mapper's loss."""
     model = reference.base[1]
     given = reference.tensors
-    own: VerdictTokens = model.probability_mapper.tokens
+    own: VerdictTokens = model.verdict_tokens
     comparer.value("ce.pattern", lambda: own.pattern, reference.fact("ce", "pattern"))
     comparer.value("ce.real_id", lambda: [own.real], reference.fact("ce", "real_id"))
     comparer.value("ce.fake_id", lambda: [own.fake], reference.fact("ce", "fake_id"))
@@ -354,8 +356,8 @@ def lora_gradients(model: Any, batch: dict[str, Tensor]) -> Iterator[tuple[str, 
         parameter.requires_grad_("lora_" in name or name.startswith(layout.NON_LORA_PARTS))
     model(**batch).loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    for name, gradient in layout.KEY_MAP.to_theirs(gradients).items():
-        yield f"{layout.LORA_PREFIX}{name}", gradient
+    for name, gradient in layout.KEY_MAP.to_published(gradients).items():
+        yield f"{LORA_PREFIX}{name}", gradient
 
 
 def compare_all(reference: Reference) -> Outcome:

@@ -43,6 +43,7 @@ def small_config(**changes: Any) -> LlavaConfig:
         "mm_image_processor": image_processor_settings(28),
         "mm_fusion_config": {"num_heads": 4, "ffn_hidden_size": 40, "bias_hidden_channels": 5},
         "pad_token_id": 0,
+        "system": "fakereasoning",
         "cpm_tokens": {"pattern": [7, 8, 9], "real": 10, "fake": 11},
     }
     return LlavaConfig(**{**values, **changes})

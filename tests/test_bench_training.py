@@ -1,4 +1,4 @@
-"""The benchmark of training runs and says what it promises."""
+"""The benchmark of training runs and prints what it promises."""
 
 import json
 
@@ -54,7 +54,7 @@ def test_repetition_and_search_are_work_that_can_be_left_out(capsys):
     assert less["first_loss"] == pytest.approx(whole["first_loss"], rel=0.1)
 
 
-def test_lengths_are_those_that_are_said():
+def test_lengths_are_those_that_are_documented():
     lengths = answer_lengths(10_000, 400, np.random.default_rng(0))
     fewest, mean, deviation, _ = ANSWER_TOKENS
     assert np.mean(lengths) == pytest.approx(mean, rel=0.01) and np.std(lengths) == pytest.approx(deviation, rel=0.05)

@@ -13,7 +13,7 @@ from llava.data.records import Record, read_records
 from llava.demo.tokenizer import SPECIAL_TOKENS, build_parser, constant_texts, main, measure, run, train_tokenizer
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import load_tokenizer
-from llava.model.probability_mapper import VerdictTokens
+from llava.model.verdict import VerdictTokens
 from llava.systems.fakereasoning.answer import (
     ATTRIBUTES,
     FORCED_SUMMARY,

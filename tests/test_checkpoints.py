@@ -20,10 +20,9 @@ from llava.files import atomic_folder
 from llava.mm_utils import process_images
 from llava.model.builder import resolve_attention, resolve_dtype
 from llava.model.checkpoint import open_checkpoint
-from llava.model.checkpoint_layout import KeyMap, stored_state_dict
+from llava.model.checkpoint_layout import NON_LORA_FILE, KeyMap, stored_state_dict
 from llava.model.multimodal_encoder.dino_encoder import original_rules
 from llava.model.saving import save_published, save_sharded
-from llava.systems.fakereasoning import checkpoint as layout
 from tests.conftest import GOLDENS
 from tests.small_models import DINO_CONFIG, small_model
 
@@ -82,7 +81,7 @@ def test_towers_come_from_where_the_config_says_when_the_checkpoint_lacks_them(
 def test_an_incomplete_tower_in_the_checkpoint_is_not_used(tmp_path, monkeypatch):
     folder = copy_base(tmp_path)
     change_tensors(folder, lambda t: t.pop("model.dino_tower.vision_tower.blocks.1.norm1.weight"))
-    with pytest.raises(CheckpointError, match="does not hold its DINO tower whole"):
+    with pytest.raises(CheckpointError, match="holds the tower of its branch 'dino' only in part"):
         load_pretrained_model(folder, device="cpu")
 
 
@@ -219,10 +218,10 @@ def test_a_wrong_path_is_explained(path, message):
     [
         ({"mm_use_im_start_end": True}, "start, end or patch tokens"),
         ({"mm_patch_merge_type": "spatial"}, "mm_patch_merge_type 'spatial'"),
-        ({"mm_vision_tower": None}, "neither holds nor names its vision tower"),
+        ({"mm_vision_tower": None}, "tower of its branch 'clip' only in part and does not name it"),
         ({"mm_vision_tower": "/nowhere"}, "Pass vision_tower="),
         ({"mm_vision_select_layer": -9}, "does not exist in a CLIP tower of 4 layers"),
-        ({"mm_fusion_type": "sum"}, "unknown mm_fusion_type"),
+        ({"mm_fusion_type": "sum"}, "unknown mm_fusion type"),
         ({"mm_projector_type": "mlp3x_gelu"}, r"missing: model.dino_mm_projector.4.bias"),
     ],
 )
@@ -257,10 +256,10 @@ def test_a_lora_folder_without_its_parts_is_explained(tmp_path):
     folder = copy_lora(tmp_path)
     with pytest.raises(CheckpointError, match="base model cannot be opened"):
         load_pretrained_model(folder, "/nowhere", device="cpu")
-    (folder / layout.NON_LORA_FILE).rename(folder / "elsewhere")
+    (folder / NON_LORA_FILE).rename(folder / "elsewhere")
     with pytest.raises(CheckpointError, match=r"no weight file .*non_lora_trainables\.bin"):
         load_pretrained_model(folder, device="cpu")
-    (folder / "elsewhere").rename(folder / layout.NON_LORA_FILE)
+    (folder / "elsewhere").rename(folder / NON_LORA_FILE)
     tensors = load_file(folder / "adapter_model.safetensors")
     removed = next(name for name in tensors if "lora_B" in name)
     del tensors[removed]
@@ -347,7 +346,7 @@ def test_whoever_may_read_the_folder_may_read_its_weights(tmp_path, umask, mode)
 
 
 def test_a_full_disk_leaves_nothing_behind_and_is_named(tmp_path):
-    with pytest.raises(OSError, match=r"model could not be written: .*No space"), atomic_folder(tmp_path / "model"):
+    with pytest.raises(OSError, match=r"model cannot be written: .*No space"), atomic_folder(tmp_path / "model"):
         raise SafetensorError("I/O error: No space left on device")
     assert list(tmp_path.iterdir()) == []
 
@@ -428,7 +427,7 @@ def test_a_published_layout_of_any_size_is_opened(bundled, tmp_path, in_checkpoi
     model.image_processor.save_pretrained(tmp_path / "clip")
     original = stored_state_dict(model.get_model().dino_tower)
     rules = KeyMap(original_rules("", "vision_tower."))
-    torch.save(rules.to_theirs(original), tmp_path / "dino.pth")
+    torch.save(rules.to_published(original), tmp_path / "dino.pth")
     config = {**json.loads((GOLDENS / "base/config.json").read_text()), **model.config.to_dict()}
     config["mm_vision_tower"] = str(tmp_path / "clip")
     save_published(model, tmp_path / "published", config, GOLDENS / "base")

@@ -26,7 +26,7 @@ from llava.data.prompting import (
 from llava.data.records import Record, read_records
 from llava.errors import DataError
 from llava.model.builder import load_tokenizer
-from llava.systems.fakereasoning.answer import QUESTION, parse_answer, write_answer
+from llava.systems.fakereasoning.answer import FORMAT, QUESTION, parse_answer, write_answer
 from tests.conftest import GOLDENS
 
 IMAGES = GOLDENS / "images"
@@ -55,7 +55,8 @@ def dataset_of(bundled):
             "template": V1,
             "model_config": model.config,
             "image_processor": processor,
-            "num_image_tokens": PATCHES,
+            "placeholder_tokens": {IMAGE_TOKEN_INDEX: PATCHES},
+            "answer_format": FORMAT,
             "max_length": max_length,
         }
         return SupervisedDataset(records, **{**options, **changes})
@@ -70,7 +71,8 @@ def check(tokenizer):
             "tokenizer": tokenizer,
             "template": V1,
             "max_length": 2048,
-            "num_image_tokens": PATCHES,
+            "placeholder_tokens": {IMAGE_TOKEN_INDEX: PATCHES},
+            "answer_format": FORMAT,
             "image_folder": IMAGES,
             "drop_invalid": False,
         }
@@ -186,7 +188,7 @@ def test_a_sample_is_cut_after_its_image_was_put_in(bundled, dataset_of):
     ],
 )
 def test_what_fits(ids, most, kept):
-    assert fitting_length(ids, 5, most) == kept
+    assert fitting_length(ids, {IMAGE_TOKEN_INDEX: 5}, most) == kept
 
 
 texts = st.text(st.characters(codec="utf-8", exclude_characters="<>"), min_size=1).filter(str.strip)
@@ -215,7 +217,7 @@ def test_exactly_what_the_assistant_says_is_supervised(tokenizer, pairs, with_im
 def test_an_image_that_cannot_be_read_is_named(dataset_of, tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
     dataset = dataset_of([a_record("x", image="a.png", origin="train.json, row 9")], image_folder=tmp_path)
-    with pytest.raises(DataError, match=r"train\.json, row 9: .*a\.png: no picture"):
+    with pytest.raises(DataError, match=r"train\.json, row 9: .*a\.png: no image in"):
         dataset[0]
 
 
@@ -231,24 +233,24 @@ def test_a_share_of_the_answers_is_only_the_verdict(dataset_of):
     short = [record.origin for record in dataset.records if record.turns[1]["value"] == FAKE.turns[1]["value"]]
     assert len(short) == 60
     assert all(a.turns[0] == b.turns[0] for a, b in zip(records, dataset.records, strict=True))
-    assert all(record.forgery_label == 1 for record in dataset.records)
-    again = [r.origin for r in shorten_answers(records, 0.3, 4) if r.turns[1]["value"] != long]
+    assert all(record.forgery_label(FORMAT) == 1 for record in dataset.records)
+    again = [r.origin for r in shorten_answers(records, FORMAT, 0.3, 4) if r.turns[1]["value"] != long]
     assert again == short
-    assert short != [r.origin for r in shorten_answers(records, 0.3, 5) if r.turns[1]["value"] != long]
+    assert short != [r.origin for r in shorten_answers(records, FORMAT, 0.3, 5) if r.turns[1]["value"] != long]
     plain = dataset_of(records)
     assert plain.records == records
     assert sum(dataset.lengths) < sum(plain.lengths)
 
 
 def test_only_the_answer_with_the_verdict_is_shortened(mixed):
-    shortened = shorten_answers(mixed, 1.0, 0)
+    shortened = shorten_answers(mixed, FORMAT, 1.0, 0)
     assert [parse_answer(record.turns[1]["value"]).stages.keys() for record in shortened[:3]] == [{"CONCLUSION"}] * 3
     assert shortened[4].turns[2:] == mixed[4].turns[2:]
     assert shortened[6] == mixed[6]
-    assert shorten_answers(mixed, 0.0, 0) == mixed
+    assert shorten_answers(mixed, FORMAT, 0.0, 0) == mixed
     for share in (-0.1, 1.1):
         with pytest.raises(ValueError, match="verdict_only_share"):
-            shorten_answers(mixed, share, 0)
+            shorten_answers(mixed, FORMAT, share, 0)
 
 
 def test_good_records_pass(check, mixed):
@@ -341,7 +343,7 @@ def test_a_tokenizer_that_joins_across_turns_is_refused(check, tokenizer):
 def test_more_records_than_are_tokenized_together(check, monkeypatch):
     monkeypatch.setattr("llava.data.checks.TOKENIZED_TOGETHER", 4)
     records = numbered([FAKE, REAL, a_record("no")] * 5)
-    assert check(records, drop_invalid=True) == [record for record in records if record.forgery_label >= 0]
+    assert check(records, drop_invalid=True) == [record for record in records if record.forgery_label(FORMAT) >= 0]
 
 
 def test_the_question_of_the_data_is_read_as_published(tokenizer):

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from forgery_eval import demo
-from forgery_eval.command import SOME_FAILED
-from forgery_eval.demo_page import Shown, Truth, demo_page
-from forgery_eval.overlay import draw_mask
-from forgery_eval.page import page
+from forgery_eval.demo import command as demo
+from forgery_eval.demo.page import Shown, Truth, constant_stages, demo_page
+from forgery_eval.pages.overlay import draw_mask
 from llava import ForgeryReport, assets
+from llava.cli import SOME_FAILED
 from tests.trained import NOTICE, picture
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +55,7 @@ class Page(HTMLParser):
     def text(self) -> str:
         return "\n".join(self.words)
 
-    def pictures(self) -> list[np.ndarray]:
+    def images(self) -> list[np.ndarray]:
         found = []
         for source in self.sources:
             kind, data = source.split(",", 1)
@@ -66,25 +65,25 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def judged(default_model, tmp_path, capsys):
-    """What the command wrote and said, with one picture of the user's own and one that is none."""
+def analysed(default_model, tmp_path, capsys):
+    """What the command wrote and printed, with one image of the user and one file that is none."""
     (tmp_path / "own & <b>").mkdir()
     picture(3, (90, 30)).save(tmp_path / "own & <b>" / "my <i>photo.png")
-    (tmp_path / "own & <b>" / "no picture.png").write_text("hello")
+    (tmp_path / "own & <b>" / "no image.png").write_text("hello")
     out = tmp_path / "deep" / "page.html"
     assert demo.run(["--out", str(out), str(tmp_path / "own & <b>")]) == SOME_FAILED
     return Page(out.read_text(encoding="utf-8")), capsys.readouterr(), out
 
 
-def test_the_page_shows_every_picture_and_needs_nothing_else(judged):
-    page, _, out = judged
+def test_the_page_shows_every_image_and_needs_nothing_else(analysed):
+    page, _, out = analysed
     masks = sum(entry["mask"] is not None for entry in SAMPLES)
-    pictures = page.pictures()
-    assert len(pictures) == 2 * (len(SAMPLES) + 1) + masks
+    images = page.images()
+    assert len(images) == 2 * (len(SAMPLES) + 1) + masks
     assert page.tags.count("article") == len(SAMPLES) + 2
-    assert page.tags.count("img") == len(pictures) and not {"script", "link", "iframe"} & set(page.tags)
-    assert {max(shown.shape) for shown in pictures} == {336}
-    own = pictures[0]
+    assert page.tags.count("img") == len(images) and not {"script", "link", "iframe"} & set(page.tags)
+    assert {max(shown.shape) for shown in images} == {336}
+    own = images[0]
     assert own.shape[:2] == (112, 336)
     text = out.read_text(encoding="utf-8")
     assert "http" not in text and "url(" not in text and "@import" not in text
@@ -93,25 +92,27 @@ def test_the_page_shows_every_picture_and_needs_nothing_else(judged):
         assert entry["caption"] in page.text
         with Image.open(assets.SAMPLES / entry["image"]) as image:
             large = np.asarray(image.convert("RGB").resize((336, 336), Image.Resampling.LANCZOS), dtype=float)
-        assert min(np.abs(shown - large).mean() for shown in pictures if shown.shape == large.shape) < 6
+        assert min(np.abs(shown - large).mean() for shown in images if shown.shape == large.shape) < 6
 
 
-def test_the_page_and_the_terminal_say_the_same(judged):
-    page, said, out = judged
-    assert page.text.count(NOTICE) == 1 and said.err.count(NOTICE) == 1
-    assert said.out.splitlines()[-1] == f"written: {out}"
-    assert said.out.count("  verdict     ") == len(SAMPLES) + 1 and said.out.count("P(fake)") == len(SAMPLES) + 1
-    assert said.out.count("  truth       ") == len(SAMPLES) and said.out.count("  reasoning   ") == len(SAMPLES) + 1
-    assert "no picture.png" in said.err and "could not be judged" in page.text
-    assert "my <i>photo.png" in page.text and "Your pictures" in page.text
+def test_the_page_and_the_terminal_agree(analysed):
+    page, printed, out = analysed
+    assert page.text.count(NOTICE) == 1 and printed.err.count(NOTICE) == 1
+    assert printed.out.splitlines()[-1] == f"written: {out}"
+    assert printed.out.count("  verdict     ") == len(SAMPLES) + 1 and printed.out.count("P(fake)") == len(SAMPLES) + 1
+    assert (
+        printed.out.count("  truth       ") == len(SAMPLES) and printed.out.count("  reasoning   ") == len(SAMPLES) + 1
+    )
+    assert "no image.png" in printed.err and "could not be analysed" in page.text
+    assert "my <i>photo.png" in page.text and "Your images" in page.text
     for words in ("not seen in training, nor any of its mechanism", "by inpainting at strength", "(seen in training)"):
-        assert words in page.text and words in said.out
+        assert words in page.text and words in printed.out
 
 
-def test_without_pictures_of_ones_own_there_are_only_the_samples(default_model, tmp_path, capsys):
+def test_without_images_of_ones_own_there_are_only_the_samples(default_model, tmp_path, capsys):
     assert demo.run(["--out", str(tmp_path / "page.html")]) == 0
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
-    assert page.tags.count("article") == len(SAMPLES) and "Your pictures" not in page.text
+    assert page.tags.count("article") == len(SAMPLES) and "Your images" not in page.text
     assert demo.run(["--out", str(tmp_path / "page.html"), str(tmp_path / "absent.png")]) == 1
     assert "no file or folder" in capsys.readouterr().err
 
@@ -136,10 +137,24 @@ TRUTH = Truth("fake", "halo", "It glows.", "seen", 0.5, "A tree & a cat.", {"Irr
 def test_a_card_says_what_the_report_says(tmp_path, report, words, absent):
     picture(1).save(tmp_path / "a.png")
     page = Page(demo_page([Shown(tmp_path / "a.png", report, TRUTH)], ""))
-    said = page.text.split("training did not see")[1]
-    assert all(word in said for word in [*words, "A tree & a cat.", "It glows."])
-    assert not any(word in said for word in absent)
-    assert len(page.pictures()) == 1 and "notice" not in page.tags
+    printed = page.text.split("training did not see")[1]
+    assert all(word in printed for word in [*words, "A tree & a cat.", "It glows."])
+    assert not any(word in printed for word in absent)
+    assert len(page.images()) == 1 and "notice" not in page.tags
+
+
+def test_a_predicted_mask_is_shown_and_stages_that_never_change_are_not(tmp_path):
+    picture(1).save(tmp_path / "a.png")
+    mask = np.ones((30, 40))
+    reports = [
+        ForgeryReport(label, 0.5, "detector", stages={"PLAN": "I <look>.", "WHY": f"It is {label}."}, mask=mask)
+        for label in ("real", "fake")
+    ]
+    page = Page(demo_page([Shown(tmp_path / "a.png", report, None) for report in reports], "<script>no</script>"))
+    assert len(page.images()) == 4 and "predicted mask: what the model calls forged" in page.text
+    assert "script" not in page.tags and "<script>no</script>" in page.text
+    assert "It is real." in page.text and "I <look>." not in page.text
+    assert constant_stages(reports) == {"PLAN"} and constant_stages(reports[:1]) == constant_stages([]) == set()
 
 
 def test_the_mask_is_lit_and_the_rest_darkened():
@@ -147,10 +162,6 @@ def test_the_mask_is_lit_and_the_rest_darkened():
     mask[5:10, 20:25] = True
     drawn = np.asarray(draw_mask(Image.new("RGB", (30, 20), (100, 100, 100)), mask)).astype(int)
     assert (drawn[mask].mean(axis=0)[:2] > 130).all() and (drawn[~mask] < 60).all()
-
-
-def test_titles_of_pages_are_escaped():
-    assert "<title>a &lt;b&gt;</title>" in page("a <b>", [], "")
 
 
 def test_the_script_explains_itself():
@@ -209,18 +220,18 @@ def clone(tmp_path) -> Clone:
     return Clone(tmp_path)
 
 
-def test_the_script_installs_once_and_then_only_judges(clone):
+def test_the_script_installs_once_and_then_only_analyses(clone):
     status, asked, _ = clone.run("my photo.jpg", "--out", "x.html")
     assert status == 0
     installs = [line for line in asked if "pip install" in line]
     assert len(installs) == 1 and "--constraint constraints.txt torch --editable ." in installs[0]
     assert installs[0].startswith(f"{clone.root}: ")
-    judged = f"{clone.state}: -m forgery_eval.demo my photo.jpg --out x.html"
-    assert asked[-1] == judged
-    assert clone.run("my photo.jpg", "--out", "x.html") == (0, [judged], "")
+    started = f"{clone.state}: -m forgery_eval.demo my photo.jpg --out x.html"
+    assert asked[-1] == started
+    assert clone.run("my photo.jpg", "--out", "x.html") == (0, [started], "")
 
 
-def test_an_interrupted_installation_is_gone_on_with(clone):
+def test_an_interrupted_installation_resumes(clone):
     (clone.state / "offline").touch()
     status, asked, _ = clone.run()
     assert status == 1 and not any("forgery_eval.demo" in line for line in asked)
@@ -229,7 +240,7 @@ def test_an_interrupted_installation_is_gone_on_with(clone):
     assert status == 0 and any("pip install" in line for line in asked) and not any("-m venv" in line for line in asked)
 
 
-def test_another_recipe_or_place_installs_again(clone):
+def test_another_recipe_or_folder_installs_again(clone):
     clone.run()
     with (clone.root / "constraints.txt").open("a") as file:
         file.write("# changed\n")

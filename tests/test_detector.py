@@ -13,10 +13,10 @@ from PIL import Image
 from llava import ForgeryDetector
 from llava.conversation import conv_templates
 from llava.errors import CheckpointError, ImageReadError
-from llava.mm_utils import grid_over_picture, process_images, tokenizer_image_token
-from llava.model.decoding import RoomyLayer, Sampler
+from llava.mm_utils import grid_over_image, process_images, tokenizer_image_token
+from llava.model.decoding import PreallocatedLayer, Sampler
 from llava.report import ForgeryReport
-from llava.systems.base import System
+from llava.systems.base import AnalyzeOptions, System
 from llava.systems.fakereasoning.answer import (
     FORCED_SUMMARY,
     QUESTION,
@@ -103,7 +103,7 @@ def test_an_unfinished_answer_is_forced_to_its_verdict(detector, pictures):
 
 def test_a_forced_answer_does_not_read_its_prompt_again(detector, pictures, monkeypatch):
     wanted = detector.analyze(pictures[3], max_new_tokens=20).fake_probability
-    monkeypatch.setattr(type(detector.system), "_score_texts", None)
+    monkeypatch.setattr(detector.system.answering, "_score_texts", None)
     reports = list(detector.analyze_many(pictures[:4], batch_size=4, max_new_tokens=20))
     assert {report.score_source for report in reports} == {"forced"}
     assert reports[3].fake_probability == pytest.approx(wanted, abs=1e-4)
@@ -324,8 +324,8 @@ def test_bad_images_are_reported_in_their_place(detector, tmp_path):
     images = [tmp_path / "good.png", tmp_path / "bad.png", tmp_path / "absent.png", picture(2), tmp_path / "bad.png"]
     reports = list(detector.analyze_many(images, batch_size=2, score_only=True))
     assert [bool(report.error) for report in reports] == [False, True, True, False, True]
-    assert "bad.png: no picture in a known format" in reports[1].error
-    assert "absent.png: No such file" in reports[2].error
+    assert "bad.png: no image in a known format" in reports[1].error
+    assert "absent.png: there is no such file" in reports[2].error
     assert reports[1].label is None and reports[1].fake_probability is None
     with pytest.raises(ImageReadError, match=r"bad\.png"):
         detector.analyze(tmp_path / "bad.png")
@@ -335,6 +335,7 @@ class CountingSystem:
     """A system that takes two images at a time, and cannot prepare pictures that are 13 wide."""
 
     name = "counting"
+    options = AnalyzeOptions
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -398,7 +399,7 @@ def test_one_patch_lights_its_own_place_of_the_picture(width, height):
         for column in range(6):
             grid = np.zeros((6, 6))
             grid[row, column] = 1
-            heat = grid_over_picture(grid, (width, height), "pad")
+            heat = grid_over_image(grid, (width, height), "pad")
             assert heat.shape == (height, width)
             x, y = (column + 0.5) * side / 6 - left, (row + 0.5) * side / 6 - top
             if 0 <= x < width and 0 <= y < height:
@@ -408,7 +409,7 @@ def test_one_patch_lights_its_own_place_of_the_picture(width, height):
 
 
 def test_a_cropping_model_sees_only_the_middle():
-    heat = grid_over_picture(np.ones((4, 4)), (90, 30), "square")
+    heat = grid_over_image(np.ones((4, 4)), (90, 30), "square")
     assert heat[:, 30:60].min() == 1 and heat[:, :30].max() == 0 and heat[:, 60:].max() == 0
 
 
@@ -436,22 +437,22 @@ def test_answers_are_brought_to_their_verdict(answer, completed):
 
 def test_a_cache_with_room_is_a_cache():
     torch.manual_seed(0)
-    roomy, plain = RoomyLayer(), RoomyLayer.__mro__[1]()
+    preallocated, plain = PreallocatedLayer(), PreallocatedLayer.__mro__[1]()
     for step in range(40):
         keys, values = torch.randn(3, 2, 1 + 9 * (step % 3), 4), torch.randn(3, 2, 1 + 9 * (step % 3), 4)
         if step == 20:
-            for layer in (roomy, plain):
+            for layer in (preallocated, plain):
                 layer.batch_repeat_interleave(2)
         if step > 20:
             keys, values = keys.repeat(2, 1, 1, 1), values.repeat(2, 1, 1, 1)
         if step == 30:
-            for layer in (roomy, plain):
+            for layer in (preallocated, plain):
                 layer.batch_select_indices(torch.tensor([0, 4, 5]))
         if step >= 30:
             keys, values = keys[:3], values[:3]
         if step == 20:
             keys, values = keys.repeat(2, 1, 1, 1), values.repeat(2, 1, 1, 1)
-        for one, other in zip(roomy.update(keys, values), plain.update(keys, values), strict=True):
+        for one, other in zip(preallocated.update(keys, values), plain.update(keys, values), strict=True):
             assert torch.equal(one, other)
 
 

@@ -4,27 +4,27 @@ import json
 
 import pytest
 
+from forgery_eval.demo.card import card_metrics, read_rows
 from forgery_eval.eval import run
-from forgery_eval.synthetic_card import figures, read_rows
 from llava.assets import DEMO_MODEL
 from mmfr_generation.synthetic.writer import Run, write_dataset
 
 SAMPLE = Run(train=0, eval=2, size=112, seed=4242)
-ONE_IMAGE_OTHERWISE = 0.3
-"""Most that a set's figure may differ, where another processor's rounding turns one of its few images."""
+ONE_IMAGE_DIFFERENT = 0.3
+"""Most that a set's metric may differ, where another processor's rounding turns one of its few images."""
 
 
 @pytest.mark.slow
 def test_the_embedded_model_reaches_what_its_card_says(tmp_path):
-    said = json.loads((DEMO_MODEL / "card.json").read_text("utf-8"))["sample"]
+    stated = json.loads((DEMO_MODEL / "card.json").read_text("utf-8"))["sample"]
     write_dataset(SAMPLE, tmp_path / "data", 1)
     assert run(["--dataset_path", str(tmp_path / "data"), "--result_folder", str(tmp_path / "results")]) == 0
-    found = figures(read_rows(tmp_path / "data", tmp_path / "results"))
-    assert found["images"] == said["images"] == 88
+    found = card_metrics(read_rows(tmp_path / "data", tmp_path / "results"))
+    assert found["images"] == stated["images"] == 88
     for reading in ("text", "score"):
-        assert found[reading]["all"] == pytest.approx(said[reading]["all"], abs=0.025)
-        assert found[reading]["reals"] == pytest.approx(said[reading]["reals"], abs=0.05)
-        for name, value in said[reading]["generator"].items():
-            assert found[reading]["generator"][name] == pytest.approx(value, abs=ONE_IMAGE_OTHERWISE)
-    assert found["without_verdict"] == pytest.approx(said["without_verdict"], abs=0.02)
+        assert found[reading]["all"] == pytest.approx(stated[reading]["all"], abs=0.025)
+        assert found[reading]["reals"] == pytest.approx(stated[reading]["reals"], abs=0.05)
+        for name, value in stated[reading]["generator"].items():
+            assert found[reading]["generator"][name] == pytest.approx(value, abs=ONE_IMAGE_DIFFERENT)
+    assert found["without_verdict"] == pytest.approx(stated["without_verdict"], abs=0.02)
     assert found["score"]["role"]["seen"] > 0.85

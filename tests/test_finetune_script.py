@@ -49,24 +49,32 @@ def flags_of(words: list[str]) -> dict[str, list[str]]:
     return flags
 
 
-def refusal(*arguments: object, **options) -> str:
-    """The one line that a refused call says."""
+def error_line(*arguments: object, **options) -> str:
+    """The one line that a refused call prints."""
     done = run_script(*arguments, **options)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     return done.stderr
 
 
+FAKE_PYTHON = """#!/bin/sh
+if [ "$1" = -c ]; then echo {gpus} {deepspeed}
+elif [ "$2" = llava.train.launcher ]; then exec {real} "$@"
+else printf "%s\\n" "$@"
+fi
+"""
+
+
 @pytest.fixture
 def machine(tmp_path):
-    """A folder with the files that are needed, and an interpreter that only says what it would run."""
+    """A folder with the files that are needed, and an interpreter that prints the training it would start."""
     folder = tmp_path / "my data"
     (folder / "all images").mkdir(parents=True)
     (folder / "train set.json").write_text("[]")
 
     def interpreter(gpus: int = 8, deepspeed: bool = True) -> Path:
         fake = folder / "python"
-        fake.write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then echo {gpus} {deepspeed}; else printf "%s\\n" "$@"; fi\n')
+        fake.write_text(FAKE_PYTHON.format(real=sys.executable, gpus=gpus, deepspeed=deepspeed))
         fake.chmod(0o755)
         return fake
 
@@ -91,9 +99,9 @@ def test_eight_gpus_are_the_default():
 
 
 def test_three_gpus_are_refused_with_what_works():
-    said = refusal(*NEEDED, DRY_RUN=1, NUM_GPUS=3)
-    assert "3 processes" in said and "128" in said
-    assert said.strip().endswith("what works: NUM_GPUS=2, NUM_GPUS=4, GLOBAL_BATCH=120, GLOBAL_BATCH=144")
+    message = error_line(*NEEDED, DRY_RUN=1, NUM_GPUS=3)
+    assert "3 processes" in message and "128" in message
+    assert message.strip().endswith("what works: NUM_GPUS=2, NUM_GPUS=4, GLOBAL_BATCH=120, GLOBAL_BATCH=144")
 
 
 @pytest.mark.parametrize(
@@ -103,8 +111,8 @@ def test_three_gpus_are_refused_with_what_works():
 def test_every_proposal_works(gpus, machines, per_device, wanted):
     variables = {"NUM_GPUS": gpus, "NNODES": machines, "GLOBAL_BATCH": wanted}
     arguments = ["--per_device_train_batch_size", per_device]
-    said = refusal(*NEEDED, *arguments, DRY_RUN=1, **variables)
-    proposals = said.strip().split("what works: ")[1].split(", ")
+    message = error_line(*NEEDED, *arguments, DRY_RUN=1, **variables)
+    proposals = message.strip().split("what works: ")[1].split(", ")
     for proposal in proposals:
         if proposal.startswith("--"):
             _, batch = dry_run(*arguments, *proposal.split(), **variables)
@@ -127,8 +135,8 @@ def test_the_batch_follows_from_what_is_given():
 
 
 def test_accumulation_that_contradicts_the_batch_is_refused():
-    said = refusal(*NEEDED, "--gradient_accumulation_steps", 4, DRY_RUN=1, GLOBAL_BATCH=128)
-    assert "gives a global batch of 256" in said and "GLOBAL_BATCH is 128" in said
+    message = error_line(*NEEDED, "--gradient_accumulation_steps", 4, DRY_RUN=1, GLOBAL_BATCH=128)
+    assert "gives a global batch of 256" in message and "GLOBAL_BATCH is 128" in message
 
 
 def test_the_recipe_is_the_published_one():
@@ -153,7 +161,7 @@ def test_the_recipe_is_the_published_one():
         "--bf16": "True",
         "--tf32": "True",
         "--gradient_checkpointing": "True",
-        "--deepspeed": str(ROOT / "scripts" / "zero3.json"),
+        "--deepspeed": str(ROOT / "llava" / "train" / "recipes" / "zero3.json"),
         "--per_device_train_batch_size": "8",
         "--report_to": "none",
     }
@@ -199,15 +207,15 @@ def test_half_precision_of_another_kind_takes_the_place_of_bf16():
 
 
 def test_the_configuration_of_deepspeed_is_chosen_once():
-    assert flags_of(dry_run(ZERO=2)[0])["--deepspeed"] == [str(ROOT / "scripts" / "zero2.json")]
+    assert flags_of(dry_run(ZERO=2)[0])["--deepspeed"] == [str(ROOT / "llava" / "train" / "recipes" / "zero2.json")]
     assert flags_of(dry_run("--deepspeed", "own.json")[0])["--deepspeed"] == ["own.json"]
     assert "--deepspeed" not in flags_of(dry_run(ZERO=0)[0])
-    assert "leave one of them out" in refusal(*NEEDED, "--deepspeed", "own.json", ZERO=2, DRY_RUN=1)
+    assert "leave one of them out" in error_line(*NEEDED, "--deepspeed", "own.json", ZERO=2, DRY_RUN=1)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_the_configurations_leave_sizes_to_the_flags(stage):
-    config = json.loads((ROOT / "scripts" / f"zero{stage}.json").read_text())
+    config = json.loads((ROOT / "llava" / "train" / "recipes" / f"zero{stage}.json").read_text())
     assert config["zero_optimization"]["stage"] == stage
     assert config["gradient_clipping"] == config["train_micro_batch_size_per_gpu"] == "auto"
     assert config["bf16"]["enabled"] == config["fp16"]["enabled"] == "auto"
@@ -242,8 +250,8 @@ def test_several_machines():
 def test_several_machines_need_an_address_and_a_number(machine):
     folder, interpreter = machine
     variables = {"NNODES": 2, "cwd": folder, "PYTHON": interpreter()}
-    assert "MASTER_ADDR" in refusal(*FILES, **variables)
-    assert "NODE_RANK" in refusal(*FILES, MASTER_ADDR="10.0.0.1", **variables)
+    assert "MASTER_ADDR" in error_line(*FILES, **variables)
+    assert "NODE_RANK" in error_line(*FILES, MASTER_ADDR="10.0.0.1", **variables)
 
 
 def test_one_machine_finds_a_free_port_or_takes_the_one_given():
@@ -259,14 +267,14 @@ def test_hostfile(tmp_path):
     assert batch == [8, 1, 16, 128]
     assert words[words.index("--hostfile") + 1] == str(hosts)
     assert "deepspeed.launcher.runner" in words and "--no_local_rank" in words
-    assert "NUM_GPUS" in refusal(*NEEDED, HOSTFILE=hosts, NUM_GPUS=8, DRY_RUN=1)
+    assert "NUM_GPUS" in error_line(*NEEDED, HOSTFILE=hosts, NUM_GPUS=8, DRY_RUN=1)
     hosts.write_text("node1 slots=3\nnode2 slots=3\n")
-    assert "what works: GLOBAL_BATCH=96, GLOBAL_BATCH=144" in refusal(*NEEDED, HOSTFILE=hosts, DRY_RUN=1)
+    assert "what works: GLOBAL_BATCH=96, GLOBAL_BATCH=144" in error_line(*NEEDED, HOSTFILE=hosts, DRY_RUN=1)
     hosts.write_text("node1 slots=4\n")
     assert dry_run(HOSTFILE=hosts) == dry_run(NUM_GPUS=4)
     hosts.write_text("node1\n")
-    assert "slots=" in refusal(*NEEDED, HOSTFILE=hosts, DRY_RUN=1)
-    assert "no hostfile" in refusal(*NEEDED, HOSTFILE=tmp_path / "none", DRY_RUN=1)
+    assert "slots=" in error_line(*NEEDED, HOSTFILE=hosts, DRY_RUN=1)
+    assert "no hostfile" in error_line(*NEEDED, HOSTFILE=tmp_path / "none", DRY_RUN=1)
 
 
 @pytest.mark.slow
@@ -285,7 +293,7 @@ def test_deepspeed_understands_the_line_for_several_hosts(tmp_path):
     assert "--module" in remote and "--no_local_rank" in remote and "--master_addr=10.0.0.1" in remote
     assert remote[remote.index("llava.train.train") + 1 :][:2] == ["--data_path", "train set.json"]
     assert f"export PYTHONPATH={tmp_path}:{ROOT}; " in done.stdout
-    assert "space" in refusal(*FILES, cwd=tmp_path / "all images", **{**options, "HOSTFILE": "../hosts"})
+    assert "space" in error_line(*FILES, cwd=tmp_path / "all images", **{**options, "HOSTFILE": "../hosts"})
 
 
 def test_the_line_that_is_shown_is_the_one_that_runs(machine):
@@ -308,19 +316,19 @@ def test_it_runs_from_any_folder_also_by_a_relative_path(machine):
     folder, interpreter = machine
     relative = Path(os.path.relpath(SCRIPT, folder))
     done = run_script(*FILES, cwd=folder, script=relative, PYTHON=interpreter(), CDPATH="/:..")
-    assert done.returncode == 0 and str(ROOT / "scripts" / "zero3.json") in done.stdout.splitlines()
+    assert done.returncode == 0 and str(ROOT / "llava" / "train" / "recipes" / "zero3.json") in done.stdout.splitlines()
 
 
 @pytest.mark.parametrize("left_out", NEEDED[::2])
 def test_a_needed_flag_that_is_missing_is_named(left_out):
     place = NEEDED.index(left_out)
     without = NEEDED[:place] + NEEDED[place + 2 :]
-    assert left_out in refusal(*without, DRY_RUN=1)
-    assert left_out in refusal(*without, left_out, DRY_RUN=1)
+    assert left_out in error_line(*without, DRY_RUN=1)
+    assert left_out in error_line(*without, left_out, DRY_RUN=1)
 
 
 @pytest.mark.parametrize(
-    ("variables", "said"),
+    ("variables", "message"),
     [
         ({"NUM_GPUS": "eight"}, "NUM_GPUS must be a whole number of at least 1, not 'eight'"),
         ({"NUM_GPUS": "0"}, "NUM_GPUS"),
@@ -332,12 +340,12 @@ def test_a_needed_flag_that_is_missing_is_named(left_out):
         ({"DRY_RUN": "yes"}, "DRY_RUN must be 0 or 1"),
     ],
 )
-def test_wrong_variables_are_refused(variables, said):
-    assert said in refusal(*NEEDED, **{"DRY_RUN": 1, **variables})
+def test_wrong_variables_are_refused(variables, message):
+    assert message in error_line(*NEEDED, **{"DRY_RUN": 1, **variables})
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["stray", *NEEDED], "'stray' stands where a flag is expected"),
         ([*NEEDED, "--"], "'--' is no flag"),
@@ -346,39 +354,39 @@ def test_wrong_variables_are_refused(variables, said):
         ([*NEEDED, "--gradient_accumulation_steps", "two"], "--gradient_accumulation_steps must be"),
     ],
 )
-def test_wrong_flags_are_refused(flags, said):
-    assert said in refusal(*flags, DRY_RUN=1)
+def test_wrong_flags_are_refused(flags, message):
+    assert message in error_line(*flags, DRY_RUN=1)
 
 
 def test_missing_files_are_named_before_anything_starts(machine):
     folder, interpreter = machine
     variables = {"cwd": folder, "PYTHON": interpreter()}
-    assert "--data_path: there is no file none.json" in refusal(*FILES, "--data_path=none.json", **variables)
-    assert "--image_folder: there is no folder none" in refusal(*FILES, "--image_folder", "none", **variables)
-    assert "--data_path" in refusal(*FILES, "--data_path", "all images", **variables)
-    assert "no file second.json" in refusal(*FILES, "--data_path", "train set.json", "second.json", **variables)
-    assert "--model_name_or_path" in refusal(*FILES, "--model_name_or_path", folder / "none", **variables)
-    assert "--vision_tower" in refusal(*FILES, "--vision_tower", "./none", **variables)
-    assert "--deepspeed" in refusal(*FILES, "--deepspeed", "none.json", **variables)
+    assert "--data_path: there is no file none.json" in error_line(*FILES, "--data_path=none.json", **variables)
+    assert "--image_folder: there is no folder none" in error_line(*FILES, "--image_folder", "none", **variables)
+    assert "--data_path" in error_line(*FILES, "--data_path", "all images", **variables)
+    assert "no file second.json" in error_line(*FILES, "--data_path", "train set.json", "second.json", **variables)
+    assert "--model_name_or_path" in error_line(*FILES, "--model_name_or_path", folder / "none", **variables)
+    assert "--vision_tower" in error_line(*FILES, "--vision_tower", "./none", **variables)
+    assert "--deepspeed" in error_line(*FILES, "--deepspeed", "none.json", **variables)
 
 
 def test_the_machine_must_have_what_is_asked_for(machine):
     folder, interpreter = machine
-    assert "set NUM_GPUS=4" in refusal(*FILES, cwd=folder, PYTHON=interpreter(gpus=4))
-    assert "DEVICE=cpu" in refusal(*FILES, cwd=folder, PYTHON=interpreter(gpus=0))
+    assert "set NUM_GPUS=4" in error_line(*FILES, cwd=folder, PYTHON=interpreter(gpus=4))
+    assert "DEVICE=cpu" in error_line(*FILES, cwd=folder, PYTHON=interpreter(gpus=0))
     assert run_script(*FILES, cwd=folder, PYTHON=interpreter(gpus=4), NUM_GPUS=4).returncode == 0
     assert run_script(*FILES, cwd=folder, PYTHON=interpreter(gpus=0), DEVICE="cpu").returncode == 0
     without = interpreter(deepspeed=False)
-    assert "DeepSpeed is not installed" in refusal(*FILES, cwd=folder, PYTHON=without)
+    assert "DeepSpeed is not installed" in error_line(*FILES, cwd=folder, PYTHON=without)
     assert run_script(*FILES, cwd=folder, PYTHON=without, ZERO=0).returncode == 0
-    assert "DeepSpeed" in refusal(*FILES, "--deepspeed", "train set.json", cwd=folder, PYTHON=without)
-    assert "PYTHON=" in refusal(*FILES, cwd=folder, PYTHON="/bin/false")
+    assert "DeepSpeed" in error_line(*FILES, "--deepspeed", "train set.json", cwd=folder, PYTHON=without)
+    assert "PYTHON=" in error_line(*FILES, cwd=folder, PYTHON="/bin/false")
 
 
 def test_what_this_machine_has_is_asked_of_torch(machine):
     """The real probe: this interpreter has torch, and no machine has so many GPUs."""
-    said = refusal(*FILES, cwd=machine[0], NUM_GPUS=1024, GLOBAL_BATCH=8192, ZERO=0)
-    assert "torch sees" in said
+    message = error_line(*FILES, cwd=machine[0], NUM_GPUS=1024, GLOBAL_BATCH=8192, ZERO=0)
+    assert "torch sees" in message
 
 
 def test_help_names_everything():

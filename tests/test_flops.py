@@ -1,4 +1,4 @@
-"""Counted operations against those that torch sees, on steps of small models."""
+"""Counted operations by part against those of whole steps of small models, and against counts by hand."""
 
 import pytest
 import torch
@@ -69,6 +69,30 @@ def test_the_forward_is_counted_exactly(fusion):
     parts = whole_square(TrainingFlops(model), size(tokens))
     unseen = seen_by_torch(model, backward=False) - sum(part.forward for part in parts.values())
     assert unseen in rotary(tokens)
+
+
+def test_the_forward_is_that_of_a_count_by_hand():
+    """CLIP alone: 4 patches of 14 x 14 pixels, one of two blocks over 5 tokens; then projector and decoder."""
+    flops = TrainingFlops(small_model(mm_fusion_type="clip"))
+    one_image = flops.by_part(BatchSize(images=1))
+    patches = 4 * (3 * 14 * 14) * 24
+    block = 5 * (4 * 24 * 24 + 2 * 24 * 48) + 2 * 5 * 5 * 24
+    assert one_image["towers"] == Passes(2 * (patches + block))
+    assert one_image["projectors"].forward == 2 * 4 * (24 * 32 + 32 * 32)
+    assert one_image["fusion"] == Passes()
+    layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48  # q and o; k and v of half as many heads; the three of the MLP
+    assert flops.by_part(BatchSize(tokens=1))["layers"].forward == 2 * 2 * layer
+    # A pair: one product of 32 numbers for its score, one for its value; causal attention needs half of the pairs.
+    assert flops.by_part(BatchSize(squares=2))["attention"].forward == 2 * 2 * (32 + 32)
+    assert flops.language_weights == 2 * layer + 32 * 64
+
+
+def test_repeated_towers_are_counted_without_their_embedding():
+    model = small_model(mm_fusion_type="clip").train()
+    model.model.vision_tower.requires_grad_(True)
+    model.gradient_checkpointing_enable()
+    towers = TrainingFlops(model).by_part(BatchSize(images=1))["towers"]
+    assert towers.repeated == towers.forward - 2 * 4 * (3 * 14 * 14) * 24
 
 
 @pytest.mark.parametrize("kind", ["projectors", "lora", "whole"])

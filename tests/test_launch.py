@@ -1,4 +1,4 @@
-"""How processes are started, and what is said when one ends too early."""
+"""How processes are started, and what is printed when one ends too early."""
 
 import signal
 import subprocess
@@ -34,10 +34,10 @@ def raising(error: BaseException):
 
 
 @pytest.mark.parametrize(
-    ("exitcode", "status", "said"),
+    ("exitcode", "status", "message"),
     [(1, 1, ""), (7, 7, ""), (-9, 137, "error: process 2 was ended by SIGKILL"), (-11, 139, "ended by SIGSEGV")],
 )
-def test_the_status_is_that_of_the_process_that_failed_first(monkeypatch, capsys, exitcode, status, said):
+def test_the_status_is_that_of_the_process_that_failed_first(monkeypatch, capsys, exitcode, status, message):
     first = SimpleNamespace(exitcode=exitcode, timestamp=1)
     failures = {0: SimpleNamespace(exitcode=-15, timestamp=2), 2: first}
     error = ChildFailedError.__new__(ChildFailedError)
@@ -45,7 +45,7 @@ def test_the_status_is_that_of_the_process_that_failed_first(monkeypatch, capsys
     monkeypatch.setattr(launch, "torchrun", raising(error))
     assert launch.main([]) == status
     heard = capsys.readouterr().err
-    assert said in heard and bool(heard) == bool(said)
+    assert message in heard and bool(heard) == bool(message)
 
 
 def test_a_signal_to_the_launcher_is_no_traceback(monkeypatch, capsys):
@@ -63,5 +63,5 @@ def test_processes_run_and_only_their_own_words_are_heard(tmp_path):
     assert well.returncode == 0 and sorted(well.stdout.splitlines()) == ["0 of 2", "1 of 2"]
     badly = subprocess.run([*command, "badly"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert badly.returncode == 3
-    said = [line for line in badly.stderr.splitlines() if "OMP_NUM_THREADS" not in line and set(line) != {"*"}]
-    assert said == ["error: one sentence"]
+    message = [line for line in badly.stderr.splitlines() if "OMP_NUM_THREADS" not in line and set(line) != {"*"}]
+    assert message == ["error: one sentence"]

@@ -53,7 +53,7 @@ def test_what_is_no_picture_raises(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(ImageReadError, match=r"pipe\.png: a pipe or a device"):
         load_image(tmp_path / "pipe.png")
-    with pytest.raises(ImageReadError, match=r"^a picture or its path is needed, not bytes$"):
+    with pytest.raises(ImageReadError, match=r"^an image or its path is needed, not bytes$"):
         load_image(b"many bytes")
 
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from llava.model.probability_mapper import ProbabilityMapper, VerdictTokens
+from llava.model.verdict import VerdictTokens
 from llava.systems.fakereasoning.answer import VERDICT_PREFIX, VERDICT_WORDS
+from llava.systems.fakereasoning.probability_mapper import ProbabilityMapper
 from tests.small_models import published_llama_pieces, small_model
 
 TOKENS = VerdictTokens(pattern=(7, 8, 9), real=10, fake=11)
@@ -109,15 +110,16 @@ def batch(model):
 def test_the_models_loss_is_the_sum_of_both(weight):
     model = small_model(cpm_weight=weight)
     output = model(**batch(model))
-    assert output.mapper_rows == 2
-    assert torch.allclose(output.loss, output.lm_loss + weight * output.mapper_loss)
+    mapped = output.terms["mapper"]
+    assert mapped.items == 2
+    assert torch.allclose(output.loss, output.lm_loss + weight * mapped.mean)
     logits = output.logits
     assert logits.shape[1] == 8 - 1 + 4
     positions = [5 + 3, 4 + 3]
-    mapper = model.probability_mapper
+    mapper = model.objective.mapper
     chances = torch.stack([mapper.fake_probability(logits[row, k]) for row, k in enumerate(positions)])
     expected = -(chances[0].log() + (1 - chances[1]).log()) / 2
-    assert torch.allclose(output.mapper_loss, expected, atol=1e-6)
+    assert torch.allclose(output.terms["mapper"].mean, expected, atol=1e-6)
 
 
 def test_a_config_file_without_the_field_means_the_authors_search():

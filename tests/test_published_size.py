@@ -19,6 +19,7 @@ PUBLISHED = json.loads((GOLDENS.parent / "published_keys_13b.json").read_text())
 @pytest.fixture(scope="module")
 def model() -> LlavaLlamaForCausalLM:
     config = LlavaConfig(
+        system="fakereasoning",
         vocab_size=32000,
         hidden_size=5120,
         intermediate_size=13824,
@@ -52,7 +53,7 @@ def shapes(tensors) -> dict[str, list[int]]:
 
 
 def test_merged_names_and_shapes(model):
-    theirs = layout.KEY_MAP.to_theirs(stored_state_dict(model))
+    theirs = layout.KEY_MAP.to_published(stored_state_dict(model))
     assert len(theirs) == PUBLISHED["counts"]["merged"]
     assert shapes(theirs) == PUBLISHED["merged"]
 
@@ -60,7 +61,7 @@ def test_merged_names_and_shapes(model):
 def test_published_names_become_ours_again(model):
     ours = stored_state_dict(model)
     published = {name: torch.empty(shape, device="meta") for name, shape in PUBLISHED["merged"].items()}
-    assert shapes(layout.KEY_MAP.to_ours(published)) == shapes(ours)
+    assert shapes(layout.KEY_MAP.to_native(published)) == shapes(ours)
 
 
 def test_non_lora_names_and_shapes(model):
@@ -71,7 +72,7 @@ def test_non_lora_names_and_shapes(model):
 
 def test_what_the_shapes_tell_is_the_published_model():
     published = {name: torch.empty(shape, device="meta") for name, shape in PUBLISHED["merged"].items()}
-    tensors = layout.KEY_MAP.to_ours(published)
+    tensors = layout.KEY_MAP.to_native(published)
     assert layout.infer_dino_heads(tensors) == 16
     assert layout.infer_fusion(tensors) == {
         "mm_fusion_type": "forgery_aware",

@@ -8,7 +8,7 @@ import pytest
 
 from llava.data.records import Record, read_records
 from llava.errors import DataError
-from llava.systems.fakereasoning.answer import write_answer
+from llava.systems.fakereasoning.answer import FORMAT, write_answer
 from tests.conftest import GOLDENS
 
 REAL, FAKE = (write_answer(label, form="verdict") for label in ("real", "fake"))
@@ -49,9 +49,9 @@ def test_the_reference_rows_are_read():
         "img2.png",
         "img2.png",
     ]
-    assert [record.forgery_label for record in records] == [1, 0, 1, 0, 0, 0, -100]
+    assert [record.forgery_label(FORMAT) for record in records] == [1, 0, 1, 0, 0, 0, -100]
     assert records[3].turns[0] == {"from": "human", "value": "Is this naïve 图 sentence real or fake?"}
-    assert records[6].conclusion.problem == "there is no <CONCLUSION>"
+    assert records[6].verdict(FORMAT).problem == "there is no <CONCLUSION>"
     assert records[0].origin == f"{GOLDENS / 'train_mixed.json'}, row 1"
 
 
@@ -181,8 +181,8 @@ def concluding(*answers):
 )
 def test_the_label_is_what_the_conclusions_say(answers, label):
     record = concluding(*answers)
-    assert record.forgery_label == label
-    assert bool(record.conclusion.problem) == (label == -100)
+    assert record.forgery_label(FORMAT) == label
+    assert bool(record.verdict(FORMAT).problem) == (label == -100)
 
 
 def test_reading_records_needs_no_torch():

@@ -30,14 +30,14 @@ def nothing_is_trained(monkeypatch):
     monkeypatch.setattr(ForgeryTrainer, "train", lambda *_, **__: pytest.fail("it was trained"))
 
 
-def refusal(capsys, output: Path, **changes) -> str:
-    """The one line that a refused run says."""
+def error_line(capsys, output: Path, **changes) -> str:
+    """The one line that a refused run prints."""
     assert main(options(output, **{**BASE, **changes})) == 1
-    said = capsys.readouterr().err
-    before, error, after = said.partition("error: ")
-    assert error and "error: " not in after and "Traceback" not in said, said
-    assert before.split("\n")[-1].split("\r")[-1].strip() == "", said
-    assert all(line.startswith("  ") for line in after.splitlines()[1:]), said
+    message = capsys.readouterr().err
+    before, error, after = message.partition("error: ")
+    assert error and "error: " not in after and "Traceback" not in message, message
+    assert before.split("\n")[-1].split("\r")[-1].strip() == "", message
+    assert all(line.startswith("  ") for line in after.splitlines()[1:]), message
     assert not output.exists() or not list(output.glob("*"))
     return after
 
@@ -85,7 +85,7 @@ def refusal(capsys, output: Path, **changes) -> str:
         ({"verdict_only_share": -0.1}, "verdict_only_share"),
         ({"eval_strategy": "steps"}, "--eval_data_path"),
         ({"eval_on_start": True}, "--eval_data_path"),
-        ({"alike_lengths": True}, "--group_by_modality_length"),
+        ({"alike_lengths": True}, "--group_by_length needs --group_by_modality_length"),
         ({"tune_mm_mlp_adapter": True}, "--lora_enable"),
         ({"unfreeze_towers": True, "cache_features": "x"}, "cache_features"),
         ({"unfreeze_towers": True, "save_layout": "published"}, "published"),
@@ -118,6 +118,7 @@ def refusal(capsys, output: Path, **changes) -> str:
         ({"validation_new_tokens": 0}, "validation_new_tokens"),
         ({"lr_scheduler_type": "zigzag"}, "zigzag"),
         ({"optim": "magic"}, "magic"),
+        ({"optim_args": "nothing"}, "--optim"),
         ({"optim": "lomo"}, "lomo_optim"),
         ({"report_to": "smoke"}, "--report_to smoke is unknown"),
         ({"report_to": "azure_ml"}, "--report_to azure_ml: it is not installed"),
@@ -137,13 +138,13 @@ def refusal(capsys, output: Path, **changes) -> str:
     ],
     ids=str,
 )
-def test_what_cannot_be_is_refused_in_one_line(capsys, tmp_path, changes, named):
-    assert named in refusal(capsys, tmp_path / "out", **changes)
+def test_invalid_options_are_refused_in_one_line(capsys, tmp_path, changes, named):
+    assert named in error_line(capsys, tmp_path / "out", **changes)
 
 
 def test_a_new_model_cannot_have_an_adapter_over_nothing(capsys, tmp_path):
     new = {"model_name_or_path": None, "model_config": GOLDENS / "base" / "config.json", "tokenizer": GOLDENS / "base"}
-    assert "--model_config" in refusal(capsys, tmp_path / "out", **new)
+    assert "--model_config" in error_line(capsys, tmp_path / "out", **new)
 
 
 @pytest.mark.parametrize(
@@ -159,23 +160,23 @@ def test_a_config_that_describes_no_model_is_refused(capsys, tmp_path, wrong, wh
     config = json.loads((GOLDENS / "base" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **wrong}))
     new = {"model_name_or_path": None, "model_config": tmp_path / "config.json", "tokenizer": GOLDENS / "base"}
-    said = refusal(capsys, tmp_path / "out", **new, lora_enable=False)
-    assert str(tmp_path / "config.json") in said and why in said
+    message = error_line(capsys, tmp_path / "out", **new, lora_enable=False)
+    assert str(tmp_path / "config.json") in message and why in message
 
 
 def test_sharded_training_is_not_begun_without_a_launcher(capsys, tmp_path):
     pytest.importorskip("deepspeed")
-    said = refusal(capsys, tmp_path / "out", deepspeed=Path(__file__).parents[1] / "scripts" / "zero2.json")
-    assert "torch.distributed.run" in said
+    message = error_line(capsys, tmp_path / "out", deepspeed=Path(__file__).parents[1] / "scripts" / "zero2.json")
+    assert "torch.distributed.run" in message
 
 
 def test_towers_that_do_not_fit_are_refused(capsys, tmp_path):
-    said = refusal(capsys, tmp_path / "out", vision_tower=GOLDENS.parent / "clip_full")
-    assert "mm_projector" in said and "--vision_tower" in said
+    message = error_line(capsys, tmp_path / "out", vision_tower=GOLDENS.parent / "clip_full")
+    assert "mm_projector" in message and "--vision_tower" in message
     tensors = torch.load(GOLDENS / "dino.pth", weights_only=True)
     tensors["patch_embed.proj.weight"] = tensors["patch_embed.proj.weight"][..., :10, :10].clone()
     torch.save(tensors, tmp_path / "finer.pth")
-    assert "25 and 49" in refusal(capsys, tmp_path / "out", dino_weights=tmp_path / "finer.pth")
+    assert "25 and 49" in error_line(capsys, tmp_path / "out", dino_weights=tmp_path / "finer.pth")
 
 
 def altered(folder: Path, change) -> Path:
@@ -197,13 +198,13 @@ def altered(folder: Path, change) -> Path:
     ],
 )
 def test_data_that_cannot_be_trained_on_is_refused(capsys, tmp_path, change, named):
-    assert named in refusal(capsys, tmp_path / "out", data_path=altered(tmp_path, change))
+    assert named in error_line(capsys, tmp_path / "out", data_path=altered(tmp_path, change))
 
 
 def test_records_without_any_image_are_refused(capsys, tmp_path):
     file = write_records(tmp_path, count=4, text_only=4)
-    said = refusal(capsys, tmp_path / "out", data_path=file, image_folder=tmp_path)
-    assert "none of the 4 records has an image" in said
+    message = error_line(capsys, tmp_path / "out", data_path=file, image_folder=tmp_path)
+    assert "none of the 4 records has an image" in message
 
 
 def test_invalid_records_are_dropped_if_that_is_asked_for(capsys, tmp_path, monkeypatch):
@@ -211,6 +212,19 @@ def test_invalid_records_are_dropped_if_that_is_asked_for(capsys, tmp_path, monk
     data = altered(tmp_path, lambda records: records[1].update(image="gone.png"))
     assert main(options(tmp_path / "out", **{**BASE, "data_path": data}, drop_invalid=True)) == 0
     assert json.loads((tmp_path / "out" / "run.json").read_text("utf-8"))["records"] == 2
+
+
+def test_a_bug_keeps_its_traceback(trained, tmp_path, monkeypatch):
+    def fault(*_, **__):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(ForgeryTrainer, "train", fault)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(options(tmp_path / "out", trained, write_records(tmp_path, count=4), **LORA))
+
+
+def test_an_unknown_option_is_answered_with_the_nearest(capsys, tmp_path):
+    assert "did you mean --learning-rate?" in error_line(capsys, tmp_path / "out", learning_rat=1)
 
 
 def test_a_process_ends_with_status_1(tmp_path):
@@ -263,6 +277,8 @@ def test_options_of_training_act_under_older_names(arguments, name, value):
     ("arguments", "group", "name", "value"),
     [
         (["--group-by-modality-length", "True"], 1, "group_by_modality_length", True),
+        (["--alike_lengths", "--group_by_modality_length"], 1, "group_by_length", True),
+        (["--alike-lengths=False"], 1, "group_by_length", False),
         (["--model_max_len", "77"], 1, "model_max_length", 77),
         (["--mm_vision_tower", "y"], 0, "vision_tower", "y"),
         (["--freeze_mm_mlp_adapter", "False"], 0, "tune_mm_mlp_adapter", False),
@@ -294,8 +310,8 @@ def test_a_damaged_image_is_named_without_a_traceback(capsys, trained, tmp_path,
     for workers in (0, 2):
         given = options(tmp_path / f"out{workers}", trained, data, **LORA, dataloader_num_workers=workers)
         assert main(given) == 1
-        said = capsys.readouterr().err
-        error = next(line for line in said.splitlines() if "error: " in line)
+        message = capsys.readouterr().err
+        error = next(line for line in message.splitlines() if "error: " in line)
         assert error.startswith("error: "), "it stands on the progress bar's line"
-        assert "train.json, row 3" in error and "2.png" in error and said.count("error: ") == 1
-        assert "Traceback" not in said
+        assert "train.json, row 3" in error and "2.png" in error and message.count("error: ") == 1
+        assert "Traceback" not in message

@@ -14,16 +14,16 @@ from tests.training_runs import (
     LORA,
     ROOT,
     adapter_weights,
-    begin_on_two,
     largest_gap,
+    start_on_two,
     steps,
     train_here,
     train_on_two,
     write_records,
 )
 
-JUDGED = ("eval_loss", "eval_lm_loss", "eval_mapper_loss", "eval_verdict_accuracy")
-FIGURES = ("loss", "lm_loss", "mapper_loss", "mapper_rows_share", "grad_norm")
+VALIDATED = ("eval_loss", "eval_lm_loss", "eval_mapper_loss", "eval_verdict_accuracy")
+METRICS = ("loss", "lm_loss", "mapper_loss", "mapper_rows_share", "grad_norm")
 
 
 def without_dropout(source: Path, folder: Path) -> Path:
@@ -75,12 +75,12 @@ def test_accumulation_divides_a_step_without_changing_it(start, data, tmp_path, 
         per_device_train_batch_size=1,
         gradient_accumulation_steps=4,
     )
-    expected = steps(whole, *FIGURES)
+    expected = steps(whole, *METRICS)
     print(expected)
-    shares = [figures[3] for figures in expected]
+    shares = [metrics[3] for metrics in expected]
     assert shares == [1.0] * 6 if search == "labels" else 0 < sum(shares) < 6
     for other in (halves, quarters):
-        assert close(steps(other, *FIGURES), expected)
+        assert close(steps(other, *METRICS), expected)
         assert largest_gap(adapter_weights(whole), adapter_weights(other)) < 2e-4
     theirs = train_here(
         tmp_path / "theirs", start, data, **shared, gradient_accumulation_steps=2, loss_average="micro_batch"
@@ -106,9 +106,9 @@ ZERO = {stage: ROOT / "scripts" / f"zero{stage}.json" for stage in (2, 3)}
 def test_two_processes_have_the_losses_of_one(start, data, tmp_path, search, micro_batch, accumulation, stage):
     if stage:
         pytest.importorskip("deepspeed")
-    judging = {"eval_data_path": data, "eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 2}
-    judging["validation_verdict"] = "score" if stage == 3 else "generate"
-    shared = {**LORA, **judging, "cpm_search": search, "max_steps": 3, "validation_new_tokens": 120}
+    validating = {"eval_data_path": data, "eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 2}
+    validating["validation_verdict"] = "score" if stage == 3 else "generate"
+    shared = {**LORA, **validating, "cpm_search": search, "max_steps": 3, "validation_new_tokens": 120}
     one = train_here(tmp_path / "one", start, data, **shared, per_device_train_batch_size=4)
     two = train_on_two(
         tmp_path / "two",
@@ -119,13 +119,13 @@ def test_two_processes_have_the_losses_of_one(start, data, tmp_path, search, mic
         gradient_accumulation_steps=accumulation,
         deepspeed=ZERO.get(stage),
     )
-    assert close(steps(two, *FIGURES), steps(one, *FIGURES))
+    assert close(steps(two, *METRICS), steps(one, *METRICS))
     assert largest_gap(adapter_weights(one), adapter_weights(two)) < 2e-4
-    assert close(steps(two, *JUDGED), steps(one, *JUDGED))
+    assert close(steps(two, *VALIDATED), steps(one, *VALIDATED))
 
 
 @pytest.mark.slow
-def test_whichever_process_fails_says_why(trained, data, tmp_path):
+def test_whichever_process_fails_reports_why(trained, data, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(data.parent, folder)
     records = json.loads(data.read_text("utf-8"))
@@ -135,10 +135,10 @@ def test_whichever_process_fails_says_why(trained, data, tmp_path):
     second = next(index for index in order[1::2] if "image" in records[index])
     (folder / "images" / records[second]["image"]).write_bytes(b"no image")
     given = {**LORA, "max_steps": 6, "per_device_train_batch_size": 1, "group_by_modality_length": True, "seed": 42}
-    process = begin_on_two(tmp_path / "run", trained, folder / "train.json", **given)
-    said = process.communicate(timeout=300)[1]
+    process = start_on_two(tmp_path / "run", trained, folder / "train.json", **given)
+    message = process.communicate(timeout=300)[1]
     assert process.returncode != 0
-    error = next(line for line in said.splitlines() if "error: " in line)
+    error = next(line for line in message.splitlines() if "error: " in line)
     assert error.startswith("error: ") and f"train.json, row {second + 1}" in error and "no picture" in error
 
 
@@ -150,7 +150,7 @@ def test_matching_rows_are_counted_with_the_dropout_of_the_step_itself(trained, 
     def noted(self, inputs, output, *rest):
         step = self.state.global_step
         counted.setdefault(step, set()).add(self._step_rows)
-        matched[step] = matched.get(step, 0) + int(output.mapper_rows)
+        matched[step] = matched.get(step, 0) + int(output.terms["mapper"].items)
         return count(self, inputs, output, *rest)
 
     monkeypatch.setattr(ForgeryTrainer, "_count", noted)

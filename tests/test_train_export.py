@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from llava.model import saving
 from llava.model.builder import load_pretrained_model
+from llava.model.checkpoint_layout import NON_LORA_FILE
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
-from llava.systems.fakereasoning import checkpoint as layout
 from llava.train import export
 from llava.train import train as train_module
 from llava.train.train import main
@@ -80,7 +80,7 @@ def test_the_final_folder_is_the_trained_model(trained, data, kept, tmp_path, sa
 def test_the_published_layout_has_the_authors_files_and_names(kept, tmp_path):
     final = train_here(tmp_path / "run", **LORA, **PUBLISHED)
     assert {path.name for path in final.iterdir()} == {path.name for path in (GOLDENS / "lora").iterdir()}
-    for name in ("adapter_model.safetensors", layout.NON_LORA_FILE):
+    for name in ("adapter_model.safetensors", NON_LORA_FILE):
         assert shapes(final / name) == shapes(GOLDENS / "lora" / name)
     ours, theirs = (json.loads((folder / "adapter_config.json").read_text()) for folder in (final, GOLDENS / "lora"))
     for name in ("peft_type", "r", "lora_alpha", "bias", "task_type", "inference_mode"):
@@ -112,7 +112,7 @@ def test_half_precision_keeps_trained_weights_whole(trained, data, kept, tmp_pat
     for parameter in kept["model"].parameters():
         assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
     stored = [*load_file(final / "adapter_model.safetensors").values()]
-    stored += torch.load(final / layout.NON_LORA_FILE, weights_only=True).values()
+    stored += torch.load(final / NON_LORA_FILE, weights_only=True).values()
     assert {tensor.dtype for tensor in stored} == {torch.float32}
     assert any((tensor != tensor.bfloat16().float()).any() for tensor in stored)
     losses = steps(final, "loss")
@@ -150,8 +150,8 @@ def test_a_faulty_write_is_noticed_before_training(trained, data, tmp_path, monk
     layout_name, *_ = save_layout.split()
     given = PUBLISHED if layout_name == "published" else {"model_name_or_path": trained, "save_layout": layout_name}
     assert main(options(tmp_path / "run", data=data, **{**lora, **given})) == 1
-    said = capsys.readouterr().err
-    assert "does not hold what it should" in said and "Traceback" not in said
+    message = capsys.readouterr().err
+    assert "does not hold what it should" in message and "Traceback" not in message
     assert list((tmp_path / "run").iterdir()) == []
 
 
@@ -166,15 +166,15 @@ def test_a_faulty_file_beside_the_adapter_is_noticed(trained, data, tmp_path, mo
     assert "does not hold what it should" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_said_before_training(trained, data, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_an_error_before_training(trained, data, tmp_path, monkeypatch, capsys):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(ForgeryTrainer, "train", lambda *_, **__: pytest.fail("it was trained"))
     monkeypatch.setattr(export, "save_file", full)
     assert main(options(tmp_path / "run", trained, data, **LORA)) == 1
-    said = capsys.readouterr().err
-    assert "No space left on device" in said and str(tmp_path / "run") in said and "Traceback" not in said
+    message = capsys.readouterr().err
+    assert "No space left on device" in message and str(tmp_path / "run") in message and "Traceback" not in message
     assert list((tmp_path / "run").iterdir()) == []
 
 
@@ -188,28 +188,28 @@ def test_a_full_disk_is_said_before_training(trained, data, tmp_path, monkeypatc
         ("adapter", 250_000, "untouched: is the disk full?"),  # the optimizer's state is the largest
     ],
 )
-def test_a_disk_that_takes_no_more_is_said(trained, data, tmp_path, save_layout, most_bytes, named):
+def test_a_disk_that_takes_no_more_is_one_line(trained, data, tmp_path, save_layout, most_bytes, named):
     given = PUBLISHED if save_layout == "published" else {"model_name_or_path": trained, "save_layout": save_layout}
     given = {**LORA, **given, "save_strategy": "steps", "save_steps": 2}
     process = os.fork()
     if process == 0:
-        with (tmp_path / "said").open("w") as sys.stderr:
+        with (tmp_path / "stderr").open("w") as sys.stderr:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
             status = main(options(tmp_path / "run", data=data, **given))
         os._exit(status)
     assert os.WEXITSTATUS(os.waitpid(process, 0)[1]) == 1
-    said = (tmp_path / "said").read_text()
-    assert named in said and said.count("could not be written") == 1 and "Traceback" not in said, said
+    message = (tmp_path / "stderr").read_text()
+    assert named in message and message.count("could not be written") == 1 and "Traceback" not in message, message
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {"run.json"}
 
 
-def test_a_folder_that_cannot_be_made_is_said_before_weights_are_read(trained, data, tmp_path, monkeypatch, capsys):
+def test_a_folder_that_cannot_be_made_is_an_error_before_weights_are_read(trained, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_module, "build_model", lambda *_, **__: pytest.fail("weights were read"))
     (tmp_path / "file").write_text("")
     assert main(options(tmp_path / "file" / "run", trained, data, **LORA)) == 1
-    said = capsys.readouterr().err
-    assert said.count("error: ") == 1 and str(tmp_path / "file") in said
+    message = capsys.readouterr().err
+    assert message.count("error: ") == 1 and str(tmp_path / "file") in message
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_earlier_ones(trained, data, tmp_path, monkeypatch, capsys):
@@ -223,8 +223,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_earlier_ones(trained, data, 
     monkeypatch.setattr(ForgeryTrainer, "save_model", failing)
     saving_often = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "max_steps": 6}
     assert main(options(tmp_path / "run", trained, data, **LORA, **saving_often)) == 1
-    said = capsys.readouterr().err
-    assert "checkpoint-4 could not be written" in said and "Traceback" not in said
+    message = capsys.readouterr().err
+    assert "checkpoint-4 could not be written" in message and "Traceback" not in message
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-2", "run.json"]
 
 
@@ -232,7 +232,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_earlier_ones(trained, data, 
 
 
 @pytest.mark.parametrize("verdict", ["score", "generate"])
-def test_a_model_that_says_real_to_all_is_right_as_often_as_images_are_real(trained, tmp_path, verdict):
+def test_the_accuracy_of_a_model_that_answers_real_is_the_share_of_real_images(trained, tmp_path, verdict):
     data = write_records(tmp_path, count=16)
     records = json.loads(data.read_text("utf-8"))
     real, fake = records[::2], records[1::2]
@@ -240,8 +240,8 @@ def test_a_model_that_says_real_to_all_is_right_as_often_as_images_are_real(trai
     (tmp_path / "eval.json").write_text(json.dumps([*real[:6], *fake[:2]]), encoding="utf-8")
     files = {"data_path": tmp_path / "real.json", "eval_data_path": tmp_path / "eval.json"}
     learning = {"learning_rate": 4e-3, "max_steps": 30, "per_device_train_batch_size": 8, "verdict_only_share": 1.0}
-    judging = {"eval_strategy": "steps", "eval_steps": 30, "per_device_eval_batch_size": 3}
-    given = {**LORA, **learning, **files, **judging, "validation_verdict": verdict, "validation_new_tokens": 200}
+    validating = {"eval_strategy": "steps", "eval_steps": 30, "per_device_eval_batch_size": 3}
+    given = {**LORA, **learning, **files, **validating, "validation_verdict": verdict, "validation_new_tokens": 200}
     final = train_here(tmp_path / "run", trained, data, **given)
     assert steps(final, "eval_verdict_accuracy") == [0.75]
     best = final.parent / "best"
@@ -260,10 +260,10 @@ def test_the_best_model_is_kept(trained, data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_module, "export_model", keeping)
     learning = {**LORA, "learning_rate": 0.02, "lr_scheduler_type": "constant", "max_steps": 4, "validation_share": 0.5}
-    judging = {"eval_strategy": "steps", "eval_steps": 1, "validation_verdict": "score"}
-    final = train_here(tmp_path / "run", trained, data, **learning, **judging)
+    validating = {"eval_strategy": "steps", "eval_steps": 1, "validation_verdict": "score"}
+    final = train_here(tmp_path / "run", trained, data, **learning, **validating)
     found = steps(final, "eval_verdict_accuracy", "eval_loss", "step")
-    accuracy, loss, step = max(found, key=lambda figures: (figures[0], -figures[1]))
+    accuracy, loss, step = max(found, key=lambda metrics: (metrics[0], -metrics[1]))
     assert len(found) == 4
     note = json.loads((tmp_path / "run" / "best.json").read_text())
     assert note == {"step": step, "verdict_accuracy": accuracy, "loss": loss}

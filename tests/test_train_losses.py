@@ -12,12 +12,14 @@ from llava.data.records import read_records
 from llava.data.sampler import ModalityLengthSampler
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint_files import read_tensor_file
+from llava.model.checkpoint_layout import LORA_PREFIX, NON_LORA_FILE, strip_lora_prefix
 from llava.systems.fakereasoning import checkpoint as layout
 from llava.train.arguments import parse_arguments
-from llava.train.loading import build_model, open_start
+from llava.train.checkpointing import complete_checkpoints
+from llava.train.loading import build_model, load_start
 from llava.train.lora import apply_lora, choose_trainable, optimizer_groups, trainable_tensors
 from llava.train.train import _grouped_order, main
-from llava.train.trainer import ForgeryTrainer, whole_checkpoints
+from llava.train.trainer import ForgeryTrainer
 from tests.conftest import GOLDENS
 from tests.reference import GRADIENTS, LM_LOSS
 from tests.training_runs import LORA, options, write_records
@@ -26,8 +28,8 @@ RECIPE = {"lora", "fusion", "mm_projector", "dino_mm_projector"}
 
 
 def published_name(name: str) -> str:
-    bare = name.removeprefix(layout.LORA_PREFIX)
-    return f"{layout.LORA_PREFIX}{next(iter(layout.KEY_MAP.to_theirs({bare: torch.zeros(1)})))}"
+    bare = name.removeprefix(LORA_PREFIX)
+    return f"{LORA_PREFIX}{next(iter(layout.KEY_MAP.to_published({bare: torch.zeros(1)})))}"
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +39,13 @@ def adapted():
     lora = ["--lora_enable", "--lora_r", "4", "--lora_alpha", "8", "--cpm_search", "predictions"]
     others = ["--data_path", "x.json", "--output_dir", "unused", "--use_cpu"]
     model_args, data_args, _ = parse_arguments(["--model_name_or_path", str(GOLDENS / "base"), *towers, *lora, *others])
-    opened = open_start(model_args, data_args)
-    base = build_model(opened, dtype=torch.float32, device=torch.device("cpu"), bits=16, attn_implementation="sdpa")
+    start = load_start(model_args, data_args)
+    base = build_model(start, dtype=torch.float32, device=torch.device("cpu"), bits=16, attn_implementation="sdpa")
     model = apply_lora(base, rank=model_args.lora_r, alpha=model_args.lora_alpha)
     choose_trainable(model, RECIPE)
     set_peft_model_state_dict(model, load_file(GOLDENS / "lora" / "adapter_model.safetensors"))
-    beside = layout.strip_lora_prefix(read_tensor_file(GOLDENS / "lora" / layout.NON_LORA_FILE))
-    ours = {name: tensor[...] for name, tensor in layout.KEY_MAP.to_ours(beside).items()}
+    beside = strip_lora_prefix(read_tensor_file(GOLDENS / "lora" / NON_LORA_FILE))
+    ours = {name: tensor[...] for name, tensor in layout.KEY_MAP.to_native(beside).items()}
     assert not base.load_state_dict(ours, strict=False).unexpected_keys
     return model.eval()
 
@@ -116,7 +118,7 @@ def batches(model, tokenizer, processor, folder):
             template=conv_templates["v1"],
             model_config=model.config,
             image_processor=processor,
-            num_image_tokens=model.get_model().num_image_tokens(),
+            placeholder_tokens=model.get_model().placeholder_tokens(),
             max_length=2048,
         )
         for found, images in zip(records, (folder / "images", GOLDENS / "images"), strict=True)
@@ -145,8 +147,9 @@ def test_losses_alone_equal_those_of_all_logits(request, tmp_path, source, searc
             output = model(**batch, loss_only=loss_only)
             output.loss.backward()
             gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-            figures = (output.loss, output.lm_loss, output.mapper_loss)
-            found.append((figures, output.mapper_rows, output.mapper_correct, output.labels, gradients))
+            mapped = output.terms["mapper"]
+            losses = (output.loss, output.lm_loss, mapped.mean)
+            found.append((losses, mapped.items, mapped.values["correct"], output.labels, gradients))
         full, alone = found
         assert torch.allclose(torch.stack(full[0]), torch.stack(alone[0]), atol=1e-6, rtol=1e-6)
         assert full[1] == alone[1] and full[2] == alone[2] and torch.equal(full[3], alone[3])
@@ -194,9 +197,9 @@ def test_a_run_whose_loss_is_no_number_stops_and_keeps_its_checkpoints(
     saving["logging_steps"] = logging_steps
     given = options(tmp_path / "run", trained, write_records(tmp_path / "data"), **LORA, **saving)
     assert main(given) == 1
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     found_at = 3 if logging_steps == 1 else min(5, -(-3 // save_steps) * save_steps)
-    assert f"\nerror: the lm_loss is nan at step {found_at}" in said
-    assert "--learning_rate" in said and "Traceback" not in said
-    assert [path.name for path in whole_checkpoints(tmp_path / "run")] == ([f"checkpoint-{kept}"] if kept else [])
+    assert f"\nerror: the lm_loss is nan at step {found_at}" in message
+    assert "--learning_rate" in message and "Traceback" not in message
+    assert [path.name for path in complete_checkpoints(tmp_path / "run")] == ([f"checkpoint-{kept}"] if kept else [])
     assert not (tmp_path / "run" / "final").exists()

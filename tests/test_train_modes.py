@@ -127,7 +127,7 @@ def test_frozen_towers_run_once_a_micro_batch(trained, data, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("fusion", ["cross_attention", "interleave", "clip", "dino"])
-def test_another_fusion_is_begun_anew(trained, data, tmp_path, capsys, fusion):
+def test_another_fusion_is_trained_from_scratch(trained, data, tmp_path, capsys, fusion):
     start = trained
     if fusion in ("clip", "dino"):
         start = without(tmp_path / "start", trained, *(["model.dino"] if fusion == "clip" else ["model.mm_projector"]))
@@ -148,7 +148,7 @@ def test_a_fusion_is_not_exchanged_for_one_with_fewer_parts(trained, data, tmp_p
     assert "the fusion 'interleave' has no such parts" in capsys.readouterr().err
 
 
-def test_lacking_parts_are_begun_anew_only_if_named(data, tmp_path, capsys):
+def test_missing_parts_are_new_only_if_named(data, tmp_path, capsys):
     start = without(tmp_path / "start", GOLDENS / "base", "model.crossattention.", "model.dino_mm_projector.")
     given = {
         "vision_tower": GOLDENS / "clip",
@@ -160,8 +160,8 @@ def test_lacking_parts_are_begun_anew_only_if_named(data, tmp_path, capsys):
     }
     for init in (None, "fusion", "dino_mm_projector"):
         assert main(options(tmp_path / "refused", start, **given, init=init)) == 1
-        said = capsys.readouterr().err
-        assert "--init" in said and "missing" in said and "Traceback" not in said
+        message = capsys.readouterr().err
+        assert "--init" in message and "missing" in message and "Traceback" not in message
     final = train_here(tmp_path / "run", start, **given, init="fusion,dino_mm_projector")
     assert logits(opened(final)).isfinite().all()
     assert steps(final, "loss")[0] == pytest.approx(9.9, abs=1.5)
@@ -336,13 +336,13 @@ def test_towers_alone_are_stored_with_an_adapter(trained, data, tmp_path):
 
 
 @pytest.mark.parametrize("repeated", [False, True])
-def test_the_log_says_what_is_computed(trained, data, tmp_path, repeated):
+def test_the_log_counts_what_is_computed(trained, data, tmp_path, repeated):
     given = {**LORA, "max_steps": 2, "gradient_checkpointing": repeated, "gradient_accumulation_steps": 2}
     final = train_here(tmp_path / "run", trained, data, **given)
     weights = TrainingFlops(opened(trained)).language_weights
-    figures = steps(final, "mfu_tflops", "hfu_tflops", "tokens_per_s")
-    assert len(figures) == 2
-    for conventional, computed, rate in figures:
+    metrics = steps(final, "mfu_tflops", "hfu_tflops", "tokens_per_s")
+    assert len(metrics) == 2
+    for conventional, computed, rate in metrics:
         assert conventional * 1e12 == pytest.approx(6 * weights * rate, rel=1e-3)
         # LoRA leaves out gradients of frozen weights, checkpointing repeats a forward; towers and fusion come on top.
         assert computed > 0.5 * conventional

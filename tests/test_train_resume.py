@@ -1,4 +1,4 @@
-"""A run that was killed goes on as if nothing had happened, or says why it cannot."""
+"""A run that was killed resumes as if nothing had happened, or tells why it cannot."""
 
 import json
 import os
@@ -13,16 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava.train import trainer as trainer_module
+from llava.train import checkpointing
+from llava.train.checkpointing import COMPLETE_FILE, complete_checkpoints
 from llava.train.train import main
-from llava.train.trainer import WHOLE_FILE, ForgeryTrainer, whole_checkpoints
+from llava.train.trainer import ForgeryTrainer
 from tests.training_runs import (
     LORA,
     ROOT,
     adapter_weights,
-    begin_on_two,
     largest_gap,
     options,
+    start_on_two,
     train_here,
     train_on_two,
     write_records,
@@ -53,7 +54,7 @@ def whole(trained, data, tmp_path_factory) -> Path:
     return train_here(tmp_path_factory.mktemp("whole") / "run", trained, data, **RUN)
 
 
-def begin(arguments: list[str], before: Callable[[], None] = lambda: None) -> int:
+def start_copy(arguments: list[str], before: Callable[[], None] = lambda: None) -> int:
     """Starts a training in a copy of this process; returns its id."""
     process = os.fork()
     if process == 0:
@@ -92,26 +93,26 @@ def dying_at(owner: object, name: str, call: int) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "call", "whole_then"),
+    ("owner", "name", "call", "complete_then"),
     [
         (ForgeryTrainer, "training_step", 12, [4, 6]),  # within an optimizer step
         (ForgeryTrainer, "training_step", 17, [6, 8]),  # in a later epoch
         (ForgeryTrainer, "save_model", 3, [2, 4]),  # before the weights
         (torch, "save", 6, [2]),  # between optimizer, schedule and random states
-        (trainer_module, "write_text", 2, [2]),  # just before the checkpoint counts as whole
-        (trainer_module, "remove_old_checkpoints", 3, [2, 4, 6]),  # just after
+        (checkpointing, "write_json", 2, [2]),  # just before the checkpoint counts as whole
+        (checkpointing, "remove_old_checkpoints", 3, [2, 4, 6]),  # just after
         (ForgeryTrainer, "export_to", 2, [8, 10]),  # all is trained, the final folder is missing
     ],
 )
-def test_a_killed_run_ends_like_one_that_was_not(trained, data, whole, tmp_path, owner, name, call, whole_then):
+def test_a_killed_run_ends_like_one_that_was_not(trained, data, whole, tmp_path, owner, name, call, complete_then):
     output = tmp_path / "run"
     arguments = options(output, trained, data, **RUN)
-    assert was_killed(begin(arguments, dying_at(owner, name, call)))
+    assert was_killed(start_copy(arguments, dying_at(owner, name, call)))
     assert not (output / "final").exists()
-    assert [int(path.name.split("-")[1]) for path in whole_checkpoints(output)] == whole_then
-    assert not was_killed(begin(arguments))
+    assert [int(path.name.split("-")[1]) for path in complete_checkpoints(output)] == complete_then
+    assert not was_killed(start_copy(arguments))
     assert largest_gap(adapter_weights(output / "final"), adapter_weights(whole)) <= 1e-5
-    assert [path.name for path in whole_checkpoints(output)] == ["checkpoint-8", "checkpoint-10"]
+    assert [path.name for path in complete_checkpoints(output)] == ["checkpoint-8", "checkpoint-10"]
     assert not [path.name for path in output.iterdir() if path.name.startswith((".", "trial"))]
 
 
@@ -143,14 +144,14 @@ def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(trained, data
     choice = random.Random()
     arguments = options(tmp_path / "run", trained, data, **RUN)
     kills = 0
-    while kills < 12 and was_killed(begin(arguments, dying_at_random(choice))):
+    while kills < 12 and was_killed(start_copy(arguments, dying_at_random(choice))):
         kills += 1
     assert kills >= 3
     train_here(tmp_path / "run", trained, data, **RUN)
     assert largest_gap(adapter_weights(tmp_path / "run" / "final"), adapter_weights(whole)) <= 1e-5
 
 
-@pytest.mark.parametrize("lost", [WHOLE_FILE, "optimizer.pt", "trainable.safetensors", "trainer_state.json"])
+@pytest.mark.parametrize("lost", [COMPLETE_FILE, "optimizer.pt", "trainable.safetensors", "trainer_state.json"])
 def test_a_checkpoint_that_is_not_whole_is_never_chosen(trained, data, whole, tmp_path, capsys, lost):
     output = tmp_path / "run"
     shutil.copytree(whole.parent, output)
@@ -158,12 +159,12 @@ def test_a_checkpoint_that_is_not_whole_is_never_chosen(trained, data, whole, tm
     # As after a machine's breakdown, which cuts what was not yet on its disk.
     os.truncate(output / "checkpoint-10" / lost, 20)
     assert main(options(output, trained, data, **{**RUN, "resume": output / "checkpoint-10"})) == 1
-    assert "no whole checkpoint" in capsys.readouterr().err
+    assert "no complete checkpoint" in capsys.readouterr().err
     train_here(output, trained, data, **RUN)
     assert largest_gap(adapter_weights(output / "final"), adapter_weights(whole)) <= 1e-5
 
 
-def test_a_named_checkpoint_is_gone_on_from(trained, data, whole, tmp_path):
+def test_a_named_checkpoint_is_resumed_from(trained, data, whole, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(whole.parent, output)
     train_here(output, trained, data, **{**RUN, "resume": output / "checkpoint-8"})
@@ -196,7 +197,7 @@ def test_a_finished_run_is_finished_again_without_a_step(trained, data, whole, t
         ({"gradient_accumulation_steps": 1}, "global_batch was 4, is 2"),
         ({"loss_average": "micro_batch"}, "loss_average"),
         ({"group_by_modality_length": False}, "group_by_modality_length"),
-        ({"alike_lengths": True}, "alike_lengths"),
+        ({"group_by_length": True}, "group_by_length"),
         ({"verdict_only_share": 0.5}, "verdict_only_share"),
         ({"image_aspect_ratio": "square"}, "image_aspect_ratio"),
         ({"init": "fusion"}, "init"),
@@ -204,8 +205,8 @@ def test_a_finished_run_is_finished_again_without_a_step(trained, data, whole, t
 )
 def test_a_run_with_another_option_is_not_continued(trained, data, whole, capsys, changed, named):
     assert main(options(whole.parent, trained, data, **{**RUN, **changed})) == 1
-    said = capsys.readouterr().err
-    assert named in said and said.count("error: ") == 1 and "Traceback" not in said
+    message = capsys.readouterr().err
+    assert named in message and message.count("error: ") == 1 and "Traceback" not in message
 
 
 def test_a_damaged_description_of_the_run_is_named(trained, data, whole, tmp_path, capsys):
@@ -213,7 +214,7 @@ def test_a_damaged_description_of_the_run_is_named(trained, data, whole, tmp_pat
     shutil.copytree(whole.parent, output)
     os.truncate(output / "run.json", 20)
     assert main(options(output, trained, data, **RUN)) == 1
-    assert f"error: {output / 'run.json'} cannot be read" in capsys.readouterr().err
+    assert f"error: {output / 'run.json'} is not JSON" in capsys.readouterr().err
 
 
 def test_a_run_on_other_data_is_not_continued(trained, whole, tmp_path, capsys):
@@ -222,7 +223,7 @@ def test_a_run_on_other_data_is_not_continued(trained, whole, tmp_path, capsys):
     assert "data was" in capsys.readouterr().err
 
 
-def test_a_used_folder_is_not_begun_anew(trained, data, whole, capsys):
+def test_a_used_folder_is_not_overwritten(trained, data, whole, capsys):
     before = adapter_weights(whole)
     assert main(options(whole.parent, trained, data, **{**RUN, "resume": None})) == 1
     assert "--resume auto" in capsys.readouterr().err
@@ -235,19 +236,19 @@ def test_a_checkpoint_of_other_parameters_is_refused(trained, data, whole, tmp_p
     run = json.loads((output / "run.json").read_text("utf-8"))
     (output / "run.json").write_text(json.dumps({**run, "lora_r": 8}), encoding="utf-8")
     assert main(options(output, trained, data, **{**RUN, "lora_r": 8})) == 1
-    said = capsys.readouterr().err
-    assert "other trained parameters" in said and "Traceback" not in said
+    message = capsys.readouterr().err
+    assert "other trained parameters" in message and "Traceback" not in message
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_killed_run_of_two_sharding_processes_goes_on(trained, data, tmp_path, stage):
+def test_a_killed_run_of_two_sharding_processes_resumes(trained, data, tmp_path, stage):
     pytest.importorskip("deepspeed")
     run = {**RUN, "gradient_accumulation_steps": 1, "max_steps": 6, "deepspeed": ROOT / "scripts" / f"zero{stage}.json"}
     whole = train_on_two(tmp_path / "whole", trained, data, **run)
     output = tmp_path / "run"
-    process = begin_on_two(output, trained, data, **run)
-    while not (output / "checkpoint-2" / WHOLE_FILE).is_file():
+    process = start_on_two(output, trained, data, **run)
+    while not (output / "checkpoint-2" / COMPLETE_FILE).is_file():
         assert process.poll() is None
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)

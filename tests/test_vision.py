@@ -14,7 +14,6 @@ from llava.errors import CheckpointError
 from llava.model.multimodal_encoder.base import PixelFormat, TowerOutput, TowerSource, VisionTower
 from llava.model.multimodal_encoder.builder import VISION_TOWERS, build_vision_tower, read_vision_tower
 from llava.model.multimodal_encoder.dino_encoder import resample_positions
-from llava.model.multimodal_fusion.base import FusionInput
 from llava.model.multimodal_fusion.builder import FUSIONS, build_fusion
 from llava.model.multimodal_projector.builder import build_vision_projector
 from tests.conftest import GOLDENS
@@ -196,16 +195,19 @@ def test_a_source_that_is_no_tower_is_explained(source, message):
         read_vision_tower(source)
 
 
-def fusion_input(patches: int = 4) -> FusionInput:
+HEADS = {"clip": 2, "dino": 3}
+
+
+def fusion_input(patches: int = 4) -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
     attention = torch.rand(2, 3, patches, patches) * 0.2
-    return FusionInput(torch.randn(2, patches, 32), torch.randn(2, patches, 32), attention)
+    return {"clip": torch.randn(2, patches, 32), "dino": torch.randn(2, patches, 32), "dino_attention": attention}
 
 
 @pytest.mark.parametrize("name", FUSIONS)
 def test_every_fusion_gives_tokens_and_says_whether_it_looked(name):
     torch.manual_seed(0)
-    fusion = build_fusion(name, 32, 3, {"num_heads": 4}).eval()
+    fusion = build_fusion(name, 32, HEADS, {"num_heads": 4}).eval()
     branches = fusion_input()
     output = fusion(branches)
     assert output.tokens.shape == (2, 8 if name == "interleave" else 4, 32)
@@ -221,15 +223,15 @@ def test_every_fusion_gives_tokens_and_says_whether_it_looked(name):
 
 def test_interleaved_and_single_branches():
     branches = fusion_input()
-    tokens = build_fusion("interleave", 32, 3, None)(branches).tokens
-    assert torch.equal(tokens[:, 0::2], branches.clip) and torch.equal(tokens[:, 1::2], branches.dino)
-    assert build_fusion("clip", 32, 3, None)(branches).tokens is branches.clip
-    assert build_fusion("dino", 32, 3, None)(branches).tokens is branches.dino
+    tokens = build_fusion("interleave", 32, HEADS, None)(branches).tokens
+    assert torch.equal(tokens[:, 0::2], branches["clip"]) and torch.equal(tokens[:, 1::2], branches["dino"])
+    assert build_fusion("clip", 32, HEADS, None)(branches).tokens is branches["clip"]
+    assert build_fusion("dino", 32, HEADS, None)(branches).tokens is branches["dino"]
 
 
 def test_the_bias_is_what_forgery_aware_adds_to_cross_attention():
-    aware = build_fusion("forgery_aware", 32, 3, {"num_heads": 4}).eval()
-    cross = build_fusion("cross_attention", 32, 3, {"num_heads": 4}).eval()
+    aware = build_fusion("forgery_aware", 32, HEADS, {"num_heads": 4}).eval()
+    cross = build_fusion("cross_attention", 32, HEADS, {"num_heads": 4}).eval()
     cross.load_state_dict({name: value for name, value in aware.state_dict().items() if "attention_mlp" not in name})
     branches = fusion_input()
     assert not torch.allclose(aware(branches).tokens, cross(branches).tokens)
@@ -239,7 +241,7 @@ def test_the_bias_is_what_forgery_aware_adds_to_cross_attention():
 
 
 def test_dropout_acts_only_in_training():
-    fusion = build_fusion("forgery_aware", 32, 3, {"num_heads": 4, "dropout": 0.5})
+    fusion = build_fusion("forgery_aware", 32, HEADS, {"num_heads": 4, "dropout": 0.5})
     branches = fusion_input()
     assert not torch.equal(fusion(branches).tokens, fusion(branches).tokens)
     fusion.eval()
@@ -250,7 +252,7 @@ def test_dropout_acts_only_in_training():
 def test_a_model_builds_only_what_its_fusion_uses(name):
     model = small_model(mm_fusion_type=name).get_model()
     assert hasattr(model, "mm_projector") == (name != "dino")
-    assert hasattr(model, "dino_mm_projector") == (model.dino_tower is not None) == (name != "clip")
+    assert hasattr(model, "dino_mm_projector") == hasattr(model, "dino_tower") == (name != "clip")
     assert model.encode_images(PIXELS).tokens.shape == (2, 8 if name == "interleave" else 4, 32)
 
 
@@ -265,7 +267,7 @@ def test_unequal_grids_need_a_fusion_that_takes_them():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dino_tower_config": None}, "needs a second tower"),
+        ({"dino_tower_config": None}, "needs a tower for its branch 'dino'"),
         ({"vision_tower_config": {"type": "vgg"}}, "unknown vision tower type"),
         ({"mm_fusion_config": {"num_heads": 5}}, "no multiple of its 5 heads"),
         ({"mm_image_processor": None}, "no mm_image_processor"),

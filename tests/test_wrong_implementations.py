@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from llava.model.multimodal_encoder import dino_encoder
 from llava.model.multimodal_encoder.base import TowerOutput
-from llava.model.multimodal_fusion.base import FusionInput
 from tests.reference import Comparer, Reference, compare_vision
 
 Mutation = Callable[[Any, pytest.MonkeyPatch], None]
@@ -25,8 +24,8 @@ def drop_bias(model: Any, patch: pytest.MonkeyPatch) -> None:
 def swap_query_and_key_value(model: Any, patch: pytest.MonkeyPatch) -> None:
     right = model.fusion.forward
 
-    def swapped(branches: FusionInput, **options: Any) -> Any:
-        return right(FusionInput(branches.dino, branches.clip, branches.dino_attention), **options)
+    def swapped(inputs: dict[str, Tensor], **options: Any) -> Any:
+        return right({**inputs, "clip": inputs["dino"], "dino": inputs["clip"]}, **options)
 
     model.fusion.forward = swapped
 

@@ -13,7 +13,6 @@ from llava.data.collator import Sample, collate
 from llava.data.prompting import fill_template, tokenize_conversation
 from llava.mm_utils import process_images
 from llava.model.builder import load_tokenizer
-from llava.model.probability_mapper import VerdictTokens
 from llava.systems.fakereasoning import answer as words
 from tests.small_models import small_model
 
@@ -36,7 +35,7 @@ def trained_folder(folder: Path, tokenizer_folder: Path, steps: int = 400) -> Pa
     model = small_model(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, bos_token_id=1, eos_token_id=2
     )
-    model.set_tokenizer(tokenizer, VerdictTokens.from_tokenizer(tokenizer, words.VERDICT_PREFIX, words.VERDICT_WORDS))
+    model.set_tokenizer(tokenizer)
     choice = random.Random(0)
     samples = []
     for index in range(24):

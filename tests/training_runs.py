@@ -29,7 +29,7 @@ LORA = {"lora_enable": True, "lora_r": 4, "lora_alpha": 8}
 
 
 def write_records(folder: Path, count: int = 12, seed: int = 0, text_only: int = 0) -> Path:
-    """Writes pictures and a training file; answers have varied lengths, the last ``text_only`` records no image."""
+    """Writes images and a training file; answers have varied lengths, the last ``text_only`` records no image."""
     choice = random.Random(seed)
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
-def begin_on_two(*arguments: Any, **changes: Any) -> subprocess.Popen:
+def start_on_two(*arguments: Any, **changes: Any) -> subprocess.Popen:
     """Starts a training in two processes, in a process group of its own."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     command = [*launcher, "llava.train.train", *options(*arguments, **changes)]
@@ -88,14 +88,14 @@ def begin_on_two(*arguments: Any, **changes: Any) -> subprocess.Popen:
 
 def train_on_two(output: Path, *arguments: Any, **changes: Any) -> Path:
     """Runs a training in two processes; returns its final folder."""
-    process = begin_on_two(output, *arguments, **changes)
-    _, said = process.communicate(timeout=400)
-    assert process.returncode == 0, said[-4000:]
+    process = start_on_two(output, *arguments, **changes)
+    _, message = process.communicate(timeout=400)
+    assert process.returncode == 0, message[-4000:]
     return output / "final"
 
 
 def steps(final: Path, *names: str) -> list[Any]:
-    """What the log says at each step of one figure, or of several as tuples."""
+    """One metric at each step of the log, or several as tuples."""
     history = json.loads((final.parent / "log.json").read_text("utf-8"))
     found = [tuple(entry[name] for name in names) for entry in history if all(name in entry for name in names)]
     return [values[0] for values in found] if len(names) == 1 else found

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from forgery_eval.benchmarks import folders, mmfr, synthetic, table
 from forgery_eval.benchmarks.base import Sample
+from llava.errors import DataError, MissingFileError
 
 __all__ = ["Sample", "open_benchmark"]
 _LAYOUTS = (table, synthetic, mmfr, folders)
@@ -19,14 +20,14 @@ def open_benchmark(path: Path, *, sets: list[str] | None = None, max_sample: int
         max_sample: The first so many of each class and set.
 
     Raises:
-        FileNotFoundError: There is nothing at the path.
-        ValueError: The layout is not known, there is no image, an id stands twice, or a set is not there.
+        MissingFileError: There is nothing at the path.
+        DataError: The layout is not known, there is no image, an id stands twice, or a set is not there.
     """
     if not path.exists():
-        raise FileNotFoundError(f"there is no file or folder {path}")
+        raise MissingFileError(f"there is no file or folder {path}")
     layout = next((layout for layout in _LAYOUTS if layout.opens(path)), None)
     if layout is None:
-        raise ValueError(
+        raise DataError(
             f"{path} is no data set of a known layout: folders 0_real and 1_fake, or real and fake, in it or in its "
             "subfolders, or a .csv or .jsonl file"
         )
@@ -34,11 +35,11 @@ def open_benchmark(path: Path, *, sets: list[str] | None = None, max_sample: int
     if sets:
         missing = sorted(set(sets) - {sample.set for sample in samples})
         if missing:
-            raise ValueError(f"{path} has no set {', '.join(missing)}; it has {', '.join(_sets(samples))}")
+            raise DataError(f"{path} has no set {', '.join(missing)}; it has {', '.join(_sets(samples))}")
         samples = [sample for sample in samples if sample.set in sets]
     if not samples:
-        raise ValueError(f"{path} holds no image")
-    _refuse_twins(samples)
+        raise DataError(f"{path} holds no image")
+    _check_ids(samples)
     return samples if max_sample is None else _first_of_each(samples, max_sample)
 
 
@@ -46,11 +47,11 @@ def _sets(samples: list[Sample]) -> list[str]:
     return list(dict.fromkeys(sample.set for sample in samples))
 
 
-def _refuse_twins(samples: list[Sample]) -> None:
+def _check_ids(samples: list[Sample]) -> None:
     seen: set[str] = set()
     for sample in samples:
         if sample.id in seen:
-            raise ValueError(f"the id {sample.id!r} stands more than once")
+            raise DataError(f"the id {sample.id!r} stands more than once")
         seen.add(sample.id)
 
 
@@ -58,8 +59,8 @@ def _first_of_each(samples: list[Sample], most: int) -> list[Sample]:
     taken: dict[tuple[str, int], int] = {}
     kept = []
     for sample in samples:
-        place = (sample.set, sample.label)
-        taken[place] = taken.get(place, 0) + 1
-        if taken[place] <= most:
+        group = (sample.set, sample.label)
+        taken[group] = taken.get(group, 0) + 1
+        if taken[group] <= most:
             kept.append(sample)
     return kept

@@ -4,19 +4,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llava.labels import LABELS
+from llava.errors import DataError
+from llava.labels import parse_label
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An image to be judged, and the truth.
+    """An image to analyse, and the truth.
 
     Attributes:
         id: Name that no other sample of the data set has.
         image: Where the image lies; it need not be there.
         label: 0 for real, 1 for fake.
         set: Evaluation set that it belongs to.
-        reference: What a good reasoning says; None if that is not known.
+        reference: What a good explanation says; None if that is not known.
         groups: Further partitions, by their name, for example ``split_role``: ``seen``.
         attributes: Names of the attributes that the image shows; None if that is not known.
     """
@@ -30,15 +31,13 @@ class Sample:
     attributes: tuple[str, ...] | None = None
 
 
-def read_label(value: object, place: str) -> int:
+def read_label(value: object, location: str) -> int:
     """Returns the number of a label given as number or word.
 
     Raises:
-        ValueError: It is neither.
+        DataError: It is neither.
     """
-    said = str(value).strip().lower()
-    if said in LABELS:
-        return LABELS.index(said)
-    if said in ("0", "1"):
-        return int(said)
-    raise ValueError(f"{place}: the label must be real, fake, 0 (real) or 1 (fake), not {value!r}")
+    label = parse_label(value)
+    if label is None:
+        raise DataError(f"{location}: the label must be real, fake, 0 (real) or 1 (fake), not {value!r}")
+    return label

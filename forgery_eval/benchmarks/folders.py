@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image
-
 from forgery_eval.benchmarks.base import Sample
+from llava.images import walk_images
 from llava.labels import LABELS
 
 
@@ -15,12 +14,11 @@ def opens(path: Path) -> bool:
 
 
 def read(path: Path) -> Iterator[Sample]:
-    """Yields the images in order of name; a folder inside ``real`` or ``fake`` is the group ``folder``."""
-    endings = set(Image.registered_extensions())
+    """Yields the images sorted by path; a folder inside ``real`` or ``fake`` is the group ``folder``."""
     for folder in _set_folders(path):
         for label, name in enumerate(LABELS):
             root = folder / name
-            for file in sorted(file for file in root.rglob("*") if file.suffix.lower() in endings):
+            for file in walk_images(root) if root.is_dir() else ():
                 inside = file.relative_to(root).parts[:-1]
                 groups = {"folder": "/".join(inside)} if inside else {}
                 inner = file.relative_to(folder).as_posix()

@@ -1,14 +1,14 @@
 """MMFR evaluation sets: ``<set>/{0_real,1_fake}/…`` with ``<set>/<set>_reasoning.json``."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import Image
-
+from forgery_eval.answers import attribute_name
 from forgery_eval.benchmarks.base import Sample
-from llava.systems.fakereasoning.answer import attribute_name
+from llava.errors import DataError
+from llava.files import read_json
+from llava.images import walk_images
 
 CLASS_FOLDERS = ("0_real", "1_fake")
 _TREE = "evaluation_sets"
@@ -25,7 +25,7 @@ def read(path: Path) -> Iterator[Sample]:
     An image that the file names and that is not there is yielded too, so that it is counted.
 
     Raises:
-        ValueError: A reasoning file is not of the published form.
+        UserError: A reasoning file is not of the published form.
     """
     for folder in _set_folders(path):
         reasoning = _read_reasoning(folder)
@@ -66,25 +66,22 @@ def _is_set(folder: Path) -> bool:
 
 
 def _images(folder: Path) -> Iterator[Path]:
-    endings = set(Image.registered_extensions())
     for name in CLASS_FOLDERS:
-        yield from (file for file in sorted((folder / name).rglob("*")) if file.suffix.lower() in endings)
+        if (folder / name).is_dir():
+            yield from walk_images(folder / name)
 
 
 def _read_reasoning(folder: Path) -> dict[str, dict[str, Any]]:
     file = folder / f"{folder.name}_reasoning.json"
     if not file.exists():
         return {}
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+    content = read_json(file)
     if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold an object whose keys are image paths")
+        raise DataError(f"{file} must hold an object whose keys are image paths")
     for name, sentences in content.items():
         parts = PurePosixPath(name).parts
         if len(parts) < 3 or parts[0] != folder.name or parts[1] not in CLASS_FOLDERS or ".." in parts:
-            raise ValueError(f"{file}: {name!r} is no image of {folder.name}/0_real or {folder.name}/1_fake")
+            raise DataError(f"{file}: {name!r} is no image of {folder.name}/0_real or {folder.name}/1_fake")
         if not isinstance(sentences, dict) or not all(s is None or isinstance(s, str) for s in sentences.values()):
-            raise ValueError(f"{file}: {name!r} must have an object of sentences or nulls")
+            raise DataError(f"{file}: {name!r} must have an object of sentences or nulls")
     return content

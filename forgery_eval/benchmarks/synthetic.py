@@ -8,6 +8,8 @@ from typing import Any
 
 from forgery_eval.benchmarks import mmfr
 from forgery_eval.benchmarks.base import Sample
+from llava.errors import DataError
+from llava.files import file_errors
 
 MANIFEST = "manifest.jsonl"
 _FIELDS = ("generator", "split_role")
@@ -23,7 +25,7 @@ def read(path: Path) -> Iterator[Sample]:
     """Yields the samples of the MMFR tree, with their generator, role and strength as groups.
 
     Raises:
-        ValueError: The manifest or a reasoning file cannot be read.
+        UserError: The manifest or a reasoning file cannot be read.
     """
     entries = dict(_entries(path / MANIFEST))
     for sample in mmfr.read(path):
@@ -36,10 +38,10 @@ def read(path: Path) -> Iterator[Sample]:
 
 
 def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with file.open(encoding="utf-8") as lines:
+    with file_errors(file, "read"), file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 entry = json.loads(line)
                 yield str(entry["image"]).removeprefix("evaluation_sets/"), entry
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{file}, line {number}: this is no line of a manifest") from None
+                raise DataError(f"{file}, line {number}: this is no line of a manifest") from None

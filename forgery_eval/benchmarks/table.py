@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from forgery_eval.benchmarks.base import Sample, read_label
+from llava.errors import DataError
+from llava.files import file_errors
 
 _OWN = ("image", "label", "id", "set", "reference", "attributes")
 
@@ -24,25 +26,35 @@ def read(path: Path) -> Iterator[Sample]:
     """Yields the samples in the file's order.
 
     Raises:
-        ValueError: A line has no image or no label, or cannot be read.
+        UserError: A line has no image or no label, or cannot be read.
     """
     rows = _csv_rows(path) if path.suffix.lower() == ".csv" else _json_rows(path)
     for number, row in rows:
-        place = f"{path}, line {number}"
+        location = f"{path}, line {number}"
         if not row.get("image"):
-            raise ValueError(f"{place}: there is no image")
-        attributes = row.get("attributes")
-        if isinstance(attributes, str):
-            attributes = [name.strip() for name in attributes.split(";") if name.strip()] or None
+            raise DataError(f"{location}: there is no image")
+        reference = row.get("reference") or None
+        if not isinstance(reference, str | None):
+            raise DataError(f"{location}: the reference must be a text, not {reference!r}")
         yield Sample(
             id=str(row.get("id") or row["image"]),
             image=path.parent / str(row["image"]),
-            label=read_label(row.get("label"), place),
+            label=read_label(row.get("label"), location),
             set=str(row.get("set") or path.stem),
-            reference=row.get("reference") or None,
+            reference=reference,
             groups={name: str(value) for name, value in row.items() if name not in _OWN and _is_group(value)},
-            attributes=None if attributes is None else tuple(attributes),
+            attributes=_attributes(row.get("attributes"), location),
         )
+
+
+def _attributes(value: Any, location: str) -> tuple[str, ...] | None:
+    if isinstance(value, str):
+        return tuple(name.strip() for name in value.split(";") if name.strip()) or None
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise DataError(f"{location}: attributes must be a list of names, not {value!r}")
+    return tuple(value)
 
 
 def _is_group(value: Any) -> bool:
@@ -50,23 +62,26 @@ def _is_group(value: Any) -> bool:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
+    with file_errors(path, "read"), path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines)
-        for row in reader:
-            if None in row:
-                raise ValueError(f"{path}, line {reader.line_num}: there are more values than columns")
-            yield reader.line_num, row
+        try:
+            for row in reader:
+                if None in row:
+                    raise DataError(f"{path}, line {reader.line_num}: there are more values than columns")
+                yield reader.line_num, row
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"{path}, after line {reader.line_num}: this is no CSV in UTF-8: {error}") from None
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig") as lines:
+    with file_errors(path, "read"), path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: this is not JSON: {error}") from None
+                row = json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}, line {number}: this is not JSON: {error}") from None
             if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: this is no object")
+                raise DataError(f"{path}, line {number}: this is no object")
             yield number, row

@@ -1,6 +1,6 @@
-"""Detection: figures by text and by score, with bootstrap intervals. Real = 0, fake = 1.
+"""Detection: metrics by text and by score, with bootstrap intervals. Real = 0, fake = 1.
 
-Point values are scikit-learn's. The bootstrap computes the same figures for all draws at once: a draw is a weight for
+Point values are scikit-learn's. The bootstrap computes the same metrics for all draws at once: a draw is a weight for
 each image, the number of times that it was drawn from its set and class.
 """
 
@@ -12,14 +12,18 @@ from typing import Any
 import numpy as np
 from sklearn import metrics as sk
 
+from llava.labels import FAKE, LABELS, REAL
+
 Array = np.ndarray
 Values = dict[str, Any]
-Figure = tuple[float | None, str]
+Metric = tuple[float | None, str]
 """A value, or None with the reason why it is undefined."""
 
 DRAWS = 1000
 BINS = 15
 FALSE_POSITIVE_RATES = {"tpr_at_1_fpr": 0.01, "tpr_at_5_fpr": 0.05}
+RANKING_METRICS = ("auroc", "average_precision", *FALSE_POSITIVE_RATES)
+SCORE_METRICS = (*RANKING_METRICS, "ece", "nll", "brier")
 INTERVAL = (2.5, 97.5)
 NO_ANSWER = -1
 _CELLS = 2_000_000
@@ -31,8 +35,8 @@ NO_IMAGE = "there is no image"
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What was said of some images.
+class Outcomes:
+    """What was predicted of some images.
 
     Attributes:
         labels: The truth, 0 or 1, shape (N,).
@@ -46,8 +50,8 @@ class Judged:
     scores: Array
     strata: Array
 
-    def __getitem__(self, chosen: Array) -> "Judged":
-        return Judged(self.labels[chosen], self.verdicts[chosen], self.scores[chosen], self.strata[chosen])
+    def __getitem__(self, chosen: Array) -> "Outcomes":
+        return Outcomes(self.labels[chosen], self.verdicts[chosen], self.scores[chosen], self.strata[chosen])
 
     @property
     def by_score(self) -> Array:
@@ -55,42 +59,44 @@ class Judged:
         return np.where(np.isnan(self.scores), NO_ANSWER, self.scores >= 0.5).astype(int)
 
 
-def detection_figures(judged: Judged) -> tuple[Values, dict[str, str]]:
-    """Computes every figure.
+def detection_metrics(outcomes: Outcomes) -> tuple[Values, dict[str, str]]:
+    """Computes every metric.
 
     Returns:
-        The figures by name, None where one is undefined, and the reasons of those.
+        The metrics by name, None where one is undefined, and the reasons of those.
     """
-    figures: Values = {"images": len(judged.labels), "scored": int((~np.isnan(judged.scores)).sum())}
+    metrics: Values = {"images": len(outcomes.labels), "scored": int((~np.isnan(outcomes.scores)).sum())}
     reasons: dict[str, str] = {}
-    for prefix, verdicts in (("text", judged.verdicts), ("score", judged.by_score)):
-        found = _verdict_figures(judged.labels, verdicts)
-        figures |= {f"{prefix}_{name}": value for name, (value, _) in found.items()}
+    for prefix, verdicts in (("text", outcomes.verdicts), ("score", outcomes.by_score)):
+        found = _verdict_metrics(outcomes.labels, verdicts)
+        metrics |= {f"{prefix}_{name}": value for name, (value, _) in found.items()}
         reasons |= {f"{prefix}_{name}": reason for name, (_, reason) in found.items() if reason}
-    for name, (value, reason) in (_score_figures(judged) | _agreement(judged)).items():
-        figures[name] = value
+    for name, (value, reason) in (_score_metrics(outcomes) | _agreement(outcomes)).items():
+        metrics[name] = value
         if reason:
             reasons[name] = reason
-    figures["confusion_text"] = confusion(judged.labels, judged.verdicts)
-    figures["confusion_score"] = confusion(judged.labels, judged.by_score)
-    return figures, reasons
+    metrics["confusion_text"] = confusion(outcomes.labels, outcomes.verdicts)
+    metrics["confusion_score"] = confusion(outcomes.labels, outcomes.by_score)
+    return metrics, reasons
 
 
 def confusion(labels: Array, verdicts: Array) -> dict[str, dict[str, int]]:
     """Counts verdicts (``real``, ``fake``, ``none``) of each class."""
-    table = sk.confusion_matrix(labels, verdicts, labels=[0, 1, NO_ANSWER]) if len(labels) else np.zeros((3, 3), int)
-    names = ("real", "fake", "none")
+    table = (
+        sk.confusion_matrix(labels, verdicts, labels=[REAL, FAKE, NO_ANSWER]) if len(labels) else np.zeros((3, 3), int)
+    )
+    names = (*LABELS, "none")
     return {names[row]: {names[column]: int(table[row, column]) for column in range(3)} for row in range(2)}
 
 
-def _verdict_figures(labels: Array, verdicts: Array) -> dict[str, Figure]:
+def _verdict_metrics(labels: Array, verdicts: Array) -> dict[str, Metric]:
     """Accuracies and F1; an answer without a verdict is wrong, and no prediction of either class."""
     if not len(labels):
         names = ("accuracy", "real_accuracy", "fake_accuracy", "balanced_accuracy", "f1_fake", "f1_real", "f1_macro")
         return dict.fromkeys(names, (None, NO_IMAGE))
-    recalls: list[Figure] = []
-    f1: list[Figure] = []
-    for number, name in enumerate(("real", "fake")):
+    recalls: list[Metric] = []
+    f1: list[Metric] = []
+    for number, name in enumerate(LABELS):
         own, called = labels == number, verdicts == number
         if own.any():
             recalls.append((float(sk.accuracy_score(labels[own], verdicts[own])), ""))
@@ -112,25 +118,23 @@ def _verdict_figures(labels: Array, verdicts: Array) -> dict[str, Figure]:
     }
 
 
-def _mean(figures: Sequence[Figure]) -> Figure:
-    return float(np.mean([value for value, _ in figures if value is not None])), ""
+def _mean(metrics: Sequence[Metric]) -> Metric:
+    return float(np.mean([value for value, _ in metrics if value is not None])), ""
 
 
-def _score_figures(judged: Judged) -> dict[str, Figure]:
+def _score_metrics(outcomes: Outcomes) -> dict[str, Metric]:
     """Ranking and calibration, over the images that have a score."""
-    ranking = ("auroc", "average_precision", *FALSE_POSITIVE_RATES)
-    calibration = ("ece", "nll", "brier")
-    scored = ~np.isnan(judged.scores)
-    labels, scores = judged.labels[scored], judged.scores[scored]
+    scored = ~np.isnan(outcomes.scores)
+    labels, scores = outcomes.labels[scored], outcomes.scores[scored]
     if not len(labels):
-        return dict.fromkeys((*ranking, *calibration), (None, NO_SCORE))
-    found: dict[str, Figure] = {
+        return dict.fromkeys(SCORE_METRICS, (None, NO_SCORE))
+    found: dict[str, Metric] = {
         "ece": (expected_calibration_error(labels, scores), ""),
-        "nll": (float(sk.log_loss(labels, scores, labels=[0, 1])), ""),
+        "nll": (float(sk.log_loss(labels, scores, labels=[REAL, FAKE])), ""),
         "brier": (float(np.mean((scores - labels) ** 2)), ""),
     }
     if len(set(labels)) < 2:
-        return found | dict.fromkeys(ranking, (None, ONE_CLASS))
+        return found | dict.fromkeys(RANKING_METRICS, (None, ONE_CLASS))
     false_rate, true_rate, _ = sk.roc_curve(labels, scores)
     found |= {
         "auroc": (float(sk.roc_auc_score(labels, scores)), ""),
@@ -141,13 +145,13 @@ def _score_figures(judged: Judged) -> dict[str, Figure]:
     return found
 
 
-def _agreement(judged: Judged) -> dict[str, Figure]:
-    if not len(judged.labels):
+def _agreement(outcomes: Outcomes) -> dict[str, Metric]:
+    if not len(outcomes.labels):
         return dict.fromkeys(("failure_rate", "disagreement"), (None, NO_IMAGE))
-    both = (judged.verdicts != NO_ANSWER) & ~np.isnan(judged.scores)
-    differ = judged.verdicts != judged.by_score
+    both = (outcomes.verdicts != NO_ANSWER) & ~np.isnan(outcomes.scores)
+    differ = outcomes.verdicts != outcomes.by_score
     return {
-        "failure_rate": (float(np.mean(judged.verdicts == NO_ANSWER)), ""),
+        "failure_rate": (float(np.mean(outcomes.verdicts == NO_ANSWER)), ""),
         "disagreement": (float(differ[both].mean()), "") if both.any() else (None, "no image has both text and score"),
     }
 
@@ -155,6 +159,7 @@ def _agreement(judged: Judged) -> dict[str, Figure]:
 def expected_calibration_error(labels: Array, scores: Array) -> float:
     """ECE of P(fake) over equal bins (Naeini et al., 2015)."""
     bins = score_bins(scores)
+    # n_bin * |mean score - share of fakes| is the sum of (score - label) over the bin.
     gaps = np.bincount(bins, weights=scores - labels, minlength=BINS)
     return float(np.abs(gaps).sum() / len(labels))
 
@@ -164,38 +169,39 @@ def score_bins(scores: Array) -> Array:
     return np.minimum((scores * BINS).astype(int), BINS - 1)
 
 
-def bootstrap(judged: Judged, name: str, *, draws: int = DRAWS, seed: int = 0) -> dict[str, Array]:
-    """Draws images anew within each set and class.
+def bootstrap(outcomes: Outcomes, name: str, *, draws: int = DRAWS, seed: int = 0) -> dict[str, Array]:
+    """Draws images with replacement within each set and class.
 
     Args:
-        judged: The images.
+        outcomes: The images.
         name: Of the partition; it decides, with the seed, what is drawn.
         draws: Number of draws.
         seed: Of the draws.
 
     Returns:
-        Every figure's value in each draw, NaN where it is undefined, shape (draws,).
+        Every metric's value in each draw, NaN where it is undefined, shape (draws,).
     """
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    parts = [weighted_figures(judged, weights) for weights in _weights(judged, draws, rng)]
+    parts = [weighted_metrics(outcomes, weights) for weights in _weights(outcomes, draws, rng)]
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
 def interval(values: Array) -> list[float] | None:
-    """Returns the percentile interval of a figure's draws, None if it is undefined in all."""
+    """Returns the percentile interval of a metric's draws, None if it is undefined in all."""
     known = values[~np.isnan(values)]
     return [float(value) for value in np.percentile(known, INTERVAL)] if len(known) else None
 
 
-def _weights(judged: Judged, draws: int, rng: np.random.Generator) -> Iterator[Array]:
+def _weights(outcomes: Outcomes, draws: int, rng: np.random.Generator) -> Iterator[Array]:
     """How often each image is drawn, shape (draws, N), some draws at a time."""
-    pairs = sorted(set(zip(judged.strata.tolist(), judged.labels.tolist(), strict=True)))
-    strata = [np.flatnonzero((judged.strata == stratum) & (judged.labels == label)) for stratum, label in pairs]
-    step = max(1, _CELLS // max(1, len(judged.labels)))
+    pairs = sorted(set(zip(outcomes.strata.tolist(), outcomes.labels.tolist(), strict=True)))
+    strata = [np.flatnonzero((outcomes.strata == stratum) & (outcomes.labels == label)) for stratum, label in pairs]
+    step = max(1, _CELLS // max(1, len(outcomes.labels)))
     for start in range(0, draws, step):
         count = min(step, draws - start)
-        weights = np.zeros((count, len(judged.labels)))
+        weights = np.zeros((count, len(outcomes.labels)))
         for members in strata:
+            # All draws of a stratum in one bincount: draw d counts into its own range of len(members) bins.
             drawn = rng.integers(len(members), size=(count, len(members)))
             drawn += np.arange(count)[:, None] * len(members)
             counts = np.bincount(drawn.ravel(), minlength=count * len(members))
@@ -203,20 +209,20 @@ def _weights(judged: Judged, draws: int, rng: np.random.Generator) -> Iterator[A
         yield weights
 
 
-def weighted_figures(judged: Judged, weights_DN: Array) -> dict[str, Array]:
-    """Computes the figures for many weightings of the images at once; undefined ones are NaN, shape (D,)."""
+def weighted_metrics(outcomes: Outcomes, weights_DN: Array) -> dict[str, Array]:
+    """Computes the metrics for many weightings of the images at once; undefined ones are NaN, shape (D,)."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        figures: dict[str, Array] = {}
-        for prefix, verdicts in (("text", judged.verdicts), ("score", judged.by_score)):
-            found = _weighted_verdicts(judged.labels, verdicts, weights_DN)
-            figures |= {f"{prefix}_{name}": values for name, values in found.items()}
-        scored = ~np.isnan(judged.scores)
-        figures |= _weighted_scores(judged.labels[scored], judged.scores[scored], weights_DN[:, scored])
-        both = scored & (judged.verdicts != NO_ANSWER)
-        differ = both & (judged.verdicts != judged.by_score)
-        figures["failure_rate"] = _share(weights_DN, judged.verdicts == NO_ANSWER, np.ones_like(both))
-        figures["disagreement"] = _share(weights_DN, differ, both)
-    return figures
+        metrics: dict[str, Array] = {}
+        for prefix, verdicts in (("text", outcomes.verdicts), ("score", outcomes.by_score)):
+            found = _weighted_verdicts(outcomes.labels, verdicts, weights_DN)
+            metrics |= {f"{prefix}_{name}": values for name, values in found.items()}
+        scored = ~np.isnan(outcomes.scores)
+        metrics |= _weighted_scores(outcomes.labels[scored], outcomes.scores[scored], weights_DN[:, scored])
+        both = scored & (outcomes.verdicts != NO_ANSWER)
+        differ = both & (outcomes.verdicts != outcomes.by_score)
+        metrics["failure_rate"] = _share(weights_DN, outcomes.verdicts == NO_ANSWER, np.ones_like(both))
+        metrics["disagreement"] = _share(weights_DN, differ, both)
+    return metrics
 
 
 def _share(weights_DN: Array, counted: Array, among: Array) -> Array:
@@ -244,9 +250,10 @@ def _weighted_verdicts(labels: Array, verdicts: Array, weights_DN: Array) -> dic
 
 
 def _weighted_scores(labels: Array, scores: Array, weights_DN: Array) -> dict[str, Array]:
+    # The curves' points for falling thresholds: how many fakes and reals, by weight, have at least that score.
     order = np.argsort(-scores, kind="stable")
     labels, scores, weights_DN = labels[order], scores[order], weights_DN[:, order]
-    # Equal scores are passed together: the curve has one point for each different score.
+    # Equal scores share a threshold, so only the last of each run of equal ones is a point of the curve.
     last = np.flatnonzero(np.append(np.diff(scores) != 0, len(scores) > 0)) if len(scores) else np.zeros(0, int)
     true_DK = np.cumsum(weights_DN * labels, axis=1)[:, last]
     false_DK = np.cumsum(weights_DN * (1 - labels), axis=1)[:, last]
@@ -255,30 +262,33 @@ def _weighted_scores(labels: Array, scores: Array, weights_DN: Array) -> dict[st
     alarm_DK = np.pad(false_DK / reals, ((0, 0), (1, 0)))
     steps_DK = np.diff(recall_DK, axis=1)
     precision_DK = np.nan_to_num(true_DK / (true_DK + false_DK))
-    undefined = np.isnan(fakes / fakes + reals / reals)[:, 0]
-    figures = {
+    undefined = np.isnan(fakes / fakes + reals / reals)[:, 0]  # 0 / 0 where a draw lacks a class
+    # AUROC by trapezoids over the ROC curve, average precision as steps (both as scikit-learn defines them).
+    metrics = {
         "auroc": (np.diff(alarm_DK, axis=1) * (recall_DK[:, 1:] + recall_DK[:, :-1]) / 2).sum(axis=1),
         "average_precision": (steps_DK * precision_DK).sum(axis=1),
     }
     for name, most in FALSE_POSITIVE_RATES.items():
-        figures[name] = np.where(alarm_DK <= most, recall_DK, 0).max(axis=1)
-    figures = {name: np.where(undefined, np.nan, values) for name, values in figures.items()}
+        metrics[name] = np.where(alarm_DK <= most, recall_DK, 0).max(axis=1)
+    metrics = {name: np.where(undefined, np.nan, values) for name, values in metrics.items()}
     total = weights_DN.sum(axis=1)
-    gaps_DB = np.stack([weights_DN @ ((scores - labels) * (score_bins(scores) == place)) for place in range(BINS)], 1)
-    smallest = np.finfo(np.float64).eps
-    chances = np.clip(np.where(labels == 1, scores, 1 - scores), smallest, 1 - smallest)
-    return figures | {
+    # A bin's share times |mean score - share of fakes| is |sum of (score - label)| over the total weight.
+    bins = score_bins(scores)
+    gaps_DB = np.stack([weights_DN @ ((scores - labels) * (bins == index)) for index in range(BINS)], 1)
+    smallest = np.finfo(np.float64).eps  # as log_loss clips
+    likelihoods = np.clip(np.where(labels == 1, scores, 1 - scores), smallest, 1 - smallest)
+    return metrics | {
         "ece": np.abs(gaps_DB).sum(axis=1) / total,
-        "nll": weights_DN @ -np.log(chances) / total,
+        "nll": weights_DN @ -np.log(likelihoods) / total,
         "brier": weights_DN @ (scores - labels) ** 2 / total,
     }
 
 
 def macro(per_set: Sequence[tuple[Values, dict[str, Array]]]) -> tuple[Values, dict[str, list[float] | None]]:
-    """Means over sets, each over the sets where the figure is defined.
+    """Means over sets, each over the sets where the metric is defined.
 
     Args:
-        per_set: Figures and draws of each set.
+        per_set: Metrics and draws of each set.
 
     Returns:
         The means by name, and their intervals.
@@ -286,7 +296,7 @@ def macro(per_set: Sequence[tuple[Values, dict[str, Array]]]) -> tuple[Values, d
     means: Values = {}
     intervals: dict[str, list[float] | None] = {}
     for name in per_set[0][1]:
-        defined = [(figures[name], draws[name]) for figures, draws in per_set if figures[name] is not None]
+        defined = [(metrics[name], draws[name]) for metrics, draws in per_set if metrics[name] is not None]
         means[name] = float(np.mean([value for value, _ in defined])) if defined else None
         intervals[name] = interval(np.mean([drawn for _, drawn in defined], axis=0)) if defined else None
     return means, intervals

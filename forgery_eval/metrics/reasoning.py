@@ -1,4 +1,4 @@
-"""Reasoning: how near an answer's reasoning is to the reference, and which attributes it names."""
+"""Explanations: how near an answer's explanation is to the reference, and which attributes it names."""
 
 import warnings
 from collections.abc import Iterable, Sequence
@@ -12,22 +12,22 @@ from rouge_score.rouge_scorer import RougeScorer
 ORDERS = (1, 2, 3, 4)
 
 
-def text_figures(text: str, reference: str) -> dict[str, float]:
+def text_metrics(text: str, reference: str) -> dict[str, float]:
     """Compares two texts as the authors do: BLEU on words between blanks, unsmoothed; ROUGE-L F1 with stems.
 
     Args:
-        text: What was said.
-        reference: What should have been said.
+        text: The answer's explanation.
+        reference: The reference explanation.
     """
     words, wanted = text.split(), reference.split()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nltk warns wherever a text is too short to share a long sequence of words
-        figures = {
+        metrics = {
             f"bleu_{order}": float(sentence_bleu([wanted], words, weights=(1 / order,) * order)) for order in ORDERS
         }
-    figures["rouge_l"] = float(_rouge().score(reference, text)["rougeL"].fmeasure)
-    figures["words"] = float(len(words))
-    return figures
+    metrics["rouge_l"] = float(_rouge().score(reference, text)["rougeL"].fmeasure)
+    metrics["words"] = float(len(words))
+    return metrics
 
 
 @lru_cache(maxsize=1)
@@ -35,21 +35,21 @@ def _rouge() -> RougeScorer:
     return RougeScorer(["rougeL"], use_stemmer=True)
 
 
-def attribute_figures(pairs: Iterable[tuple[Sequence[str], Sequence[str]]]) -> dict[str, float | None]:
+def attribute_metrics(pairs: Iterable[tuple[Sequence[str], Sequence[str]]]) -> dict[str, float | None]:
     """Precision, recall and F1 of named attributes over all images together.
 
     Args:
         pairs: For each image the attributes that were named and those that are there.
     """
-    hit = named = there = 0
-    for said, known in pairs:
-        hit += len(set(said) & set(known))
-        named += len(set(said))
-        there += len(set(known))
+    hits = predicted = true = 0
+    for named, known in pairs:
+        hits += len(set(named) & set(known))
+        predicted += len(set(named))
+        true += len(set(known))
     return {
-        "attribute_precision": hit / named if named else None,
-        "attribute_recall": hit / there if there else None,
-        "attribute_f1": 2 * hit / (named + there) if named + there else None,
+        "attribute_precision": hits / predicted if predicted else None,
+        "attribute_recall": hits / true if true else None,
+        "attribute_f1": 2 * hits / (predicted + true) if predicted + true else None,
     }
 
 

@@ -34,26 +34,26 @@ class TextSimilarity:
 
     def cut(self, texts: Sequence[str], references: Sequence[str]) -> list[float]:
         """Compares texts of which only the beginning is read, 77 tokens in published CLIP models."""
-        return self._compare(texts, references, whole=False)
+        return self._compare(texts, references, chunked=False)
 
     def chunked(self, texts: Sequence[str], references: Sequence[str]) -> list[float]:
         """Compares whole texts: the mean of the embeddings of their parts, weighted by the parts' lengths."""
-        return self._compare(texts, references, whole=True)
+        return self._compare(texts, references, chunked=True)
 
     def token_ids(self, text: str) -> list[int]:
         """Returns the ids that ``cut`` reads."""
-        return self._parts(text, whole=False)[0]
+        return self._parts(text, chunked=False)[0]
 
-    def _compare(self, texts: Sequence[str], references: Sequence[str], *, whole: bool) -> list[float]:
+    def _compare(self, texts: Sequence[str], references: Sequence[str], *, chunked: bool) -> list[float]:
         different = list(dict.fromkeys([*texts, *references]))
-        embeddings = self._embed(different, whole=whole)
-        place = {text: number for number, text in enumerate(different)}
+        embeddings = self._embed(different, chunked=chunked)
+        row = {text: number for number, text in enumerate(different)}
         pairs = zip(texts, references, strict=True)
-        return [float(embeddings[place[text]] @ embeddings[place[reference]]) for text, reference in pairs]
+        return [float(embeddings[row[text]] @ embeddings[row[reference]]) for text, reference in pairs]
 
-    def _embed(self, texts: Sequence[str], *, whole: bool) -> np.ndarray:
+    def _embed(self, texts: Sequence[str], *, chunked: bool) -> np.ndarray:
         """Embeddings of length 1, one row a text."""
-        parts = [(owner, ids) for owner, text in enumerate(texts) for ids in self._parts(text, whole=whole)]
+        parts = [(owner, ids) for owner, text in enumerate(texts) for ids in self._parts(text, chunked=chunked)]
         parts.sort(key=lambda part: len(part[1]))
         sums = np.zeros((len(texts), self._tower.config.projection_dim))
         for start in range(0, len(parts), _BATCH):
@@ -62,12 +62,12 @@ class TextSimilarity:
                 sums[owner] += embedding * len(ids)
         return sums / np.linalg.norm(sums, axis=1, keepdims=True)
 
-    def _parts(self, text: str, *, whole: bool) -> list[list[int]]:
+    def _parts(self, text: str, *, chunked: bool) -> list[list[int]]:
         ids = self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        room = self._longest - 2
-        starts = range(0, max(1, len(ids)), room) if whole else (0,)
+        length = self._longest - 2  # the two end tokens
+        starts = range(0, max(1, len(ids)), length) if chunked else (0,)
         begin, end = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
-        return [[begin, *ids[start : start + room], end] for start in starts]
+        return [[begin, *ids[start : start + length], end] for start in starts]
 
     def _embed_ids(self, rows: Sequence[list[int]]) -> np.ndarray:
         import torch

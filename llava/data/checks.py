@@ -9,14 +9,21 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.constants import IGNORE_INDEX
 from llava.conversation import Conversation
-from llava.data.prompting import TokenizedConversation, encode_together, fill_template, fitting_length, label_answers
+from llava.data.prompting import (
+    TokenizedConversation,
+    encode_together,
+    expanded_length,
+    fill_template,
+    fitting_length,
+    label_answers,
+)
 from llava.data.records import Record
 from llava.errors import DataError
 from llava.labels import LABELS
-from llava.model.probability_mapper import VerdictTokens
-from llava.systems.fakereasoning.answer import VERDICT_PREFIX, VERDICT_WORDS
+from llava.model.verdict import VerdictTokens
+from llava.systems.base import AnswerFormat
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +34,11 @@ _NAMED = 5
 def check_records(
     records: Sequence[Record],
     *,
+    answer_format: AnswerFormat,
     tokenizer: PreTrainedTokenizerBase,
     template: Conversation,
     max_length: int,
-    num_image_tokens: int,
+    placeholder_tokens: Mapping[int, int],
     image_folder: Path | None,
     drop_invalid: bool,
 ) -> list[Record]:
@@ -41,10 +49,11 @@ def check_records(
 
     Args:
         records: What ``read_records`` returned.
+        answer_format: Words of the system that is trained.
         tokenizer: The model's.
         template: Prompt template.
         max_length: Longest sequence, image positions included.
-        num_image_tokens: Positions that an image takes in the language model.
+        placeholder_tokens: How many tokens each placeholder id becomes.
         image_folder: Where the records' images lie; None if their paths are complete.
         drop_invalid: Whether invalid records are left out and counted in the log, rather than refused.
 
@@ -54,20 +63,20 @@ def check_records(
     Raises:
         DataError: There is no image folder, no record has an image, some records are invalid and may not be dropped,
             or all are.
-        ValueError: The tokenizer spells real and fake alike.
+        CheckpointError: The tokenizer spells real and fake alike.
     """
-    _refuse_without_images(records)
-    verdict = VerdictTokens.from_tokenizer(tokenizer, VERDICT_PREFIX, VERDICT_WORDS)
+    _check_images_present(records)
+    verdict = VerdictTokens.from_tokenizer(tokenizer, answer_format.verdict_prefix, answer_format.verdict_words)
     problems = _image_problems(records, image_folder)
     if drop_invalid or not problems:
         readable = [record for record in records if record.origin not in problems]
         found = zip(readable, tokenize_records(readable, tokenizer, template), strict=True)
         for record, tokenized in tqdm(found, "checking", total=len(readable), unit=" records", leave=False):
-            problem = find_problem(record, tokenized, verdict, max_length, num_image_tokens)
+            problem = find_problem(record, tokenized, answer_format, verdict, max_length, placeholder_tokens)
             if problem:
                 problems[record.origin] = problem
     valid = _without(records, problems, drop_invalid)
-    _refuse_without_images(valid)
+    _check_images_present(valid)
     return valid
 
 
@@ -81,33 +90,35 @@ def tokenize_records(
         for conversation in together:
             try:
                 yield label_answers(conversation, encode)
-            except ValueError as error:
+            except DataError as error:
                 yield str(error)
 
 
 def find_problem(
     record: Record,
     tokenized: TokenizedConversation | str,
+    answer_format: AnswerFormat,
     verdict: VerdictTokens,
     max_length: int,
-    num_image_tokens: int,
+    placeholder_tokens: Mapping[int, int],
 ) -> str:
     """Says why a record cannot be trained on; nothing if it can."""
     if isinstance(tokenized, str):
         return tokenized
     labels = tokenized.labels
-    kept = fitting_length(tokenized.input_ids, num_image_tokens, max_length)
+    kept = fitting_length(tokenized.input_ids, placeholder_tokens, max_length)
     if all(label == IGNORE_INDEX for label in labels[:kept]):
         return f"no word of its answer lies within the first {max_length} tokens; raise the length or shorten it"
-    conclusion = record.conclusion
+    conclusion = record.verdict(answer_format)
     if conclusion.verdict is None:
         return conclusion.problem
     place = _verdict_place(labels, verdict)
     if place is None or labels[place] != (verdict.real, verdict.fake)[LABELS.index(conclusion.verdict)]:
-        spelling = f"{VERDICT_PREFIX} {conclusion.verdict}"
+        word = answer_format.verdict_words[LABELS.index(conclusion.verdict)]
+        spelling = f"{answer_format.verdict_prefix} {word}"
         return f"its answer does not spell its verdict {spelling!r}, so the score cannot be trained on it"
     if place >= kept:
-        needed = place + 1 + tokenized.input_ids.count(IMAGE_TOKEN_INDEX) * (num_image_tokens - 1)
+        needed = expanded_length(tokenized.input_ids[: place + 1], placeholder_tokens)
         return f"its verdict is token {needed}, but all after {max_length} is cut off; raise the length or shorten it"
     return ""
 
@@ -120,13 +131,13 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def _refuse_without_images(records: Sequence[Record]) -> None:
+def _check_images_present(records: Sequence[Record]) -> None:
     if not any(record.image for record in records):
-        raise DataError(f"none of the {len(records)} records has an image, so there is nothing to learn to look at")
+        raise DataError(f"none of the {len(records)} records has an image, so there is nothing to learn from")
 
 
 def _verdict_place(labels: Sequence[int], verdict: VerdictTokens) -> int | None:
-    """Where the probability mapper will look for the verdict word: after the first pattern."""
+    """Where the verdict word is looked for: after the first pattern."""
     pattern = list(verdict.pattern)
     for start in range(len(labels) - len(pattern)):
         if labels[start] == pattern[0] and labels[start : start + len(pattern)] == pattern:

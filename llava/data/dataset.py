@@ -1,7 +1,7 @@
 """From records to samples."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +16,13 @@ from llava.conversation import Conversation
 from llava.data.collator import Sample
 from llava.data.prompting import fill_template, fitting_length, tokenize_conversation
 from llava.data.records import Record
-from llava.errors import DataError, ImageReadError
+from llava.errors import DataError, ImageReadError, OptionError
 from llava.images import load_image
 from llava.mm_utils import process_images
 from llava.model.configuration import LlavaConfig
-from llava.systems.fakereasoning.answer import parse_answer, write_answer
+from llava.systems.base import AnswerFormat
+
+ExtraInputs = Callable[[Record], Mapping[str, Tensor]]
 
 WORDS_OF_AN_IMAGE = 128
 """How many words an image counts in ``SupervisedDataset.lengths``, as published."""
@@ -31,41 +33,47 @@ class SupervisedDataset(Dataset[Sample]):
 
     Args:
         records: What ``check_records`` returned.
+        answer_format: Words of the system that is trained.
         image_folder: Where the records' images lie; None if their paths are complete.
         tokenizer: The model's.
         template: Prompt template.
         model_config: The model's; it says how pixels are made.
         image_processor: The model's.
-        num_image_tokens: Positions that an image takes in the language model.
+        placeholder_tokens: How many tokens each placeholder id becomes.
         max_length: Longest sequence, image positions included; what lies beyond is cut off.
-        verdict_only_share: Share of the records, 0..1, whose answer is shortened to its CONCLUSION.
+        verdict_only_share: Share of the records, 0..1, whose answer is shortened to its verdict.
         seed: Chooses them, see ``shorten_answers``.
+        extra_inputs: Gives a system's further inputs of a record, by name.
 
     Raises:
-        ValueError: The share is not within 0..1.
+        OptionError: The share is not within 0..1.
     """
 
     def __init__(
         self,
         records: Sequence[Record],
         *,
+        answer_format: AnswerFormat,
         image_folder: Path | None,
         tokenizer: PreTrainedTokenizerBase,
         template: Conversation,
         model_config: LlavaConfig,
         image_processor: Any,
-        num_image_tokens: int,
+        placeholder_tokens: Mapping[int, int],
         max_length: int,
         verdict_only_share: float = 0.0,
         seed: int = 0,
+        extra_inputs: ExtraInputs | None = None,
     ) -> None:
-        self.records = shorten_answers(records, verdict_only_share, seed)
+        self.answer_format = answer_format
+        self.records = shorten_answers(records, answer_format, verdict_only_share, seed)
         self.image_folder = image_folder or Path()
         self.tokenizer = tokenizer
         self.template = template
         self.model_config = model_config
         self.image_processor = image_processor
-        self.num_image_tokens = num_image_tokens
+        self.placeholder_tokens = placeholder_tokens
+        self.extra_inputs = extra_inputs
         self.max_length = max_length
 
     def __len__(self) -> int:
@@ -79,12 +87,13 @@ class SupervisedDataset(Dataset[Sample]):
         """
         record = self.records[index]
         tokenized = tokenize_conversation(fill_template(record.turns, self.template), self.tokenizer)
-        kept = fitting_length(tokenized.input_ids, self.num_image_tokens, self.max_length)
+        kept = fitting_length(tokenized.input_ids, self.placeholder_tokens, self.max_length)
         return Sample(
             torch.tensor(tokenized.input_ids[:kept], dtype=torch.long),
             torch.tensor(tokenized.labels[:kept], dtype=torch.long),
             self.pixels(record),
-            record.forgery_label,
+            record.forgery_label(self.answer_format),
+            extras=self.extra_inputs(record) if self.extra_inputs else {},
         )
 
     @cached_property
@@ -114,28 +123,29 @@ class SupervisedDataset(Dataset[Sample]):
         return process_images([image], self.image_processor, self.model_config)[0]
 
 
-def shorten_answers(records: Sequence[Record], share: float, seed: int) -> list[Record]:
-    """Shortens the answers of some records to their CONCLUSION; the questions stay.
+def shorten_answers(records: Sequence[Record], answer_format: AnswerFormat, share: float, seed: int) -> list[Record]:
+    """Shortens the answers of some records to their verdict; the questions stay.
 
     Which ones depends on the seed and the number of records alone, so every process, worker and epoch chooses alike.
 
     Args:
         records: Records; one without a verdict stays as it is.
+        answer_format: Words of the system that is trained.
         share: Share of them to shorten, 0..1, to the nearest record.
         seed: Of the choice.
 
     Raises:
-        ValueError: The share is not within 0..1.
+        OptionError: The share is not within 0..1.
     """
     if not 0 <= share <= 1:
-        raise ValueError(f"verdict_only_share must lie within 0 and 1, not {share}")
+        raise OptionError(f"verdict_only_share must lie within 0 and 1, not {share}")
     chosen = set(random.Random(seed).sample(range(len(records)), round(share * len(records))))
-    return [_shortened(record) if index in chosen else record for index, record in enumerate(records)]
+    return [_shortened(record, answer_format) if index in chosen else record for index, record in enumerate(records)]
 
 
-def _shortened(record: Record) -> Record:
+def _shortened(record: Record, answer_format: AnswerFormat) -> Record:
     turns = []
     for turn in record.turns:
-        verdict = parse_answer(turn["value"]).verdict if turn["from"] == "gpt" else None
-        turns.append({**turn, "value": write_answer(verdict, form="verdict")} if verdict else turn)
+        short = answer_format.shorten(turn["value"]) if turn["from"] == "gpt" else None
+        turns.append(turn if short is None else {**turn, "value": short})
     return replace(record, turns=tuple(turns))

@@ -1,15 +1,16 @@
 """From a conversation to ids and a label mask, by construction: what the assistant says is supervised, nothing else."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import Conversation
-from llava.mm_utils import join_chunks, tokenizer_image_token
+from llava.errors import DataError
+from llava.mm_utils import IMAGE_PLACEHOLDER, join_chunks, split_placeholders, tokenize_placeholders
 
 Encode = Callable[[str], list[int]]
 """Gives the ids of a prompt, ``<image>`` included."""
@@ -29,13 +30,13 @@ def fill_template(turns: Sequence[dict[str, Any]], template: Conversation) -> Co
     """Puts a record's turns into a template; a question's ``<image>`` is moved to its front, as published.
 
     Raises:
-        ValueError: A turn is not ``{"from": "human" | "gpt", "value": text}``.
+        DataError: A turn is not ``{"from": "human" | "gpt", "value": text}``.
     """
     conversation = template.copy()
     for index, turn in enumerate(turns):
         speaker, value = turn.get("from"), turn.get("value")
         if speaker not in _SPEAKERS or not isinstance(value, str):
-            raise ValueError(f"turn {index} is not {{'from': 'human' or 'gpt', 'value': text}}")
+            raise DataError(f"turn {index} is not {{'from': 'human' or 'gpt', 'value': text}}")
         if DEFAULT_IMAGE_TOKEN in value:
             marks = value.count(DEFAULT_IMAGE_TOKEN)
             rest = value.replace(DEFAULT_IMAGE_TOKEN, "").strip()
@@ -44,24 +45,28 @@ def fill_template(turns: Sequence[dict[str, Any]], template: Conversation) -> Co
     return conversation
 
 
-def tokenize_conversation(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> TokenizedConversation:
+def tokenize_conversation(
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    placeholders: Mapping[str, int] = IMAGE_PLACEHOLDER,
+) -> TokenizedConversation:
     """Tokenises a conversation and labels the assistant's words, closing mark included.
 
     The whole prompt is tokenised at once, as a model will see it; where each turn ends is found by tokenising the
     prompt up to there.
 
     Raises:
-        ValueError: A turn has no answer, or the tokenizer joins pieces across the start of an answer, so that no
+        DataError: A turn has no answer, or the tokenizer joins pieces across the start of an answer, so that no
             boundary exists there.
     """
-    return label_answers(conversation, lambda prompt: tokenizer_image_token(prompt, tokenizer))
+    return label_answers(conversation, lambda prompt: tokenize_placeholders(prompt, tokenizer, placeholders))
 
 
 def label_answers(conversation: Conversation, encode: Encode) -> TokenizedConversation:
     """Does what ``tokenize_conversation`` does with any way to tokenise, see ``encode_together``.
 
     Raises:
-        ValueError: As there.
+        DataError: As there.
     """
     prompts = _growing_prompts(conversation)
     ids = encode(prompts[-1])
@@ -72,39 +77,57 @@ def label_answers(conversation: Conversation, encode: Encode) -> TokenizedConver
     return TokenizedConversation(ids, labels)
 
 
-def encode_together(conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase) -> Encode:
+def encode_together(
+    conversations: Iterable[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    placeholders: Mapping[str, int] = IMAGE_PLACEHOLDER,
+) -> Encode:
     """Tokenises all prompts that labelling these conversations takes, in one call and each text only once.
 
     Returns:
-        What gives the ids of any of these prompts, as ``tokenizer_image_token`` would.
+        What gives the ids of any of these prompts, as ``tokenize_placeholders`` would.
     """
     prompts = {prompt for conversation in conversations for prompt in _growing_prompts(conversation)}
-    chunks = list({chunk for prompt in prompts for chunk in prompt.split(DEFAULT_IMAGE_TOKEN)})
+    chunks = list({chunk for prompt in prompts for chunk in split_placeholders(prompt, placeholders)[0]})
     ids = dict(zip(chunks, tokenizer(chunks).input_ids, strict=True))
-    return lambda prompt: join_chunks(
-        [ids[chunk] for chunk in prompt.split(DEFAULT_IMAGE_TOKEN)], tokenizer.bos_token_id
-    )
+
+    def encode(prompt: str) -> list[int]:
+        texts, between = split_placeholders(prompt, placeholders)
+        return join_chunks([ids[text] for text in texts], tokenizer.bos_token_id, between)
+
+    return encode
 
 
-def fitting_length(input_ids: Sequence[int], num_image_tokens: int, max_length: int) -> int:
-    """Returns how many of the ids stay when a sequence is cut to ``max_length`` after its images were put in."""
-    if len(input_ids) + input_ids.count(IMAGE_TOKEN_INDEX) * (num_image_tokens - 1) <= max_length:
+def fitting_length(input_ids: Sequence[int], placeholder_tokens: Mapping[int, int], max_length: int) -> int:
+    """Returns how many of the ids stay when a sequence is cut to ``max_length`` after its placeholders were filled.
+
+    Args:
+        input_ids: Ids with placeholders among them.
+        placeholder_tokens: How many tokens each placeholder id becomes.
+        max_length: Longest sequence.
+    """
+    if expanded_length(input_ids, placeholder_tokens) <= max_length:
         return len(input_ids)
-    ends = accumulate(num_image_tokens if index == IMAGE_TOKEN_INDEX else 1 for index in input_ids)
+    ends = accumulate(placeholder_tokens.get(index, 1) for index in input_ids)
     return sum(end <= max_length for end in ends)
+
+
+def expanded_length(input_ids: Sequence[int], placeholder_tokens: Mapping[int, int]) -> int:
+    """Returns the length of a sequence after its placeholders were filled."""
+    return len(input_ids) + sum(input_ids.count(index) * (size - 1) for index, size in placeholder_tokens.items())
 
 
 def _growing_prompts(conversation: Conversation) -> list[str]:
     """The prompt up to the end of each question and of each answer; the last one is the whole."""
     turns = conversation.turns()
     if not all(said for _, said in turns):
-        raise ValueError("a question has no answer")
+        raise DataError("a question has no answer")
     return list(accumulate(piece for turn in turns for piece in turn))
 
 
 def _common(part: list[int], whole: list[int]) -> list[int]:
     if whole[: len(part)] != part:
-        raise ValueError(
+        raise DataError(
             f"the tokenizer joins text across a turn's boundary: {part[-4:]} is not how the whole begins, "
             f"{whole[max(0, len(part) - 4) : len(part)]}"
         )

@@ -10,12 +10,11 @@ from typing import Any
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.errors import DataError
 from llava.labels import LABELS
-from llava.systems.fakereasoning.answer import VERDICT_PREFIX, ParsedAnswer, parse_answer
+from llava.systems.base import AnswerFormat, ParsedAnswer
 
 SPEAKERS = ("human", "gpt")
 """Who speaks, in turn."""
 
-_CONCLUSION = VERDICT_PREFIX.partition(" ")[0]
 _SPACE = re.compile(r"[ \t\r\n]*")
 _LAYOUT = '{"image": file, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": text}]}'
 
@@ -35,21 +34,17 @@ class Record:
     origin: str
 
     @property
-    def conclusion(self) -> ParsedAnswer:
-        """The answer with the verdict; if there is no verdict, its ``problem`` says why.
+    def answers(self) -> list[str]:
+        """Texts of the assistant's turns."""
+        return [turn["value"] for turn in self.turns if turn["from"] == SPEAKERS[1]]
 
-        It is the first answer that has a CONCLUSION; if several have one, they must agree.
-        """
-        answers = [turn["value"] for turn in self.turns if turn["from"] == SPEAKERS[1]]
-        parsed = [parse_answer(answer) for answer in answers if _CONCLUSION in answer] or [parse_answer(answers[-1])]
-        if any(other.verdict != parsed[0].verdict for other in parsed):
-            return ParsedAnswer(problem="its answers conclude differently")
-        return parsed[0]
+    def verdict(self, answer_format: AnswerFormat) -> ParsedAnswer:
+        """Returns what its answers conclude, in a system's words; if there is no verdict, ``problem`` says why."""
+        return answer_format.parse_training(self.answers)
 
-    @property
-    def forgery_label(self) -> int:
-        """Real = 0, fake = 1, -100 if there is no verdict."""
-        verdict = self.conclusion.verdict
+    def forgery_label(self, answer_format: AnswerFormat) -> int:
+        """Returns real = 0, fake = 1, -100 if there is no verdict."""
+        verdict = self.verdict(answer_format).verdict
         return IGNORE_INDEX if verdict is None else LABELS.index(verdict)
 
 

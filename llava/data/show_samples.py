@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ from llava.conversation import conv_templates
 from llava.data.checks import find_problem, is_file, tokenize_records
 from llava.data.prompting import TokenizedConversation, fitting_length
 from llava.data.records import Record, read_records
-from llava.errors import CheckpointError
+from llava.errors import CheckpointError, OptionError
 from llava.model.builder import DEFAULT_CONTEXT_LENGTH, load_tokenizer
 from llava.model.checkpoint_files import read_json, resolve_folder
 from llava.model.configuration import LlavaConfig
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.probability_mapper import VerdictTokens
-from llava.systems.fakereasoning.answer import VERDICT_PREFIX, VERDICT_WORDS
+from llava.model.verdict import VerdictTokens
+from llava.systems import registry
+from llava.systems.base import AnswerFormat, CheckpointFiles
 
 _GREY, _REVERSED, _PLAIN = "\033[2m", "\033[7m", "\033[0m"
 _PUBLISHED_IMAGE_TOKENS = 576
@@ -65,6 +67,7 @@ def describe(
     tokenized: TokenizedConversation | str,
     *,
     tokenizer: PreTrainedTokenizerBase,
+    answer_format: AnswerFormat,
     verdict: VerdictTokens,
     max_length: int,
     num_image_tokens: int,
@@ -75,11 +78,12 @@ def describe(
     image = record.image or "no image"
     if record.image and image_folder and not is_file(image_folder / record.image):
         image += f" (not in {image_folder})"
-    facts = f"{record.origin}: {image}, verdict {record.conclusion.verdict or 'none'}"
-    problem = find_problem(record, tokenized, verdict, max_length, num_image_tokens)
+    facts = f"{record.origin}: {image}, verdict {record.verdict(answer_format).verdict or 'none'}"
+    placeholder_tokens = {IMAGE_TOKEN_INDEX: num_image_tokens}
+    problem = find_problem(record, tokenized, answer_format, verdict, max_length, placeholder_tokens)
     if isinstance(tokenized, str):
         return f"{facts}\nproblem: {problem}"
-    kept = fitting_length(tokenized.input_ids, num_image_tokens, max_length)
+    kept = fitting_length(tokenized.input_ids, placeholder_tokens, max_length)
     shown = TokenizedConversation(tokenized.input_ids[:kept], tokenized.labels[:kept])
     images = shown.input_ids.count(IMAGE_TOKEN_INDEX)
     supervised = sum(label != IGNORE_INDEX for label in shown.labels)
@@ -109,6 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model_name_or_path", metavar="PATH", help="model whose tokenizer and lengths count")
     source.add_argument("--tokenizer", metavar="PATH", help="folder with a tokenizer")
+    parser.add_argument("--system", help="whose answers these are (default: the model's system, else that of MMFR)")
     parser.add_argument("--version", choices=sorted(conv_templates), default="v1", help="prompt template (default v1)")
     parser.add_argument("--max_length", type=int, help=f"default: the model's, else {DEFAULT_CONTEXT_LENGTH}")
     parser.add_argument(
@@ -133,24 +138,41 @@ def run(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(folder)
     records = read_records([arguments.file])
     arguments = _with_lengths(arguments, folder)
-    for text in _described(records[: arguments.n], tokenizer, arguments):
+    answer_format = _answer_format(arguments, folder)
+    for text in _described(records[: arguments.n], tokenizer, answer_format, arguments):
         print(f"{text}\n")
-    verdicts = Counter(record.conclusion.verdict or "no verdict" for record in records)
+    verdicts = Counter(record.verdict(answer_format).verdict or "no verdict" for record in records)
     counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
     print(f"{min(arguments.n, len(records))} of {len(records)} records shown; verdicts of all: {counts}")
 
 
+def _answer_format(arguments: argparse.Namespace, folder: Path) -> AnswerFormat:
+    """The words of the named system, else of the model's, else of the system in whose words MMFR data are written."""
+    name = arguments.system
+    if name is None and arguments.model_name_or_path:
+        with suppress(CheckpointError):
+            name = registry.identify(CheckpointFiles(folder, read_json(folder / "config.json"))).name
+    found = registry.answer_format(name or registry.DEFAULT)
+    if found is None:
+        raise OptionError(f"the system {name!r} has no answers, so there are no samples to show")
+    return found
+
+
 def _described(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    answer_format: AnswerFormat,
+    arguments: argparse.Namespace,
 ) -> Iterator[str]:
     tokenized_records = tokenize_records(records, tokenizer, conv_templates[arguments.version])
-    verdict = VerdictTokens.from_tokenizer(tokenizer, VERDICT_PREFIX, VERDICT_WORDS)
+    verdict = VerdictTokens.from_tokenizer(tokenizer, answer_format.verdict_prefix, answer_format.verdict_words)
     colored = arguments.color == "always" or (arguments.color == "auto" and sys.stdout.isatty())
     for record, tokenized in zip(records, tokenized_records, strict=True):
         yield describe(
             record,
             tokenized,
             tokenizer=tokenizer,
+            answer_format=answer_format,
             verdict=verdict,
             max_length=arguments.max_length,
             num_image_tokens=arguments.num_image_tokens,

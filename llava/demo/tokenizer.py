@@ -22,7 +22,7 @@ from llava.data.prompting import TokenizedConversation
 from llava.data.records import Record, read_records
 from llava.errors import DataError, OptionError
 from llava.files import atomic_folder
-from llava.model.probability_mapper import VerdictTokens
+from llava.model.verdict import VerdictTokens
 from llava.systems.fakereasoning.answer import (
     ATTRIBUTES,
     FORCED_SUMMARY,

@@ -16,7 +16,8 @@ from llava.images import load_image
 from llava.mm_utils import process_images
 from llava.model.configuration import LlavaConfig
 from llava.model.multimodal_encoder.base import PixelFormat
-from llava.systems.fakereasoning.answer import ParsedAnswer
+from llava.systems.base import ParsedAnswer
+from llava.systems.fakereasoning.answer import FORMAT
 
 RECORDS_FILE = "forgery_reasoning_cot.json"
 
@@ -66,7 +67,7 @@ def read_examples(sources: Sequence[Path], image_folder: Path | None) -> list[Ex
         for record in read_records([file]):
             if record.image is None:
                 raise DataError(f"{record.origin}: there is no image, so a tower cannot learn from it")
-            answer = record.conclusion
+            answer = record.verdict(FORMAT)
             if answer.verdict is None:
                 raise DataError(f"{record.origin}: {answer.problem}")
             examples.append(Example((image_folder or file.parent) / record.image, answer))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from llava.labels import FAKE, LABELS
-from llava.systems.fakereasoning.answer import FORGERY_ATTRIBUTES, ParsedAnswer
+from llava.systems.base import ParsedAnswer
+from llava.systems.fakereasoning.answer import FORGERY_ATTRIBUTES
 
 WORD_STAGES = {"caption": "CAPTION", "reasoning": "REASONING"}
 """Stage whose words each group of word targets holds."""

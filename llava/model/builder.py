@@ -10,25 +10,15 @@ import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from transformers import AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedTokenizerBase
 
-from llava.errors import CheckpointError
+from llava.errors import CheckpointError, OptionError
+from llava.model.branches import projector_name, tower_name
 from llava.model.checkpoint import Checkpoint, check_keys, complete_config, has_tokenizer, open_checkpoint, stored_dtype
 from llava.model.checkpoint_files import TensorLike, list_keys, read_json, read_tensor_file
+from llava.model.checkpoint_layout import LORA_PREFIX
 from llava.model.configuration import LlavaConfig
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.probability_mapper import VerdictTokens
-from llava.systems.fakereasoning import checkpoint as layout
-from llava.systems.fakereasoning.answer import VERDICT_PREFIX, VERDICT_WORDS
 
 DEFAULT_CONTEXT_LENGTH = 2048
-_FULL_PRECISION_PARTS = [
-    "model.vision_tower",
-    "model.dino_tower",
-    "model.mm_projector",
-    "model.dino_mm_projector",
-    "model.fusion",
-    "lm_head",
-]
-"""What stays as it is when the language model is quantised."""
 
 
 def load_pretrained_model(
@@ -45,6 +35,7 @@ def load_pretrained_model(
     vision_tower: str | os.PathLike[str] | None = None,
     dino_weights: str | os.PathLike[str] | None = None,
     merge_lora: bool = True,
+    system: str | None = None,
 ) -> tuple[PreTrainedTokenizerBase, LlavaLlamaForCausalLM, Any, int]:
     """Opens a checkpoint for inference or further training.
 
@@ -56,27 +47,28 @@ def load_pretrained_model(
         model_base: Base model of a LoRA folder; default: the one that ``adapter_config.json`` names.
         model_name: Accepted for LLaVA's sake and ignored.
         device: ``auto`` (CUDA, else MPS, else CPU) or a torch device.
-        dtype: ``auto`` (the checkpoint's; float32 in the place of float16 on a CPU), or a torch dtype or its name.
+        dtype: ``auto`` (the checkpoint's; float32 instead of float16 on a CPU), or a torch dtype or its name.
         device_map: ``auto`` spreads the model over all GPUs; or a map as accelerate takes it. Overrides ``device``.
         load_8bit: Quantise the language model's linear layers to 8 bits (needs bitsandbytes).
         load_4bit: The same to 4 bits (NF4).
         attn_implementation: ``auto`` (flash-attn where installed and usable, else SDPA), or transformers' name.
-        vision_tower: First tower in the place of the checkpoint's: folder or hub id.
-        dino_weights: Second tower in the place of the checkpoint's: a DINOv2 ``.pth``, a folder, a hub id, or
+        vision_tower: First tower instead of the checkpoint's: folder or hub id.
+        dino_weights: Second tower instead of the checkpoint's: a DINOv2 ``.pth``, a folder, a hub id, or
             ``timm:<name>``.
         merge_lora: Whether a LoRA folder's adapter is merged into the weights; a quantised model keeps it apart.
+        system: Name of the system, where the files do not tell it; a plain LLaVA needs none.
 
     Returns:
         Tokenizer, model in evaluation mode with frozen towers, image processor, and context length in tokens.
 
     Raises:
         CheckpointError: Something is missing, unexpected or of another shape; the message names it.
-        ValueError: Arguments exclude each other or name something unknown.
+        OptionError: Arguments exclude each other or name something unknown.
     """
     if load_8bit and load_4bit:
-        raise ValueError("load_8bit and load_4bit exclude each other")
-    checkpoint = open_checkpoint(model_path, model_base)
-    checkpoint, config = complete_config(checkpoint, vision_tower, dino_weights)
+        raise OptionError("load_8bit and load_4bit exclude each other")
+    checkpoint = open_checkpoint(model_path, model_base, system=system)
+    checkpoint, config = complete_config(checkpoint, {"clip": vision_tower, "dino": dino_weights})
     tokenizer = load_tokenizer(checkpoint.tokenizer_folder)
     target = resolve_device(device)
     tensor_dtype = resolve_dtype(dtype, checkpoint, target)
@@ -86,14 +78,14 @@ def load_pretrained_model(
         checkpoint.tensors,
         dtype=tensor_dtype,
         device_map=device_map if device_map is not None else {"": target},
-        quantization_config=quantization(load_8bit, load_4bit, tensor_dtype),
+        quantization_config=quantization(config, load_8bit, load_4bit, tensor_dtype),
         attn_implementation=resolve_attention(attn_implementation, target, tensor_dtype),
     )
     set_generation_defaults(model, checkpoint.tokenizer_folder, tokenizer)
     if checkpoint.adapter_folder is not None:
         model = apply_lora(model, checkpoint.adapter_folder, merge=merge_lora and not (load_8bit or load_4bit))
     model.get_model().freeze_towers()
-    model.set_tokenizer(tokenizer, VerdictTokens.from_tokenizer(tokenizer, VERDICT_PREFIX, VERDICT_WORDS))
+    model.set_tokenizer(tokenizer)
     context_length = config.tokenizer_model_max_length or DEFAULT_CONTEXT_LENGTH
     return tokenizer, model.eval(), model.image_processor, context_length
 
@@ -116,7 +108,7 @@ def apply_lora(model: LlavaLlamaForCausalLM, folder: Path, *, merge: bool) -> Ll
         CheckpointError: The adapter's tensors do not fit the model.
     """
     weights = {name: tensor[...] for name, tensor in read_tensor_file(_adapter_file(folder)).items()}
-    modules = sorted({name.split(".lora_")[0].removeprefix(layout.LORA_PREFIX) for name in weights})
+    modules = sorted({name.split(".lora_")[0].removeprefix(LORA_PREFIX) for name in weights})
     settings = LoraConfig.from_pretrained(str(folder))
     settings.target_modules = set(modules)
     absent = [name for name in modules if not _has_module(model, name)]
@@ -190,7 +182,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """Returns a device; ``auto`` is CUDA, else MPS, else the CPU.
 
     Raises:
-        ValueError: There is no such device here.
+        OptionError: There is no such device here.
     """
     if device == "auto":
         if torch.cuda.is_available():
@@ -199,12 +191,12 @@ def resolve_device(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"unknown device {device!r}; it must be auto, cpu, mps, cuda or cuda:<number>") from None
+        raise OptionError(f"unknown device {device!r}; it must be auto, cpu, mps, cuda or cuda:<number>") from None
     if found.type not in ("cpu", "mps", "cuda"):
-        raise ValueError(f"unsupported device {device!r}; it must be auto, cpu, mps, cuda or cuda:<number>")
+        raise OptionError(f"unsupported device {device!r}; it must be auto, cpu, mps, cuda or cuda:<number>")
     missing_cuda = found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()
     if missing_cuda or (found.type == "mps" and not torch.backends.mps.is_available()):
-        raise ValueError(f"there is no device {device} on this machine; device='auto' takes what there is")
+        raise OptionError(f"there is no device {device} on this machine; device='auto' takes what there is")
     return found
 
 
@@ -215,14 +207,14 @@ def resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint, device: torc
     precision slowly or not at all.
 
     Raises:
-        ValueError: The name is no floating-point dtype.
+        OptionError: The name is no floating-point dtype.
     """
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto":
         found = getattr(torch, dtype, None)
         if not isinstance(found, torch.dtype) or not found.is_floating_point:
-            raise ValueError(f"unknown dtype {dtype!r}; it must be auto, float32, bfloat16 or float16")
+            raise OptionError(f"unknown dtype {dtype!r}; it must be auto, float32, bfloat16 or float16")
         return found
     stored = stored_dtype(checkpoint)
     return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
@@ -232,31 +224,39 @@ def resolve_attention(attn_implementation: str, device: torch.device, dtype: tor
     """Returns the attention for ``auto``: flash-attn where it is installed and can run, else SDPA.
 
     Raises:
-        ValueError: flash-attn is asked for but not installed.
+        OptionError: flash-attn is asked for but not installed.
     """
     if attn_implementation == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):
-        raise ValueError("flash_attention_2 needs flash-attn: pip install 'fakereasoning[flash]' --no-build-isolation")
+        raise OptionError("flash_attention_2 needs flash-attn: pip install 'fakereasoning[flash]' --no-build-isolation")
     if attn_implementation != "auto":
         return attn_implementation
     usable = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
     return "flash_attention_2" if usable and importlib.util.find_spec("flash_attn") else "sdpa"
 
 
-def quantization(load_8bit: bool, load_4bit: bool, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """Returns how the language model is quantised; None if it is not.
+def quantization(
+    config: LlavaConfig, load_8bit: bool, load_4bit: bool, dtype: torch.dtype
+) -> BitsAndBytesConfig | None:
+    """Returns how the language model is quantised, everything else left as it is; None if it is not.
 
     Raises:
-        ValueError: bitsandbytes is not installed.
+        OptionError: bitsandbytes is not installed.
     """
     if not (load_8bit or load_4bit):
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("load_8bit and load_4bit need bitsandbytes: pip install 'fakereasoning[quant]'")
+        raise OptionError("load_8bit and load_4bit need bitsandbytes: pip install 'fakereasoning[quant]'")
     return BitsAndBytesConfig(
         load_in_8bit=load_8bit,
         load_in_4bit=load_4bit,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=_FULL_PRECISION_PARTS,
+        llm_int8_skip_modules=[*_vision_parts(config), "lm_head"],
     )
+
+
+def _vision_parts(config: LlavaConfig) -> list[str]:
+    branches = config.tower_configs()
+    parts = [name(branch) for branch in branches for name in (tower_name, projector_name)]
+    return [f"model.{part}" for part in (*parts, "fusion", "token_sources")]

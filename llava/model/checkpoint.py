@@ -11,43 +11,53 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from llava.errors import CheckpointError
-from llava.model.checkpoint_files import (
-    TensorLike,
-    list_keys,
-    read_json,
-    read_tensor_file,
-    read_tensors,
-    resolve_folder,
-)
-from llava.model.checkpoint_layout import stored_state_dict
+from llava.model.branches import FIRST, source_field, tower_name
+from llava.model.checkpoint_files import TensorLike, list_keys, read_json, read_tensor_file, read_tensors
+from llava.model.checkpoint_layout import NON_LORA_FILE, KeyMap, stored_state_dict, strip_lora_prefix
 from llava.model.configuration import LlavaConfig
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.base import PixelFormat, TowerSource
-from llava.model.multimodal_encoder.builder import build_vision_tower, read_vision_tower
-from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
-from llava.model.multimodal_encoder.dino_encoder import DinoVisionTower
+from llava.model.multimodal_encoder.builder import build_vision_tower, read_vision_tower, tower_class
 from llava.model.multimodal_fusion.builder import fusion_class
-from llava.systems.fakereasoning import checkpoint as layout
+from llava.systems import registry
+from llava.systems.base import CheckpointFiles, CheckpointFormat, resolve
 
 logger = logging.getLogger(__name__)
-
-VISION_PREFIX, DINO_PREFIX = "model.vision_tower.", "model.dino_tower."
-DINO_WEIGHT_VARIABLE = "DINO_WEIGHT"
-"""Environment variable that the authors' code reads the DINOv2 weight file from."""
 
 _BUFFERS = ("rotary_emb.inv_freq", "position_ids")
 """Stored by old versions of transformers; computed now."""
 
 
+class _Plain:
+    """A plain LLaVA's layout, whose names are the native ones."""
+
+    key_map = KeyMap(())
+    tower_types: Mapping[str, str] = {FIRST: "clip"}
+    tower_variables: Mapping[str, str] = {}
+
+    def infer_config(self, config: Mapping[str, Any], tensors: Mapping[str, TensorLike]) -> dict[str, Any]:
+        """Returns the config with the one branch that there is."""
+        return {"mm_fusion_type": FIRST, **config}
+
+    def infer_tower(self, branch: str, tensors: Mapping[str, TensorLike]) -> dict[str, Any]:
+        """Returns nothing: a plain LLaVA's tower tells all itself."""
+        return {}
+
+
+PLAIN: CheckpointFormat = _Plain()
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's files, read lazily, by our names.
+    """A checkpoint's files, read lazily, by native names.
 
     Attributes:
         folder: Where config and weights lie.
         config: Contents of ``config.json``.
         tensors: All tensors, those that a LoRA folder brings beside its adapter included.
         tokenizer_folder: Where the tokenizer lies: the base's folder for a LoRA folder without one.
+        layout: How the system's published files correspond to the native ones.
+        system: Short name of the system that it belongs to; empty for a plain LLaVA.
         adapter_folder: The LoRA folder, or None.
     """
 
@@ -55,152 +65,195 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, TensorLike]
     tokenizer_folder: Path
+    layout: CheckpointFormat = PLAIN
+    system: str = ""
     adapter_folder: Path | None = None
 
 
-def open_checkpoint(model_path: str | os.PathLike[str], model_base: str | os.PathLike[str] | None = None) -> Checkpoint:
-    """Reads a checkpoint's config and lists its tensors, by our names; no weight is read.
+def open_checkpoint(
+    model_path: str | os.PathLike[str],
+    model_base: str | os.PathLike[str] | None = None,
+    *,
+    system: str | None = None,
+) -> Checkpoint:
+    """Reads a checkpoint's config and lists its tensors, by native names; no weight is read.
+
+    Args:
+        model_path: Folder or hub id.
+        model_base: Base model of a LoRA folder; default: the one that ``adapter_config.json`` names.
+        system: Name of the system where the files do not tell it.
 
     Raises:
         CheckpointError: It is no checkpoint, or a LoRA folder lacks its base or a file.
     """
-    folder = resolve_folder(model_path, "model")
-    if not (folder / "adapter_config.json").is_file():
-        if model_base is not None:
-            raise CheckpointError(
-                f"a base model is given, but {folder} has no adapter_config.json: it is no LoRA folder"
-            )
-        config = read_json(folder / "config.json")
-        tensors = read_tensors(folder)
-        if not _is_ours(config):
-            tensors = layout.KEY_MAP.to_ours(tensors)
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(_BUFFERS)}
-        return Checkpoint(folder, config, tensors, folder)
+    files = registry.read_files(model_path)
+    folder = files.folder
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file, but a folder with config.json and weights is needed")
+    if (folder / "adapter_config.json").is_file():
+        return _open_lora(files, model_base, system)
+    if model_base is not None:
+        raise CheckpointError(f"a base model is given, but {folder} has no adapter_config.json: it is no LoRA folder")
+    config = read_json(folder / "config.json")
+    name, layout = _system_of(files, system)
+    tensors = read_tensors(folder)
+    if not _is_native(config):
+        tensors = layout.key_map.to_native(tensors)
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(_BUFFERS)}
+    return Checkpoint(folder, config, tensors, folder, layout, name)
+
+
+def _open_lora(files: CheckpointFiles, model_base: str | os.PathLike[str] | None, system: str | None) -> Checkpoint:
+    folder = files.folder
     base = model_base or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if not base:
         raise CheckpointError(f"{folder} is a LoRA folder that does not name its base model; pass model_base")
+    config = files.config or registry.read_files(base).config
+    name, layout = _system_of(CheckpointFiles(folder, config), system)
     try:
-        opened = open_checkpoint(base)
+        # The base may be a plain LLaVA, which by itself belongs to no system.
+        opened = open_checkpoint(base, system=name or None)
     except CheckpointError as error:
         raise CheckpointError(f"{folder} is a LoRA folder whose base model cannot be opened: {error}") from error
-    beside = read_tensor_file(folder / layout.NON_LORA_FILE)
-    tensors = opened.tensors | layout.KEY_MAP.to_ours(layout.strip_lora_prefix(beside))
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else opened.config
+    beside = layout.key_map.to_native(strip_lora_prefix(read_tensor_file(folder / NON_LORA_FILE)))
     tokenizer_folder = folder if has_tokenizer(folder) else opened.tokenizer_folder
-    return Checkpoint(folder, config, tensors, tokenizer_folder, adapter_folder=folder)
+    own_config = read_json(folder / "config.json") if (folder / "config.json").is_file() else opened.config
+    return Checkpoint(folder, own_config, opened.tensors | beside, tokenizer_folder, layout, name, folder)
 
 
-def _is_ours(config: Mapping[str, Any]) -> bool:
+def _system_of(files: CheckpointFiles, system: str | None) -> tuple[str, CheckpointFormat]:
+    """The system that files belong to, and its layout; a plain LLaVA belongs to none."""
+    try:
+        spec = registry.find(files, system)
+    except CheckpointError:
+        if (
+            system is None
+            and files.config.get("model_type") == LlavaConfig.model_type
+            and not files.config.get("system")
+        ):
+            return "", PLAIN
+        raise
+    layout = resolve(spec.checkpoint_format)
+    if layout is None:
+        raise CheckpointError(f"{files.folder}: {spec.title} is no model that load_pretrained_model opens")
+    return spec.name, layout
+
+
+def _is_native(config: Mapping[str, Any]) -> bool:
     return config.get("vision_tower_config") is not None
 
 
 def complete_config(
-    checkpoint: Checkpoint,
-    vision_tower: str | os.PathLike[str] | None = None,
-    dino_weights: str | os.PathLike[str] | None = None,
+    checkpoint: Checkpoint, towers: Mapping[str, str | os.PathLike[str] | None] | None = None
 ) -> tuple[Checkpoint, LlavaConfig]:
     """Finds the towers and writes into the config what only the tensors tell.
 
-    A tower comes from the argument, else from complete tensors in the checkpoint, else from the path or hub id in the
-    config (``mm_vision_tower``, ``mm_dino_tower``), else (DINO) from the environment variable ``DINO_WEIGHT``.
+    A tower comes from ``towers``, else from complete tensors in the checkpoint, else from the path or hub id in the
+    config (``mm_vision_tower``, ``mm_dino_tower``), else from the environment variable that the layout names.
+
+    Args:
+        checkpoint: What ``open_checkpoint`` returned.
+        towers: Folder, file or hub id of branches' towers instead of the checkpoint's.
 
     Returns:
         The checkpoint with the towers' tensors, and the whole config.
 
     Raises:
-        CheckpointError: A tower is nowhere to be had, or the config holds something that is not supported.
+        CheckpointError: A tower is nowhere to be found, or the config holds something that is not supported.
     """
-    values = dict(checkpoint.config)
-    _refuse_unsupported(values, checkpoint.folder)
-    if "mm_fusion_type" not in values:
-        values |= layout.infer_fusion(checkpoint.tensors)
-    fusion = fusion_class(values["mm_fusion_type"])
-    first = _find_first_tower(checkpoint, values, vision_tower)
-    values["vision_tower_config"] = first.config
-    if first.image_processor is not None:
-        values["mm_image_processor"] = first.image_processor
-    towers = {f"{VISION_PREFIX}{name}": tensor for name, tensor in first.tensors.items()}
-    if fusion.uses_dino:
-        second = _find_second_tower(checkpoint, values, dino_weights)
-        values["dino_tower_config"] = second.config
-        towers |= {f"{DINO_PREFIX}{name}": tensor for name, tensor in second.tensors.items()}
-    others = {
-        name: tensor for name, tensor in checkpoint.tensors.items() if not name.startswith((VISION_PREFIX, DINO_PREFIX))
-    }
+    _check_supported(checkpoint.config, checkpoint.folder)
+    values = checkpoint.layout.infer_config(checkpoint.config, checkpoint.tensors)
+    values["system"] = checkpoint.system
+    tensors = dict(checkpoint.tensors)
+    for branch in dict.fromkeys((FIRST, *fusion_class(values["mm_fusion_type"]).branches)):
+        source = _find_tower(checkpoint, values, branch, (towers or {}).get(branch))
+        logger.info("tower of branch %s: %s from %s", branch, source.config["type"], source.origin)
+        _set_tower_config(values, branch, source.config)
+        if branch == FIRST and source.image_processor is not None:
+            values["mm_image_processor"] = source.image_processor
+        prefix = _tower_prefix(branch)
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+        tensors |= {f"{prefix}{name}": tensor for name, tensor in source.tensors.items()}
     try:
         config = LlavaConfig.from_dict(values)
     except StrictDataclassError as error:
         raise CheckpointError(f"{checkpoint.folder}: config.json is wrong: {error.__cause__ or error}") from error
-    return replace(checkpoint, tensors=others | towers), config
+    return replace(checkpoint, tensors=_without_unused_towers(tensors, config)), config
 
 
-def _refuse_unsupported(values: Mapping[str, Any], folder: Path) -> None:
+def _check_supported(values: Mapping[str, Any], folder: Path) -> None:
     if values.get("mm_use_im_start_end") or values.get("mm_use_im_patch_token"):
         raise CheckpointError(f"{folder}: image start, end or patch tokens in the prompt are not supported")
     if values.get("mm_patch_merge_type", "flat") != "flat":
         raise CheckpointError(f"{folder}: mm_patch_merge_type {values['mm_patch_merge_type']!r} is not supported")
 
 
-def _tower_part(checkpoint: Checkpoint, prefix: str) -> dict[str, TensorLike]:
-    return {name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(prefix)}
+def _tower_prefix(branch: str) -> str:
+    return f"model.{tower_name(branch)}."
 
 
-def _find_first_tower(
-    checkpoint: Checkpoint, values: Mapping[str, Any], given: str | os.PathLike[str] | None
+def _without_unused_towers(tensors: Mapping[str, TensorLike], config: LlavaConfig) -> dict[str, TensorLike]:
+    """Leaves out towers of branches that the fusion does not use."""
+    used = {FIRST, *fusion_class(config.mm_fusion_type).branches}
+    unused = tuple(_tower_prefix(branch) for branch in {"dino", *config.tower_configs()} - used)
+    return {name: tensor for name, tensor in tensors.items() if not (unused and name.startswith(unused))}
+
+
+def _tower_config(values: Mapping[str, Any], branch: str) -> dict[str, Any] | None:
+    field = f"{tower_name(branch)}_config"
+    return values.get(field) or (values.get("extra_tower_configs") or {}).get(branch)
+
+
+def _set_tower_config(values: dict[str, Any], branch: str, config: dict[str, Any]) -> None:
+    if branch in (FIRST, "dino"):
+        values[f"{tower_name(branch)}_config"] = config
+    else:
+        values["extra_tower_configs"] = {**(values.get("extra_tower_configs") or {}), branch: config}
+
+
+def _find_tower(
+    checkpoint: Checkpoint, values: Mapping[str, Any], branch: str, given: str | os.PathLike[str] | None
 ) -> TowerSource:
+    prefix = _tower_prefix(branch)
+    stored = {n.removeprefix(prefix): tensor for n, tensor in checkpoint.tensors.items() if n.startswith(prefix)}
+    own = _tower_config(values, branch)
+    facts = checkpoint.layout.infer_tower(branch, checkpoint.tensors)
+    named = values.get(source_field(branch))
+    if given is None and stored and own is not None:
+        return TowerSource(own, stored, "the checkpoint")
+    published_type = checkpoint.layout.tower_types.get(branch)
+    if given is None and stored and published_type is not None:
+        inferred = tower_class(published_type).infer(named, stored, facts)
+        if inferred is not None and not _missing(inferred.config, stored):
+            return inferred
     if given is not None:
-        return _logged("vision tower", read_vision_tower(os.fspath(given)))
-    stored = _tower_part(checkpoint, VISION_PREFIX)
-    own = values.get("vision_tower_config")
-    if stored and own is not None:
-        return _logged("vision tower", TowerSource(own, stored, "the checkpoint"))
-    named = values.get("mm_vision_tower")
-    inferred = CLIPVisionTower.infer(named, stored) if named else None
-    if inferred is not None:
-        return _logged("vision tower", inferred)
-    if not named:
-        raise CheckpointError(
-            f"{checkpoint.folder} neither holds nor names its vision tower; pass vision_tower=<folder or hub id>"
-        )
-    try:
-        source = read_vision_tower(named)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}\nPass vision_tower=<folder or hub id> to take it from elsewhere.") from error
-    if stored and _missing(source.config, stored) == []:
+        source = read_vision_tower(os.fspath(given))
+    else:
+        source = _read_named_tower(checkpoint, branch, named, in_part=bool(stored))
+    if given is None and stored and not _missing(source.config, stored):
         source = replace(source, tensors=stored, origin="the checkpoint")
-    return _logged("vision tower", source)
-
-
-def _find_second_tower(
-    checkpoint: Checkpoint, values: Mapping[str, Any], given: str | os.PathLike[str] | None
-) -> TowerSource:
-    heads = layout.infer_dino_heads(checkpoint.tensors)
-    own = values.get("dino_tower_config")
-    stored = _tower_part(checkpoint, DINO_PREFIX)
-    if given is None and stored:
-        if own is not None:
-            return _logged("DINO tower", TowerSource(own, stored, "the checkpoint"))
-        config = DinoVisionTower.infer_config(stored, heads)
-        if not _missing(config, stored):
-            return _logged("DINO tower", TowerSource(config, stored, "the checkpoint"))
-    place = given or values.get("mm_dino_tower") or os.environ.get(DINO_WEIGHT_VARIABLE)
-    if place is None:
-        raise CheckpointError(
-            f"{checkpoint.folder} does not hold its DINO tower whole; pass dino_weights=<dinov2_vitl14_pretrain.pth> "
-            f"or set {DINO_WEIGHT_VARIABLE}"
-        )
-    source = read_vision_tower(os.fspath(place))
-    if heads is not None and source.config["type"] == DinoVisionTower.tower_type:
-        source = replace(source, config={**source.config, "num_attention_heads": heads})
+    if facts and source.config["type"] == published_type:
+        source = replace(source, config={**source.config, **facts})
     if own is not None:
-        kept = {name: own[name] for name in ("pixel_mean", "pixel_std") if name in own}
+        kept: dict[str, Any] = {name: own[name] for name in ("pixel_mean", "pixel_std") if name in own}
         source = replace(source, config={**source.config, **kept})
-    return _logged("DINO tower", source)
-
-
-def _logged(name: str, source: TowerSource) -> TowerSource:
-    logger.info("%s: %s from %s", name, source.config["type"], source.origin)
     return source
+
+
+def _read_named_tower(checkpoint: Checkpoint, branch: str, named: str | None, *, in_part: bool) -> TowerSource:
+    """Reads a tower from where the config or the layout's environment variable says that it lies."""
+    variable = checkpoint.layout.tower_variables.get(branch)
+    place = named or (os.environ.get(variable) if variable else None)
+    way = "vision_tower=<folder or hub id>" if branch == FIRST else "dino_weights=<dinov2_vitl14_pretrain.pth>"
+    if not place:
+        also = f" or set {variable}" if variable else ""
+        what = f"holds the tower of its branch {branch!r}" + (" only in part" if in_part else "")
+        problem = f"{what} and does not name it" if in_part else f"neither {what} nor names it"
+        raise CheckpointError(f"{checkpoint.folder} {problem}; pass {way}{also}")
+    try:
+        return read_vision_tower(os.fspath(place))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}\nPass {way} to take it from elsewhere.") from error
 
 
 def _missing(config: Mapping[str, Any], stored: Mapping[str, TensorLike]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Key maps between a published checkpoint's tensor names and ours, both ways.
+"""Key maps between a published checkpoint's tensor names and the native ones, both ways.
 
 A map is a list of rules. Names in rules are templates: ``{n}`` stands for a number, ``{name}`` for one part of a dotted
 name, ``{rest*}`` for any number of parts. What no rule knows keeps its name.
@@ -15,6 +15,11 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from llava.errors import CheckpointError
 from llava.model.checkpoint_files import Rows, TensorLike
+
+LORA_PREFIX = "base_model.model."
+"""What adapters' files put before every name."""
+NON_LORA_FILE = "non_lora_trainables.bin"
+"""The file beside an adapter that holds what was trained whole."""
 
 _FIELD = re.compile(r"\{(\w+)(\*?)\}")
 
@@ -48,23 +53,23 @@ class Template:
 class Rename:
     """One tensor under another name."""
 
-    theirs: str
-    ours: str
+    published: str
+    native: str
 
 
 @dataclass(frozen=True)
 class Stacked:
-    """One of theirs is several of ours, of equal size, one after the other along the first dimension."""
+    """One published tensor is several native ones, of equal size, one after the other along the first dimension."""
 
-    theirs: str
-    ours: tuple[str, ...]
+    published: str
+    native: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Duplicate:
-    """One of theirs that repeats another of theirs; left out of ours."""
+    """A published tensor that repeats another one; left out of the native ones."""
 
-    theirs: str
+    published: str
     of: str
 
 
@@ -73,7 +78,7 @@ Rule = Rename | Stacked | Duplicate
 
 @dataclass(frozen=True)
 class KeyMap:
-    """How a published layout's names correspond to ours."""
+    """How a published layout's names correspond to the native ones."""
 
     rules: tuple[Rule, ...]
     _templates: dict[str, Template] = field(default_factory=dict, repr=False, compare=False)
@@ -81,62 +86,69 @@ class KeyMap:
     def _template(self, text: str) -> Template:
         return self._templates.setdefault(text, Template(text))
 
-    def to_ours(self, tensors: Mapping[str, TensorLike]) -> dict[str, TensorLike]:
+    def to_native(self, tensors: Mapping[str, TensorLike]) -> dict[str, TensorLike]:
         """Renames and splits their tensors; nothing is read."""
-        ours: dict[str, TensorLike] = {}
+        native: dict[str, TensorLike] = {}
         for name, tensor in tensors.items():
-            for new_name, part in self._one_to_ours(name, tensor):
-                if new_name in ours:
+            for new_name, part in self._one_to_native(name, tensor):
+                if new_name in native:
                     raise CheckpointError(f"{name} and another tensor both stand for {new_name}")
-                ours[new_name] = part
-        return ours
+                native[new_name] = part
+        return native
 
-    def _one_to_ours(self, name: str, tensor: TensorLike) -> Iterable[tuple[str, TensorLike]]:
+    def _one_to_native(self, name: str, tensor: TensorLike) -> Iterable[tuple[str, TensorLike]]:
         for rule in self.rules:
-            fields = self._template(rule.theirs).read(name)
+            fields = self._template(rule.published).read(name)
             if fields is None:
                 continue
             if isinstance(rule, Duplicate):
                 return []
             if isinstance(rule, Rename):
-                return [(self._template(rule.ours).write(fields), tensor)]
-            rows, left = divmod(tensor.shape[0], len(rule.ours))
+                return [(self._template(rule.native).write(fields), tensor)]
+            rows, left = divmod(tensor.shape[0], len(rule.native))
             if left:
-                raise CheckpointError(f"{name} has {tensor.shape[0]} rows, which cannot be {len(rule.ours)} tensors")
+                raise CheckpointError(f"{name} has {tensor.shape[0]} rows, which cannot be {len(rule.native)} tensors")
             return [
                 (self._template(target).write(fields), Rows(tensor, index * rows, (index + 1) * rows))
-                for index, target in enumerate(rule.ours)
+                for index, target in enumerate(rule.native)
             ]
         return [(name, tensor)]
 
-    def to_theirs(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Renames, joins and repeats our tensors as their layout has them; the inverse of ``to_ours``."""
-        theirs: dict[str, torch.Tensor] = {}
+    def to_published(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Renames, joins and repeats native tensors as the published layout has them; the inverse of ``to_native``."""
+        published: dict[str, torch.Tensor] = {}
         for name in tensors:
-            theirs.update(self._one_to_theirs(name, tensors))
+            published.update(self._one_to_published(name, tensors))
         for rule in self.rules:
             if isinstance(rule, Duplicate):
                 of = self._template(rule.of)
-                fields_of = [(name, of.read(name)) for name in theirs]
-                theirs |= {self._template(rule.theirs).write(found): theirs[n] for n, found in fields_of if found}
-        return theirs
+                fields_of = [(name, of.read(name)) for name in published]
+                published |= {
+                    self._template(rule.published).write(found): published[n] for n, found in fields_of if found
+                }
+        return published
 
-    def _one_to_theirs(self, name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _one_to_published(self, name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         for rule in self.rules:
             if isinstance(rule, Rename):
-                fields = self._template(rule.ours).read(name)
+                fields = self._template(rule.native).read(name)
                 if fields is not None:
-                    return {self._template(rule.theirs).write(fields): tensors[name]}
+                    return {self._template(rule.published).write(fields): tensors[name]}
             elif isinstance(rule, Stacked):
-                for part in rule.ours:
+                for part in rule.native:
                     fields = self._template(part).read(name)
                     if fields is None:
                         continue
-                    if part != rule.ours[0]:
+                    if part != rule.native[0]:
                         return {}
-                    parts = [tensors[self._template(target).write(fields)] for target in rule.ours]
-                    return {self._template(rule.theirs).write(fields): torch.cat(parts)}
+                    parts = [tensors[self._template(target).write(fields)] for target in rule.native]
+                    return {self._template(rule.published).write(fields): torch.cat(parts)}
         return {name: tensors[name]}
+
+
+def strip_lora_prefix(tensors: Mapping[str, TensorLike]) -> dict[str, TensorLike]:
+    """Returns the contents of a LoRA or non-LoRA file by the model's own names."""
+    return {name.removeprefix(LORA_PREFIX): tensor for name, tensor in tensors.items()}
 
 
 _STORED_PREFIXES = {"CLIPVisionModel": "vision_model.", "Dinov2Model": ""}

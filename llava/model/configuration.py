@@ -5,6 +5,11 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
+from llava.errors import CheckpointError
+
+CPM_SEARCHES = ("labels", "predictions")
+"""Where a probability mapper may look for the verdict in training."""
+
 
 @strict
 class LlavaConfig(LlamaConfig):
@@ -13,8 +18,11 @@ class LlavaConfig(LlamaConfig):
     The ``mm_*``, ``image_aspect_ratio`` and ``tokenizer_*`` fields are LLaVA's. Ours:
 
     Attributes:
-        vision_tower_config: First tower, see ``multimodal_encoder``; None for a model without images.
-        dino_tower_config: Second tower.
+        system: Short name of the system that the model was trained as; empty for a plain LLaVA.
+        vision_tower_config: Tower of the branch ``clip``, see ``multimodal_encoder``; None for a model without images.
+        dino_tower_config: Tower of the branch ``dino``.
+        extra_tower_configs: Towers of further branches, by the branch's name.
+        token_source_configs: What is spliced into a prompt beside the images, by name; see ``model.token_sources``.
         mm_dino_tower: Where the second tower's weights came from: path or hub id, as ``mm_vision_tower`` for the first.
         mm_image_processor: Settings of the image processor that makes the pixels which the towers share.
         mm_fusion_type: Name in the registry of fusions.
@@ -46,8 +54,11 @@ class LlavaConfig(LlamaConfig):
     image_aspect_ratio: str | None = "pad"
     tokenizer_model_max_length: int | None = 2048
     tokenizer_padding_side: str = "right"
+    system: str = ""
     vision_tower_config: dict[str, Any] | None = None
     dino_tower_config: dict[str, Any] | None = None
+    extra_tower_configs: dict[str, Any] | None = None
+    token_source_configs: dict[str, Any] | None = None
     mm_image_processor: dict[str, Any] | None = None
     mm_fusion_type: str = "forgery_aware"
     mm_fusion_config: dict[str, Any] | None = None
@@ -75,18 +86,23 @@ class LlavaConfig(LlamaConfig):
         if groups and heads % groups:
             raise ValueError(f"{heads} attention heads cannot share {groups} key and value heads evenly")
 
+    def tower_configs(self) -> dict[str, dict[str, Any]]:
+        """Returns the config of each branch's tower, by the branch's name; the first one's pixels all others share."""
+        known = {"clip": self.vision_tower_config, "dino": self.dino_tower_config, **(self.extra_tower_configs or {})}
+        return {branch: config for branch, config in known.items() if config is not None}
+
     def pixel_format(self) -> dict[str, Any]:
         """Returns side, mean and standard deviation of the shared pixels.
 
         Raises:
-            ValueError: The config has towers but no image processor.
+            CheckpointError: The config has towers but no image processor.
         """
         if self.mm_image_processor is None:
-            raise ValueError("the config has a vision tower but no mm_image_processor")
+            raise CheckpointError("the config has a vision tower but no mm_image_processor")
         processor = self.mm_image_processor
         size = processor["crop_size"] if processor.get("do_center_crop", True) else processor["size"]
         if size.get("height") != size.get("width") or size.get("height") is None:
-            raise ValueError(f"the image processor gives pixels of size {size}, but towers take squares")
+            raise CheckpointError(f"the image processor gives pixels of size {size}, but towers take squares")
         return {
             "size": size["height"],
             "mean": tuple(processor["image_mean"]),

@@ -14,15 +14,15 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
-_ROOM = 128
+_CACHE_CHUNK = 128
 """Positions by which a cache grows at a time."""
-_PROMPTS_ON_CPU = 4
-"""Prompts that a CPU reads at a time: the activations of more do not stay in its caches."""
-_LEAVING_SHARE = 8
-"""Finished rows leave once they are one in so many: leaving copies the cache of all that stay."""
+_PREFILL_BATCH_CPU = 4
+"""Prompts that a CPU prefills at a time: the activations of more do not stay in its caches."""
+_COMPACT_EVERY = 8
+"""Finished rows are dropped once they are one in so many: dropping copies the cache of all others."""
 
 
-class RoomyLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """A cache layer that grows by chunks, so that a step writes its own position and does not copy all earlier ones."""
 
     keys: Tensor
@@ -37,19 +37,19 @@ class RoomyLayer(DynamicLayer):
         length = self.get_seq_length()
         end = length + key_states.shape[-2]
         if self._keys is None or self._values is None or end > self._keys.shape[-2]:
-            self._keys = self._with_room(self.keys, key_states, length, end)
-            self._values = self._with_room(self.values, value_states, length, end)
+            self._keys = self._grown(self.keys, key_states, length, end)
+            self._values = self._grown(self.values, value_states, length, end)
         self._keys[..., length:end, :] = key_states
         self._values[..., length:end, :] = value_states
         self.keys, self.values = self._keys[..., :end, :], self._values[..., :end, :]
         return self.keys, self.values
 
     @staticmethod
-    def _with_room(old: Tensor, new: Tensor, length: int, end: int) -> Tensor:
-        roomy = new.new_empty((*new.shape[:-2], -(-end // _ROOM) * _ROOM, new.shape[-1]))
+    def _grown(old: Tensor, new: Tensor, length: int, end: int) -> Tensor:
+        larger = new.new_empty((*new.shape[:-2], -(-end // _CACHE_CHUNK) * _CACHE_CHUNK, new.shape[-1]))
         if length:
-            roomy[..., :length, :] = old
-        return roomy
+            larger[..., :length, :] = old
+        return larger
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each row."""
@@ -77,15 +77,15 @@ class Decoded:
 
 @dataclass(frozen=True)
 class PromptCache:
-    """Keys and values of B prompts, a pair ``[B, heads, L, width]`` a layer, so that prompts are read once."""
+    """Keys and values of B prompts, a pair ``[B, heads, L, width]`` a layer, so that prompts run once."""
 
     layers: list[tuple[Tensor, Tensor]]
 
     def of_rows(self, rows: Sequence[int]) -> Cache:
-        """Returns a cache that goes on from these prompts."""
+        """Returns a cache that continues these prompts."""
         layers = []
         for keys, values in self.layers:
-            layer = RoomyLayer()
+            layer = PreallocatedLayer()
             chosen = torch.tensor(rows, device=keys.device)
             layer.update(keys[chosen], values[chosen])
             layers.append(layer)
@@ -143,12 +143,12 @@ def decode(
         max_new_tokens: Longest answer.
         kept_words: Ids whose raw logits are kept at every step.
         is_complete: Whether an answer ends with its last id.
-        samples: Answers a prompt; the prompt is read once.
+        samples: Answers a prompt; the prompt runs once.
 
     Returns:
         B × samples answers, those of one prompt side by side, and the prompts' own cache.
     """
-    logits_BV, layers = _read(model, prompts_BLD)
+    logits_BV, layers = _prefill(model, prompts_BLD)
     cache = Cache(layers=layers)
     prompts = PromptCache([(layer.keys, layer.values) for layer in layers])
     if samples > 1:
@@ -170,30 +170,30 @@ def decode(
                     finished.add(row)
         if len(finished) == number or step + 1 == max_new_tokens:
             break
-        staying = [place for place, row in enumerate(rows) if row not in finished]
-        if (len(rows) - len(staying)) * _LEAVING_SHARE >= len(rows):
-            indices = torch.tensor(staying, device=ids_B.device)
+        unfinished = [index for index, row in enumerate(rows) if row not in finished]
+        if (len(rows) - len(unfinished)) * _COMPACT_EVERY >= len(rows):
+            indices = torch.tensor(unfinished, device=ids_B.device)
             cache.batch_select_indices(indices)
             ids_B = ids_B[indices]
-            rows = [rows[place] for place in staying]
+            rows = [rows[index] for index in unfinished]
         output = model(input_ids=ids_B[:, None], past_key_values=cache, use_cache=True)
         logits_BV = output.logits[:, -1]
     kept = kept_BTW.cpu()
     return [Decoded(ids, kept[row, : len(ids)]) for row, ids in enumerate(answers)], prompts
 
 
-def _read(model: LlavaLlamaForCausalLM, prompts_BLD: Tensor) -> tuple[Tensor, list[RoomyLayer]]:
-    """Reads prompts; returns the logits after them, ``[B, V]``, and the layers of their cache."""
-    at_a_time = _PROMPTS_ON_CPU if prompts_BLD.device.type == "cpu" else len(prompts_BLD)
+def _prefill(model: LlavaLlamaForCausalLM, prompts_BLD: Tensor) -> tuple[Tensor, list[PreallocatedLayer]]:
+    """Runs the prompts; returns the logits after them, ``[B, V]``, and the layers of their cache."""
+    at_a_time = _PREFILL_BATCH_CPU if prompts_BLD.device.type == "cpu" else len(prompts_BLD)
     logits, caches = [], []
     for part in prompts_BLD.split(at_a_time):
-        layers = [RoomyLayer() for _ in range(model.config.num_hidden_layers)]
+        layers = [PreallocatedLayer() for _ in range(model.config.num_hidden_layers)]
         output = model(inputs_embeds=part, past_key_values=Cache(layers=layers), use_cache=True, logits_to_keep=1)
         logits.append(output.logits[:, -1])
         caches.append(layers)
     if len(caches) == 1:
         return logits[0], caches[0]
-    joined = [RoomyLayer() for _ in caches[0]]
+    joined = [PreallocatedLayer() for _ in caches[0]]
     for layer, parts in zip(joined, zip(*caches, strict=True), strict=True):
         layer.update(torch.cat([part.keys for part in parts]), torch.cat([part.values for part in parts]))
     return torch.cat(logits), joined

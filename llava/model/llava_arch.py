@@ -2,38 +2,29 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from llava.constants import IGNORE_INDEX
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.errors import CheckpointError, DataError
+from llava.model.branches import FIRST, attention_name, projector_name, tower_name
 from llava.model.configuration import LlavaConfig
 from llava.model.multimodal_encoder.base import PixelFormat, VisionTower
 from llava.model.multimodal_encoder.builder import build_vision_tower
-from llava.model.multimodal_fusion.base import FusionInput, FusionOutput
+from llava.model.multimodal_fusion.base import FusionOutput
 from llava.model.multimodal_fusion.builder import build_fusion, fusion_class
 from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.token_sources import TokenSource, VisionContext, build_token_sources
 
-
-class TowerOutputs(NamedTuple):
-    """What the towers say to B images, before the projectors.
-
-    Attributes:
-        clip: Features of the first tower ``[B, P, C]``; None where the fusion does not use them.
-        dino: Features of the second tower ``[B, P, C]``; None where there is none.
-        dino_attention: Softmax attention of its last block between patches ``[B, G, P, P]``; None where the fusion
-            does not use it.
-    """
-
-    clip: Tensor | None = None
-    dino: Tensor | None = None
-    dino_attention: Tensor | None = None
+TowerOutputs = dict[str, Tensor]
+"""What the towers give for B images, before the projectors: features ``[B, P, C]`` by the branch's name; of the branch
+that leads the fusion ``<branch>_attention`` ``[B, G, P, P]``, its last block's softmax attention between patches."""
 
 
 @dataclass(frozen=True)
 class SplicedBatch:
-    """A batch of prompts after other embeddings took the place of their placeholders.
+    """A batch of prompts after other embeddings were put at their placeholders.
 
     Attributes:
         inputs_embeds: ``[B, L, D]``, padded with zeros.
@@ -51,42 +42,54 @@ class SplicedBatch:
 class LlavaMetaModel(nn.Module):
     """The vision side of a LLaVA model, mixed into a language model.
 
-    Parts that the fusion does not use are not built, except the first tower, whose pixels all others share.
+    An image goes through named branches, each a tower and its projector, which a fusion joins into image tokens; token
+    sources add what else a prompt may hold. Parts that the fusion does not use are not built, except the first tower,
+    whose pixels all others share.
     """
 
     config: LlavaConfig
 
     def initialize_vision_modules(self) -> None:
-        """Builds towers, projectors and fusion from the config, with random weights.
+        """Builds towers, projectors, fusion and token sources from the config, with random weights.
 
         Raises:
-            ValueError: The config names unknown types, or towers that do not fit the fusion.
+            CheckpointError: The config names unknown types, or towers that do not fit the fusion.
         """
         config = self.config
+        self.branches: tuple[str, ...] = ()
         self.vision_tower: VisionTower | None = None
-        self.dino_tower: VisionTower | None = None
-        if config.vision_tower_config is None:
+        self.token_sources = build_token_sources(None, config.hidden_size)
+        configs = config.tower_configs()
+        if FIRST not in configs:
             return
         shared = PixelFormat(**config.pixel_format())
-        selection = {"select_layer": config.mm_vision_select_layer, "select_feature": config.mm_vision_select_feature}
-        self.vision_tower = build_vision_tower({**config.vision_tower_config, **selection}, shared)
         fusion = fusion_class(config.mm_fusion_type)
-        projector, width = config.mm_projector_type, config.hidden_size
-        if fusion.uses_clip:
-            self.mm_projector = build_vision_projector(projector, self.vision_tower.hidden_size, width)
-        if fusion.uses_dino:
-            if config.dino_tower_config is None:
-                raise ValueError(f"the fusion {config.mm_fusion_type!r} needs a second tower, but none is configured")
-            self.dino_tower = build_vision_tower(config.dino_tower_config, shared)
-            self.dino_mm_projector = build_vision_projector(projector, self.dino_tower.hidden_size, width)
-            both = fusion.uses_clip and fusion.equal_grids
-            if both and self.vision_tower.num_patches != self.dino_tower.num_patches:
-                raise ValueError(
-                    f"the fusion {config.mm_fusion_type!r} needs equally many patches from both towers, but they give "
-                    f"{self.vision_tower.num_patches} and {self.dino_tower.num_patches}"
+        self.branches = tuple(dict.fromkeys((FIRST, *fusion.branches)))
+        selection = {"select_layer": config.mm_vision_select_layer, "select_feature": config.mm_vision_select_feature}
+        for branch in self.branches:
+            if branch not in configs:
+                raise CheckpointError(
+                    f"the fusion {config.mm_fusion_type!r} needs a tower for its branch {branch!r}; none is configured"
                 )
-        heads = self.dino_tower.num_heads if self.dino_tower else 0
-        self.fusion = build_fusion(config.mm_fusion_type, width, heads, config.mm_fusion_config)
+            own = selection if branch == FIRST else {}
+            tower = build_vision_tower({**configs[branch], **own}, shared)
+            setattr(self, tower_name(branch), tower)
+            if branch in fusion.branches:
+                projector = build_vision_projector(config.mm_projector_type, tower.hidden_size, config.hidden_size)
+                setattr(self, projector_name(branch), projector)
+        if fusion.equal_grids and len({self.tower(branch).num_patches for branch in fusion.branches}) > 1:
+            counts = " and ".join(str(self.tower(branch).num_patches) for branch in fusion.branches)
+            raise CheckpointError(
+                f"the fusion {config.mm_fusion_type!r} needs equally many patches from its branches; they give {counts}"
+            )
+        heads = {branch: self.tower(branch).num_heads for branch in fusion.branches}
+        self.fusion = build_fusion(config.mm_fusion_type, config.hidden_size, heads, config.mm_fusion_config)
+        self.token_sources = build_token_sources(config.token_source_configs, config.hidden_size)
+
+    def tower(self, branch: str) -> VisionTower:
+        """Returns the tower of a branch."""
+        found: VisionTower = getattr(self, tower_name(branch))
+        return found
 
     def get_vision_tower(self) -> VisionTower | None:
         """Returns the first tower."""
@@ -94,18 +97,28 @@ class LlavaMetaModel(nn.Module):
 
     def towers(self) -> list[VisionTower]:
         """Returns the towers that there are."""
-        return [tower for tower in (self.vision_tower, self.dino_tower) if tower is not None]
+        return [self.tower(branch) for branch in self.branches]
 
     def num_image_tokens(self) -> int:
         """Returns how many tokens an image becomes.
 
         Raises:
-            ValueError: The model has no towers.
+            CheckpointError: The model has no towers.
         """
-        if self.vision_tower is None:
-            raise ValueError("this model has no vision tower, so it cannot take images")
-        dino = self.dino_tower.num_patches if self.dino_tower is not None else 0
-        return self.fusion.num_tokens(self.vision_tower.num_patches if self.fusion.uses_clip else 0, dino)
+        self._check_towers()
+        return self.fusion.num_tokens({branch: self.tower(branch).num_patches for branch in self.fusion.branches})
+
+    def placeholder_tokens(self) -> dict[int, int]:
+        """Returns how many tokens each placeholder id becomes."""
+        own = {source.index: source.num_tokens for source in self._sources()}
+        return {IMAGE_TOKEN_INDEX: self.num_image_tokens(), **own}
+
+    def _sources(self) -> list[TokenSource]:
+        return [source for source in self.token_sources.values() if isinstance(source, TokenSource)]
+
+    def _check_towers(self) -> None:
+        if not self.branches:
+            raise CheckpointError("this model has no vision tower, so it cannot take images")
 
     def freeze_towers(self) -> None:
         """Takes the towers out of training, as published."""
@@ -120,32 +133,41 @@ class LlavaMetaModel(nn.Module):
             return_attention: Also give the fusion's attention.
 
         Raises:
-            ValueError: The model has no towers, or an attention is asked for that the fusion does not have.
+            CheckpointError: The model has no towers.
+            OptionError: An attention is asked for that the fusion does not have.
         """
         return self.fuse(self.run_towers(images), return_attention=return_attention)
 
     def run_towers(self, images: Tensor) -> TowerOutputs:
-        """Returns what the towers say to shared pixels ``[B, 3, S, S]``.
+        """Returns what the towers give for shared pixels ``[B, 3, S, S]``.
 
         Raises:
-            ValueError: The model has no towers.
+            CheckpointError: The model has no towers.
         """
-        if self.vision_tower is None:
-            raise ValueError("this model has no vision tower, so it cannot take images")
-        clip = self.vision_tower(images).features if self.fusion.uses_clip else None
-        if self.dino_tower is None:
-            return TowerOutputs(clip)
-        seen = self.dino_tower(images, with_attention=self.fusion.uses_dino_attention)
-        if seen.attention is None:
-            return TowerOutputs(clip, seen.features)
-        first = self.dino_tower.num_prefix_tokens
-        return TowerOutputs(clip, seen.features, seen.attention[:, :, first:, first:])
+        self._check_towers()
+        outputs: TowerOutputs = {}
+        for branch in self.fusion.branches:
+            tower = self.tower(branch)
+            # Only asked for where it is used: towers compute it apart from their fast attention.
+            wanted = {"with_attention": True} if branch == self.fusion.attention_branch else {}
+            output = tower(images, **wanted)
+            outputs[branch] = output.features
+            if output.attention is not None:
+                patches = slice(tower.num_prefix_tokens, None)
+                outputs[attention_name(branch)] = output.attention[:, :, patches, patches]
+        return outputs
 
-    def fuse(self, seen: TowerOutputs, *, return_attention: bool = False) -> FusionOutput:
-        """Projects what the towers said and joins it into image tokens, see ``encode_images``."""
-        clip = None if seen.clip is None else self.mm_projector(seen.clip)
-        dino = None if seen.dino is None else self.dino_mm_projector(seen.dino)
-        return self.fusion(FusionInput(clip, dino, seen.dino_attention), return_attention=return_attention)
+    def fuse(self, outputs: Mapping[str, Tensor], *, return_attention: bool = False) -> FusionOutput:
+        """Projects what the towers gave and joins it into image tokens, see ``encode_images``."""
+        inputs = dict(outputs)
+        for branch in self.fusion.branches:
+            inputs[branch] = getattr(self, projector_name(branch))(outputs[branch])
+        return self.fusion(inputs, return_attention=return_attention)
+
+    def placeholder_embeddings(self, context: VisionContext) -> dict[int, Tensor]:
+        """Returns what takes each placeholder's place, ``[B, n, D]`` by its id: image tokens, and token sources'."""
+        own = {source.index: source(context) for source in self._sources()}
+        return {IMAGE_TOKEN_INDEX: self.fuse(context.tower_outputs).tokens, **own}
 
 
 def features_by_row(input_ids: Tensor, placeholder: int, features: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -160,7 +182,7 @@ def features_by_row(input_ids: Tensor, placeholder: int, features: Sequence[Tens
         features: Embeddings ``[n_i, D]``.
 
     Raises:
-        ValueError: Their numbers do not fit.
+        DataError: Their numbers do not fit.
     """
     counts: list[int] = (input_ids == placeholder).sum(dim=1).tolist()
     if sum(counts) == len(features):
@@ -168,7 +190,7 @@ def features_by_row(input_ids: Tensor, placeholder: int, features: Sequence[Tens
         return [list(features[end - count : end]) for count, end in zip(counts, ends, strict=True)]
     if len(features) == len(counts) and max(counts) <= 1:
         return [[feature] for feature in features]
-    raise ValueError(
+    raise DataError(
         f"the prompts have {sum(counts)} placeholders ({counts} in each row) for {len(features)} images; "
         "there must be one image for each placeholder"
     )
@@ -184,7 +206,7 @@ def splice(
     max_length: int | None = None,
     padding_side: str = "right",
 ) -> SplicedBatch:
-    """Puts embeddings in the place of placeholders.
+    """Puts embeddings where their placeholders stand.
 
     Args:
         input_ids: ``[B, T]`` with placeholder ids among them.
@@ -208,7 +230,7 @@ def splice(
     row_labels: list[Tensor] = []
     for row, keep in enumerate(valid):
         ids, embeds = input_ids[row][keep], embeds_BTD[row][keep]
-        said = None if labels is None else labels[row][keep]
+        own_labels = None if labels is None else labels[row][keep]
         waiting = {placeholder: list(given[row]) for placeholder, given in features.items()}
         parts: list[Tensor] = []
         part_labels: list[Tensor] = []
@@ -216,14 +238,14 @@ def splice(
         for place in is_placeholder[row][keep].nonzero().flatten().tolist():
             feature = waiting[int(ids[place])].pop(0).to(device=embeds.device, dtype=embeds.dtype)
             parts += [embeds[start:place], feature]
-            if said is not None:
-                part_labels += [said[start:place], said.new_full((len(feature),), IGNORE_INDEX)]
+            if own_labels is not None:
+                part_labels += [own_labels[start:place], own_labels.new_full((len(feature),), IGNORE_INDEX)]
             start = place + 1
         # An empty slice of an unused image keeps its modules in the graph, which sharded training waits for.
         unused = [feature[:0].to(embeds) for given in waiting.values() for feature in given]
         rows.append(torch.cat([*parts, embeds[start:], *unused])[:max_length])
-        if said is not None:
-            row_labels.append(torch.cat([*part_labels, said[start:]])[:max_length])
+        if own_labels is not None:
+            row_labels.append(torch.cat([*part_labels, own_labels[start:]])[:max_length])
     lengths = torch.tensor([len(row) for row in rows], device=input_ids.device)
     places = torch.arange(int(lengths.max()), device=input_ids.device).expand(len(rows), -1)
     first = torch.zeros_like(lengths) if padding_side == "right" else lengths.max() - lengths

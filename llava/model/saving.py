@@ -1,4 +1,4 @@
-"""Writes checkpoints in a published layout; ``model.save_pretrained`` writes our own."""
+"""Writes checkpoints in a published layout; ``model.save_pretrained`` writes the native one."""
 
 import json
 import shutil
@@ -10,10 +10,13 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
+from llava.errors import CheckpointError
 from llava.files import atomic_folder
+from llava.model.checkpoint import PLAIN
 from llava.model.checkpoint_layout import stored_state_dict
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
-from llava.systems.fakereasoning import checkpoint as layout
+from llava.systems import registry
+from llava.systems.base import CheckpointFormat
 
 MAX_SHARD_SIZE = "5GB"
 TOKENIZER_FILES = (
@@ -24,9 +27,12 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "generation_config.json",
 )
-_OUR_FIELDS = (
+_NATIVE_FIELDS = (
+    "system",
     "vision_tower_config",
     "dino_tower_config",
+    "extra_tower_configs",
+    "token_source_configs",
     "mm_dino_tower",
     "mm_image_processor",
     "mm_fusion_type",
@@ -49,25 +55,26 @@ def save_published(
     """Writes a merged model with the published names, for the authors' code.
 
     Args:
-        model: A model without adapters, its towers CLIP and DINOv2.
+        model: A model without adapters, its towers of the types that the layout holds.
         folder: New folder, which appears only when all is written.
         config: ``config.json`` of the checkpoint that the model was opened from.
         tokenizer_folder: Folder whose tokenizer files are copied as they are.
 
     Raises:
-        ValueError: The model has adapters or towers that the published layout cannot hold.
-        FileExistsError: The folder exists and is not empty.
+        CheckpointError: The model has adapters or towers that the published layout cannot hold.
+        FileError: The folder exists and is not empty, or cannot be written.
     """
-    towers = (model.config.vision_tower_config, model.config.dino_tower_config)
-    for tower, kind in zip(towers, ("clip", "dinov2"), strict=True):
-        if tower is not None and tower["type"] != kind:
-            raise ValueError(f"the published layout holds a {kind} tower, but this model has {tower['type']!r}")
+    layout = published_layout(model)
+    for branch, tower in model.config.tower_configs().items():
+        kind = layout.tower_types.get(branch)
+        if tower["type"] != kind:
+            raise CheckpointError(f"the published layout holds a {kind} tower, but this model has {tower['type']!r}")
     stored = stored_state_dict(model)
     adapters = [name for name in stored if "lora_" in name]
     if adapters:
-        raise ValueError(f"the model has adapters that are not merged: {adapters[0]}, …")
+        raise CheckpointError(f"the model has adapters that are not merged: {adapters[0]}, …")
     with atomic_folder(folder) as partial:
-        save_sharded(layout.KEY_MAP.to_theirs(stored), partial)
+        save_sharded(layout.key_map.to_published(stored), partial)
         values = published_config(config, model)
         (partial / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for name in TOKENIZER_FILES:
@@ -75,9 +82,22 @@ def save_published(
                 shutil.copyfile(tokenizer_folder / name, partial / name)
 
 
+def published_layout(model: LlavaLlamaForCausalLM) -> CheckpointFormat:
+    """Returns the layout of the model's system.
+
+    Raises:
+        CheckpointError: It has none.
+    """
+    name = model.config.system
+    found: CheckpointFormat | None = registry.component(name, "checkpoint_format") if name else PLAIN
+    if found is None:
+        raise CheckpointError(f"the system {name!r} has no published layout to write")
+    return found
+
+
 def published_config(config: Mapping[str, Any], model: LlavaLlamaForCausalLM) -> dict[str, Any]:
-    """Returns a config that transformers 4 and the authors' code read, without the fields that only we have."""
-    values = {name: value for name, value in config.items() if name not in _OUR_FIELDS}
+    """Returns a config that transformers 4 and the authors' code read, without the native fields."""
+    values = {name: value for name, value in config.items() if name not in _NATIVE_FIELDS}
     rope = values.pop("rope_parameters", None)
     if rope is not None:
         values |= {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": None}

@@ -1,4 +1,4 @@
-"""What a published system must offer to live here: four small protocols. Imports no torch.
+"""What a published system must offer to live here: some small protocols. Imports no torch.
 
 A system is a room in ``llava/systems`` (or a package of a third party) with a ``SystemSpec`` that the registry finds.
 All that is particular to it, its words, its files, its pixels, its losses, stands behind these protocols; everything
@@ -12,8 +12,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
+from safetensors import SafetensorError, safe_open
+
 from llava.cli import option
-from llava.errors import OptionError
+from llava.errors import OptionError, UserError
+from llava.files import read_json
 from llava.labels import Label
 
 if TYPE_CHECKING:
@@ -58,6 +61,7 @@ class AnswerFormat(Protocol):
         attributes: Attribute names of each class that answers name; empty if they name none.
         verdict_prefix: What stands before the verdict word in an answer that is brought to it.
         verdict_words: The words for real and fake that follow the prefix.
+        closing: What ends an answer, so that decoding can stop before the end mark; empty if nothing does.
     """
 
     question: str
@@ -66,13 +70,10 @@ class AnswerFormat(Protocol):
     attributes: Mapping[Label, tuple[str, ...]]
     verdict_prefix: str
     verdict_words: tuple[str, str]
+    closing: str
 
     def parse(self, text: str, *, tolerant: bool = False) -> ParsedAnswer:
         """Reads an answer; ``tolerant`` also accepts verdicts that are not in the strict published form."""
-        ...
-
-    def is_complete(self, text: str) -> bool:
-        """Whether an answer has said all it has to say, so that decoding can stop before the end mark."""
         ...
 
     def complete_to_verdict(self, answer: str) -> str:
@@ -163,14 +164,38 @@ class CheckpointFiles:
 
     @cached_property
     def tensor_names(self) -> frozenset[str]:
-        """Names of the tensors as they stand in the files; those of a LoRA folder are its own, not its base's."""
-        from llava.model.checkpoint_files import stored_names
+        """Names of the tensors as they stand in the files; those of a LoRA folder are its own, not its base's.
 
-        return frozenset(stored_names(self.folder))
+        Only pickled files need torch for that.
+        """
+        names = None if (self.folder / "adapter_config.json").is_file() else _names_without_torch(self.folder)
+        if names is None:
+            from llava.model.checkpoint_files import stored_names
+
+            names = stored_names(self.folder)
+        return frozenset(names)
 
     def has_tensor(self, *parts: str) -> bool:
         """Whether some tensor's name contains one of these parts."""
         return any(part in name for name in self.tensor_names for part in parts)
+
+
+def _names_without_torch(folder: Path) -> list[str] | None:
+    """Tensor names of safetensors, sharded or not, and of any shards that an index lists; None for other files.
+
+    A file that cannot be read has none: whoever opens it says why.
+    """
+    file = folder if folder.suffix == ".safetensors" else folder / "model.safetensors"
+    for index in (Path(f"{file}.index.json"), folder / "pytorch_model.bin.index.json"):
+        try:
+            if index.is_file():
+                return list(read_json(index)["weight_map"])
+            if file.is_file():
+                with safe_open(file, framework="np") as tensors:
+                    return list(tensors.keys())
+        except (UserError, SafetensorError, OSError, KeyError, TypeError):
+            return []
+    return None
 
 
 @runtime_checkable
@@ -179,18 +204,20 @@ class CheckpointFormat(Protocol):
 
     Attributes:
         key_map: Names of published tensors and ours, both ways (a ``KeyMap``).
-        lora_prefix: What stands before every name in published LoRA and non-LoRA files.
-        non_lora_file: The file beside an adapter that holds what was trained whole.
         tower_types: Type of each tower that the published layout can hold, by branch.
+        tower_variables: Environment variable that may say where a branch's tower lies, by branch.
     """
 
     key_map: Any
-    lora_prefix: str
-    non_lora_file: str
     tower_types: Mapping[str, str]
+    tower_variables: Mapping[str, str]
 
     def infer_config(self, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns config fields that the published config lacks and the tensors (by our names) tell."""
+        """Returns the config of a published checkpoint with what its tensors (by our names) tell and it lacks."""
+        ...
+
+    def infer_tower(self, branch: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns fields of a tower's config that only tensors outside the tower tell."""
         ...
 
 
@@ -201,11 +228,84 @@ class CheckpointFormat(Protocol):
 class TrainingObjective(Protocol):
     """What a system is trained on and for; see ``llava.model.objective`` for the losses' shape.
 
+    An instance belongs to one model's config.
+
     Attributes:
-        trained_whole: Parts that are trained whole beside the LoRA adapters, by the names in ``llava.model.parts``.
+        trained_whole: Parts that are trained whole beside LoRA adapters, by the names in ``llava.model.branches``.
+        searches_predictions: Whether a loss looks through what the model predicts at every position.
     """
 
     trained_whole: tuple[str, ...]
+    searches_predictions: bool
+
+    def terms(self, step: Any) -> "dict[str, Any]":
+        """Returns the losses beside the language model's, each a ``LossTerm``, from an ``ObjectiveStep``."""
+        ...
+
+    def count(self, batch: Mapping[str, Any]) -> "dict[str, Any]":
+        """Returns over how many items each of these losses is averaged; None for what only the forward tells."""
+        ...
+
+    def sample_inputs(self, record: Any) -> "Mapping[str, Any]":
+        """Returns the further inputs of a training record, tensors by name; reads what it needs itself."""
+        ...
+
+    def metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Returns what is logged of these losses, from the sums of each term's values, ``<term>_<value>``."""
+        ...
+
+
+# --- evaluation
+
+
+@dataclass(frozen=True)
+class EvaluatedAnswer:
+    """One image's answer and what is true of it, as a paper's evaluation protocol takes it.
+
+    Attributes:
+        label: 0 real, 1 fake.
+        text: The answer as decoded; empty if there is none.
+        fake_probability: P(fake), None where there is none.
+        reference: The reference explanation; empty if there is none.
+    """
+
+    label: int
+    text: str
+    fake_probability: float | None = None
+    reference: str = ""
+
+
+CompareTexts = Callable[[str, str], Mapping[str, float]]
+"""Text metrics (``bleu_1`` … ``bleu_4``, ``rouge_l``) of a text against its reference."""
+CompareMeanings = Callable[[Sequence[str], Sequence[str]], list[float]]
+"""Similarity of each text to its reference by embeddings."""
+
+
+@runtime_checkable
+class EvaluationProtocol(Protocol):
+    """A paper's evaluation, quirks included, and what it published: the module behind ``SystemSpec.protocol``.
+
+    Attributes:
+        SETTINGS: Where the authors' defaults of the evaluation's options differ from those here.
+        PUBLISHED_ACCURACY: Their accuracy on each evaluation set, by the set's name.
+        PUBLISHED_MEAN: Their means over those sets, by the metric's name in a report.
+        PUBLISHED_OVER: What the means are over, in words.
+    """
+
+    SETTINGS: Mapping[str, Any]
+    PUBLISHED_ACCURACY: Mapping[str, float]
+    PUBLISHED_MEAN: Mapping[str, float]
+    PUBLISHED_OVER: str
+
+    def metrics(
+        self, answers: Sequence[EvaluatedAnswer], compare: CompareTexts, similarity: CompareMeanings | None
+    ) -> dict[str, float | None]:
+        """Returns the authors' metrics of one evaluation set in their order; None where one is undefined."""
+        ...
+
+    def metric_line(self, name: str, values: Mapping[str, float | None]) -> str:
+        """Returns a set's line of the authors' ``metric.txt``."""
+        ...
 
 
 # --- systems
@@ -265,9 +365,11 @@ class SystemSpec:
         options: The dataclass of its options, or its reference.
         answer_format: The ``AnswerFormat``, its reference, or None.
         checkpoint_format: Reference of the ``CheckpointFormat``; None for a system that reads its files itself.
-        objective: Reference of the ``TrainingObjective``; None for a system that is not trained here.
-        protocol: Reference of the module with the paper's evaluation protocol and published numbers, or None.
-        token_sources: References of the ``TokenSource`` classes that its models splice into a prompt, by type.
+        objective: Reference of the ``TrainingObjective``'s class, called with the model's config; None for a system
+            without a loss of its own.
+        protocol: Reference of the module with the paper's evaluation (an ``EvaluationProtocol``), or None.
+        components: References of classes that only its models are built from (towers, fusions, token sources), by type;
+            a config names them ``<system>:<type>``.
         weights: Hub ids of its published weights and of the towers that these need.
     """
 
@@ -280,7 +382,7 @@ class SystemSpec:
     checkpoint_format: Reference | None = None
     objective: Reference | None = None
     protocol: Reference | None = None
-    token_sources: Mapping[str, Reference] = field(default_factory=dict)
+    components: Mapping[str, Reference] = field(default_factory=dict)
     weights: tuple[str, ...] = ()
 
 

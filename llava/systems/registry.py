@@ -11,11 +11,14 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from llava.errors import CheckpointError, OptionError
+from llava.errors import CheckpointError, OptionError, UserError
+from llava.files import read_json
 from llava.systems.base import AnswerFormat, CheckpointFiles, SystemSpec, quoted, resolve
 
 GROUP = "llava.systems"
 """Entry points of third parties."""
+DEFAULT = "fakereasoning"
+"""The system of records and answers that name none: MMFR data are written in its words."""
 _BUILT_IN = ("fakereasoning",)
 
 
@@ -120,17 +123,28 @@ def read_files(path: str | os.PathLike[str], system: str | None = None) -> Check
     Raises:
         CheckpointError: There is nothing at the path, or its config cannot be read.
     """
-    from llava.model.checkpoint_files import read_json, resolve_folder
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        from llava.model.checkpoint_files import resolve_folder  # loads torch, which a local checkpoint needs not
 
-    local = Path(path).expanduser()
-    folder = local if local.is_file() else resolve_folder(path, "model")
+        folder = resolve_folder(path, "model")
     if (folder / "config.json").is_file():
-        return CheckpointFiles(folder, read_json(folder / "config.json"))
+        return CheckpointFiles(folder, _read_config(folder / "config.json"))
     if (folder / "adapter_config.json").is_file():
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        base = _read_config(folder / "adapter_config.json").get("base_model_name_or_path")
         if base:
             return CheckpointFiles(folder, read_files(base).config)
     return CheckpointFiles(folder, {})
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        content = read_json(file)
+    except UserError as error:
+        raise CheckpointError(str(error)) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds no JSON object")
+    return content
 
 
 def names(of: Iterable[SystemSpec] | None = None) -> list[str]:

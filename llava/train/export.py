@@ -17,10 +17,10 @@ from llava.errors import CheckpointError
 from llava.files import atomic_folder, replace_folder
 from llava.model.checkpoint import check_keys, complete_config, open_checkpoint
 from llava.model.checkpoint_files import TensorLike, list_keys, read_json, read_tensor_file, read_tensors
-from llava.model.checkpoint_layout import stored_state_dict
+from llava.model.checkpoint_layout import LORA_PREFIX, NON_LORA_FILE, stored_state_dict
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.saving import published_config, save_sharded
-from llava.systems.fakereasoning import checkpoint as layout
+from llava.model.saving import published_config, published_layout, save_sharded
+from llava.train.checkpointing import disk_errors
 from llava.train.lora import bare_name
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ _PUBLISHED_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_p
 def export_model(
     model: nn.Module, state_dict: Mapping[str, Tensor], folder: Path, *, layout_name: str, base: str
 ) -> None:
-    """Writes a trained model; the folder appears, in the place of an earlier one, only when all is written and checked.
+    """Writes a trained model; the folder appears, instead of an earlier one, only when all is written and checked.
 
     Args:
         model: The model, in PEFT's wrapper if it has adapters.
@@ -46,7 +46,7 @@ def export_model(
         base: Where the base model is; a LoRA folder names it.
 
     Raises:
-        OSError: It cannot be written.
+        FileError: It cannot be written.
         CheckpointError: What was written is not what was to be written, or cannot be opened.
     """
     adapted = isinstance(model, PeftModel)
@@ -54,21 +54,18 @@ def export_model(
     assert isinstance(core, LlavaLlamaForCausalLM)
     waiting = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(waiting, ignore_errors=True)
-    try:
-        with atomic_folder(waiting) as partial:
-            if adapted and layout_name != "merged":
-                _write_adapter(model, core, state_dict, partial, published=layout_name == "published", base=base)
+    # Outermost, so that the message names the folder and not the one that waits to take its name.
+    with disk_errors(folder), atomic_folder(waiting) as partial:
+        if adapted and layout_name != "merged":
+            _write_adapter(model, core, state_dict, partial, published=layout_name == "published", base=base)
+        else:
+            tensors = merged_tensors(model, state_dict)
+            if layout_name == "published":
+                _write_published(core, tensors, partial)
             else:
-                tensors = merged_tensors(model, state_dict)
-                if layout_name == "published":
-                    _write_published(core, tensors, partial)
-                else:
-                    _write_merged(core, tensors, partial)
-            if layout_name != "published":
-                check_opens(partial)
-    except (OSError, RuntimeError) as error:
-        # torch tells of a full disk by a RuntimeError; what names only the folder for the time being says less.
-        raise OSError(f"{folder} could not be written: {error.__cause__ or error}") from error
+                _write_merged(core, tensors, partial)
+        if layout_name != "published":
+            check_opens(partial)
     replace_folder(waiting, folder)
 
 
@@ -119,10 +116,10 @@ def _write_adapter(
     _compare(read_tensor_file(folder / ADAPTER_FILE), adapter, folder)
     beside = {bare_name(name): state_dict[name] for name in trained if "lora_" not in name}
     stored = stored_state_dict(core, beside)
-    theirs = {f"{layout.LORA_PREFIX}{name}": tensor for name, tensor in layout.KEY_MAP.to_theirs(stored).items()}
-    theirs = {name: tensor.detach().cpu().clone() for name, tensor in theirs.items()}
-    torch.save(theirs, folder / layout.NON_LORA_FILE)
-    _compare(read_tensor_file(folder / layout.NON_LORA_FILE), theirs, folder)
+    published_names = published_layout(core).key_map.to_published(stored)
+    trained_whole = {f"{LORA_PREFIX}{name}": t.detach().cpu().clone() for name, t in published_names.items()}
+    torch.save(trained_whole, folder / NON_LORA_FILE)
+    _compare(read_tensor_file(folder / NON_LORA_FILE), trained_whole, folder)
     assert isinstance(model, PeftModel)
     settings = model.peft_config["default"].to_dict()
     settings["base_model_name_or_path"] = base
@@ -130,7 +127,7 @@ def _write_adapter(
     settings["target_modules"] = _PUBLISHED_TARGETS if published else sorted(settings["target_modules"])
     _write_json(settings, folder / "adapter_config.json")
     config = core.config.to_dict()
-    # The base is not quantised, and who opens the folder chooses anew.
+    # The base is not quantised, and who opens the folder chooses again.
     config.pop("quantization_config", None)
     _write_json(published_config(config, core) if published else config, folder / "config.json")
     if not published:
@@ -150,9 +147,9 @@ def _write_merged(core: LlavaLlamaForCausalLM, tensors: Mapping[str, Tensor], fo
 
 
 def _write_published(core: LlavaLlamaForCausalLM, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    theirs = layout.KEY_MAP.to_theirs(stored_state_dict(core, tensors))
-    save_sharded(theirs, folder)
-    _compare(read_tensors(folder), theirs, folder)
+    published = published_layout(core).key_map.to_published(stored_state_dict(core, tensors))
+    save_sharded(published, folder)
+    _compare(read_tensors(folder), published, folder)
     _write_json(published_config(core.config.to_dict(), core), folder / "config.json")
     assert core.tokenizer is not None
     core.tokenizer.save_pretrained(folder)

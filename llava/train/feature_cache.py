@@ -1,4 +1,4 @@
-"""What frozen towers say to each training image, kept on disk, so that they run once an image and not once an epoch."""
+"""Outputs of frozen towers for each training image, kept on disk, so that they run once an image, not once an epoch."""
 
 import hashlib
 import json
@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llava.data.collator import FEATURES, Sample
+from llava.data.collator import Sample
 from llava.data.dataset import SupervisedDataset
 from llava.data.records import Record
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.llava_arch import TowerOutputs
 
 _BATCH = 16
 _BATCHES_A_FLUSH = 64
@@ -29,38 +28,39 @@ _SETTINGS = (
     "image_aspect_ratio",
     "vision_tower_config",
     "dino_tower_config",
+    "extra_tower_configs",
     "mm_fusion_type",
     "mm_vision_select_layer",
     "mm_vision_select_feature",
 )
-"""Fields of the config that decide what towers say."""
+"""Fields of the config that decide the outputs of towers."""
 
 
 class CachedDataset(SupervisedDataset):
-    """Samples whose images the towers have seen already; text-only samples get zeros.
+    """Samples whose images the towers have encoded already; text-only samples get zeros.
 
     Args:
-        arrays: Values ``[images, …]`` in half precision by the names in ``FEATURES``.
-        places: Row of each image, by its path in the records.
+        arrays: Values ``[images, …]`` in half precision, by their names in ``TowerOutputs``.
+        rows: Row of each image, by its path in the records.
         **options: As for ``SupervisedDataset``.
     """
 
-    def __init__(self, *arguments: Any, arrays: dict[str, np.ndarray], places: dict[str, int], **options: Any) -> None:
+    def __init__(self, *arguments: Any, arrays: dict[str, np.ndarray], rows: dict[str, int], **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.arrays = arrays
-        self.places = places
+        self.rows = rows
 
     def __getitem__(self, index: int) -> Sample:
-        """Returns a sample with features in the place of pixels."""
-        place = self.places.get(self.records[index].image or "")
+        """Returns a sample with tower outputs instead of pixels."""
+        row = self.rows.get(self.records[index].image or "")
         features = {
-            name: torch.zeros(array.shape[1:]) if place is None else torch.from_numpy(array[place].astype(np.float32))
+            name: torch.zeros(array.shape[1:]) if row is None else torch.from_numpy(array[row].astype(np.float32))
             for name, array in self.arrays.items()
         }
-        return replace(super().__getitem__(index), features=features)
+        return replace(super().__getitem__(index), tower_outputs=features)
 
     def pixels(self, record: Record) -> Tensor:
-        """Returns nothing, since features stand in the place of pixels."""
+        """Returns nothing, since the sample has tower outputs."""
         return torch.zeros(0)
 
 
@@ -76,8 +76,8 @@ def cache_features(
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """Runs the towers over every image that the folder does not have yet.
 
-    The folder belongs to one list of images, one pair of towers and one way to make pixels; with another it is begun
-    anew. An interrupted run goes on.
+    The folder belongs to one list of images, one pair of towers and one way to make pixels; with another it is made
+    again. An interrupted run resumes.
 
     Args:
         model: The model, its towers frozen.
@@ -88,7 +88,7 @@ def cache_features(
         wait: Returns once all processes have called it.
 
     Returns:
-        ``arrays`` and ``places`` of ``CachedDataset``.
+        ``arrays`` and ``rows`` of ``CachedDataset``.
     """
     first: dict[str, int] = {}
     for index, record in enumerate(dataset.records):
@@ -102,16 +102,16 @@ def cache_features(
     wait()
     arrays = {name: np.lib.format.open_memmap(folder / f"{name}.npy", mode="r+") for name in shapes}
     done = np.lib.format.open_memmap(folder / "done.npy", mode="r+")
-    mine = [place for place in range(rank, len(images), world_size) if not done[place]]
+    mine = [row for row in range(rank, len(images), world_size) if not done[row]]
     starts = range(0, len(mine), _BATCH)
     with ThreadPoolExecutor(_READERS) as readers:
         for start in tqdm(starts, desc="towers", unit=f" x {_BATCH} images", disable=rank != 0, leave=False):
-            places = mine[start : start + _BATCH]
-            records = [dataset.records[first[images[place]]] for place in places]
+            rows = mine[start : start + _BATCH]
+            records = [dataset.records[first[images[row]]] for row in rows]
             pixels = torch.stack(list(readers.map(dataset.pixels, records)))
-            seen = model.get_model().run_towers(pixels.to(model.device))
-            for name, values in _named(seen).items():
-                arrays[name][places] = values.to("cpu", torch.float16).numpy()
+            outputs = model.get_model().run_towers(pixels.to(model.device))
+            for name, values in outputs.items():
+                arrays[name][rows] = values.to("cpu", torch.float16).numpy()
             if (start // _BATCH + 1) % _BATCHES_A_FLUSH == 0 or start == starts[-1]:
                 for array in arrays.values():
                     array.flush()
@@ -119,22 +119,18 @@ def cache_features(
                 done.flush()
     wait()
     kept = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in shapes}
-    return kept, {image: place for place, image in enumerate(images)}
-
-
-def _named(seen: TowerOutputs) -> dict[str, Tensor]:
-    return {name: values for name, values in zip(FEATURES, seen, strict=True) if values is not None}
+    return kept, {image: row for row, image in enumerate(images)}
 
 
 def _shapes(model: LlavaLlamaForCausalLM, pixels: Tensor) -> dict[str, tuple[int, ...]]:
-    seen = model.get_model().run_towers(pixels[None].to(model.device))
-    return {name: tuple(values.shape[1:]) for name, values in _named(seen).items()}
+    outputs = model.get_model().run_towers(pixels[None].to(model.device))
+    return {name: tuple(values.shape[1:]) for name, values in outputs.items()}
 
 
 def _begin(folder: Path, key: str, count: int, shapes: dict[str, tuple[int, ...]]) -> None:
     state = folder / _STATE_FILE
     whole = {**{name: (count, *shape) for name, shape in shapes.items()}, "done": (count,)}
-    if _has_begun(folder, key, whole):
+    if _has_files(folder, key, whole):
         return
     folder.mkdir(parents=True, exist_ok=True)
     state.unlink(missing_ok=True)
@@ -144,7 +140,7 @@ def _begin(folder: Path, key: str, count: int, shapes: dict[str, tuple[int, ...]
     state.write_text(json.dumps({"key": key, "images": count}) + "\n", encoding="utf-8")
 
 
-def _has_begun(folder: Path, key: str, shapes: dict[str, tuple[int, ...]]) -> bool:
+def _has_files(folder: Path, key: str, shapes: dict[str, tuple[int, ...]]) -> bool:
     """Whether the folder has these images' files; what is damaged counts as not there."""
     try:
         state = json.loads((folder / _STATE_FILE).read_text("utf-8"))

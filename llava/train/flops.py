@@ -1,23 +1,31 @@
 """How many floating-point operations a training step takes.
 
-A multiplication with its addition counts as two. Counted are matrix multiplications and convolutions, as usual. Causal
-attention counts the half of its square that is needed. A weight that is not trained has no gradient, so its layer's
-backward costs as much as its forward, not twice as much; frozen towers have no backward at all; a checkpointed layer
-runs forward once more.
+Torch's own counter counts the forward and backward of the model's parts on meta tensors, which have shapes and no
+numbers: matrix multiplications and convolutions, a multiplication with its addition as two. It tells what has no
+gradient (a frozen weight, a frozen tower). Two things it cannot tell are added here: causal attention counts the half
+of its square that is needed, and a checkpointed layer that has a backward runs forward once more.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from dataclasses import astuple, dataclass
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
-from torch import nn
+import torch
+from peft import PeftModel, inject_adapter_in_model
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from llava.model.branches import projector_name
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.llava_arch import LlavaMetaModel
-from llava.model.multimodal_encoder.base import VisionTower
-from llava.model.multimodal_fusion.cross_attention import CrossAttentionFusion
 
-Matrix = nn.Linear | nn.Conv2d
+_TOKENS = 8
+"""Length of the rows that are counted; a second row of twice the length tells what grows with the square."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,9 @@ class Passes:
     def __add__(self, other: "Passes") -> "Passes":
         return Passes(*(one + more for one, more in zip(astuple(self), astuple(other), strict=True)))
 
+    def __sub__(self, other: "Passes") -> "Passes":
+        return self + other * -1
+
     def __mul__(self, times: int) -> "Passes":
         return Passes(*(value * times for value in astuple(self)))
 
@@ -102,18 +113,19 @@ class TrainingFlops:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        llava = next(module for module in model.modules() if isinstance(module, LlavaLlamaForCausalLM))
-        layers = cast(nn.ModuleList, llava.model.layers)
-        width = llava.config.num_attention_heads * llava.config.head_dim
+        shapes, checkpointed = _without_numbers(model)
+        row = torch.zeros(1, shapes.config.hidden_size, device="meta", requires_grad=True)
+        vocabulary = _count(shapes.lm_head, row)
         self.costs = {
-            **_vision_costs(llava.model),
-            "layers": _sum(_with_repetition(_matrices(layer), layer) for layer in layers),
-            "attention": _sum(_with_repetition(_product(2 * width), layer) for layer in layers),
-            "vocabulary": _matrices(llava.lm_head),
-            "search": Passes(_matrices(llava.lm_head).forward),
+            **_vision_costs(shapes.model, checkpointed),
+            **_layer_costs(shapes, checkpointed),
+            "vocabulary": vocabulary,
+            "search": Passes(vocabulary.forward),
         }
-        own = [module for name, module in layers.named_modules() if isinstance(module, Matrix) and "lora_" not in name]
-        self.language_weights = sum(_num_weights(matrix) for matrix in [*own, *_inner(llava.lm_head)])
+        named = [*cast(nn.Module, shapes.model.layers).named_parameters(), *shapes.lm_head.named_parameters()]
+        self.language_weights = sum(
+            weight.numel() for name, weight in named if weight.ndim == 2 and "lora_" not in name
+        )
 
     def by_part(self, size: BatchSize) -> dict[str, Passes]:
         """Returns the passes of each part for a batch."""
@@ -133,88 +145,96 @@ class TrainingFlops:
         return 6 * self.language_weights * size.tokens
 
 
-def _vision_costs(model: LlavaMetaModel) -> dict[str, Passes]:
+def _without_numbers(model: nn.Module) -> tuple[LlavaLlamaForCausalLM, list[nn.Module]]:
+    """Returns the same model on the meta device, and those of its layers that are checkpointed.
+
+    It is built again from its config, since sharded and quantised weights have other shapes than their layers.
+    """
+    core = next(module for module in model.modules() if isinstance(module, LlavaLlamaForCausalLM))
+    adapters: dict[str, Any] = next(
+        (module.peft_config for module in model.modules() if isinstance(module, PeftModel)), {}
+    )
+    config = deepcopy(core.config)
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        shapes = LlavaLlamaForCausalLM(config)
+        for name, settings in adapters.items():
+            inject_adapter_in_model(settings, shapes, name)
+    trained = {name for name, parameter in core.named_parameters() if parameter.requires_grad}
+    for name, parameter in shapes.named_parameters():
+        parameter.requires_grad_(name in trained)
+    layers = {n: layer for n, layer in core.named_modules() if isinstance(layer, GradientCheckpointingLayer)}
+    return shapes.train(), [
+        shapes.get_submodule(name) for name, layer in layers.items() if layer.gradient_checkpointing
+    ]
+
+
+def _layer_costs(model: LlavaLlamaForCausalLM, checkpointed: Sequence[nn.Module]) -> dict[str, Passes]:
+    """The passes of one position, and of one pair of positions in causal attention, in all decoder layers."""
+    rotary = cast(nn.Module, model.model.rotary_emb)
+    # Layers of the same shapes cost the same, so one of each kind is counted.
+    kinds: dict[Any, list[nn.Module]] = defaultdict(list)
+    for layer in cast(nn.ModuleList, model.model.layers):
+        shapes = ((name, weight.shape, weight.requires_grad) for name, weight in layer.named_parameters())
+        kinds[(layer in checkpointed, *shapes)].append(layer)
+    counts = []
+    for length in (1, 2):
+        hidden = torch.zeros(1, length, model.config.hidden_size, device="meta", requires_grad=True)
+        angles = rotary(hidden.detach(), torch.arange(length, device="meta")[None])
+        runs = ((partial(alike[0], position_embeddings=angles), len(alike)) for alike in kinds.values())
+        counts.append(_sum(_count(run, hidden, repeated=checkpointed) * times for run, times in runs))
+    # Of one position a layer takes a + b FLOPs, of two 2a + 4b, where b is that of a pair in attention.
+    one, two = (astuple(count) for count in counts)
+    linear = Passes(*(first * 2 - second // 2 for first, second in zip(one, two, strict=True)))
+    pair = counts[0] - linear
+    return {"layers": linear, "attention": Passes(*(value // 2 for value in astuple(pair)))}
+
+
+def _vision_costs(model: LlavaMetaModel, checkpointed: Sequence[nn.Module]) -> dict[str, Passes]:
     """The passes of one image in towers, projectors and fusion."""
-    costs = {part: Passes() for part in ("towers", "projectors", "fusion")}
-    branches: list[tuple[int, bool]] = []
-    for tower, name in ((model.vision_tower, "mm_projector"), (model.dino_tower, "dino_mm_projector")):
-        # A tower whose branch the fusion leaves out only makes the pixels.
-        if tower is None or not hasattr(model, name):
-            continue
-        costs["towers"] += _tower(tower)
-        projector, trained = _chain(getattr(model, name), _is_trained(tower))
-        costs["projectors"] += projector * tower.num_patches
-        branches.append((tower.num_patches, trained))
-    fusion = getattr(model, "fusion", None)
-    if isinstance(fusion, CrossAttentionFusion):
-        (clip_patches, clip_trained), (dino_patches, dino_trained) = branches
-        bias, bias_trained = _chain(getattr(fusion, "attention_mlp", nn.Identity()), _is_trained(model.dino_tower))
-        trained = clip_trained or dino_trained or bias_trained or _is_trained(fusion)
-        clip_side = _matrix(fusion.q_proj, clip_trained) + _matrix(fusion.out_proj, trained)
-        clip_side += _chain(fusion.ffn, trained)[0]
-        dino_side = _matrix(fusion.k_proj, dino_trained) + _matrix(fusion.v_proj, dino_trained)
-        pair = bias + _product(4 * fusion.q_proj.in_features, trained=trained)
-        costs["fusion"] = clip_side * clip_patches + dino_side * dino_patches + pair * (clip_patches * dino_patches)
-    return costs
+    if model.vision_tower is None:
+        return {part: Passes() for part in ("towers", "projectors", "fusion")}
+    side = model.config.pixel_format()["size"]
+    pixels = torch.zeros(1, 3, side, side, device="meta")
+    towers = _count(model.run_towers, pixels, repeated=checkpointed)
+    outputs = {
+        name: part.detach().requires_grad_(part.requires_grad) for name, part in model.run_towers(pixels).items()
+    }
+    named = {projector_name(branch): outputs[branch] for branch in model.fusion.branches}
+    projectors = _sum(_count(getattr(model, name), part) for name, part in named.items())
+    fused = _count(lambda: model.fuse(outputs).tokens)
+    return {"towers": towers, "projectors": projectors, "fusion": fused - projectors}
 
 
-def _tower(tower: VisionTower) -> Passes:
-    rows, columns = tower.grid
-    tokens = rows * columns + tower.num_prefix_tokens
-    trained = _is_trained(tower)
-    embedding = (module for module in tower.modules() if isinstance(module, nn.Conv2d))
-    cost = _sum(_matrix(module, input_is_trained=False) for module in embedding) * (rows * columns)
-    for block in tower.blocks_run:
-        attention = _product(4 * tokens**2 * tower.hidden_size, trained=trained)
-        cost += _with_repetition(_matrices(block, trained) * tokens + attention, block)
-    return cost
+def _count(run: Callable[..., Any], *inputs: Tensor, repeated: Sequence[nn.Module] = ()) -> Passes:
+    """Counts a function's forward, its backward, and the forwards of the modules that the backward repeats."""
+    starts: list[int] = []
+    again: list[int] = []
+
+    def enter(*_: Any) -> None:
+        starts.append(counter.get_total_flops())
+
+    def leave(module: nn.Module, given: Any, output: Any) -> None:
+        flops = counter.get_total_flops() - starts.pop()
+        again.extend([flops] if _with_gradient(output) else [])
+
+    hooks = [module.register_forward_pre_hook(enter) for module in repeated]
+    hooks += [module.register_forward_hook(leave) for module in repeated]
+    # Fused attention is opaque to the counter, so its plain products are counted.
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        outputs = _with_gradient(run(*inputs))
+        forward = counter.get_total_flops()
+        if outputs:
+            torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
+        backward = counter.get_total_flops() - forward
+    for hook in hooks:
+        hook.remove()
+    return Passes(forward, backward, sum(again))
 
 
-def _chain(module: nn.Module, trained: bool) -> tuple[Passes, bool]:
-    """The passes of matrices one after the other, and whether their output has a gradient if their input's is so."""
-    cost = Passes()
-    for matrix in _inner(module):
-        cost += _matrix(matrix, trained)
-        trained = trained or matrix.weight.requires_grad
-    return cost, trained
-
-
-def _matrices(module: nn.Module, input_is_trained: bool = True) -> Passes:
-    """The passes of all matrices within a module, for one row of their input."""
-    return _sum(_matrix(matrix, input_is_trained) for matrix in _inner(module))
-
-
-def _matrix(matrix: Matrix, input_is_trained: bool = True) -> Passes:
-    """The passes of a linear layer for one row, or of a convolution for one place."""
-    forward = 2 * _num_weights(matrix)
-    return Passes(forward, forward * (input_is_trained + matrix.weight.requires_grad))
-
-
-def _product(forward: int, *, trained: bool = True) -> Passes:
-    """The passes of a product of two activations."""
-    return Passes(forward, 2 * forward * trained)
-
-
-def _with_repetition(cost: Passes, block: nn.Module) -> Passes:
-    """Adds the forward that a checkpointed block with a backward repeats."""
-    repeats = bool(getattr(block, "gradient_checkpointing", False)) and cost.backward > 0
-    return cost + Passes(repeated=cost.forward * repeats)
-
-
-def _inner(module: nn.Module) -> Iterator[Matrix]:
-    """The linear layers and convolutions within a module, or it itself."""
-    return (inner for inner in module.modules() if isinstance(inner, Matrix))
-
-
-def _num_weights(matrix: Matrix) -> int:
-    # Read from the layer's description, since sharded and quantised weights do not have this many entries.
-    if isinstance(matrix, nn.Conv2d):
-        return matrix.in_channels * matrix.out_channels * matrix.kernel_size[0] * matrix.kernel_size[1]
-    return matrix.in_features * matrix.out_features
-
-
-def _is_trained(module: nn.Module | None) -> bool:
-    return module is not None and any(parameter.requires_grad for parameter in module.parameters())
+def _with_gradient(output: Any) -> list[Tensor]:
+    values = output if isinstance(output, tuple) else (output,)
+    return [value for value in values if isinstance(value, Tensor) and value.requires_grad]
 
 
 def _sum(costs: Iterable[Passes]) -> Passes:

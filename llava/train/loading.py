@@ -1,4 +1,4 @@
-"""Opens what training starts from: a checkpoint, perhaps with new parts, or a new model from a config."""
+"""Loads what training starts from: a checkpoint, perhaps with new parts, or a new model from a config."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,35 +13,29 @@ from transformers import PreTrainedTokenizerBase
 from transformers.integrations import deepspeed as deepspeed_integration
 
 from llava.conversation import conv_templates
-from llava.errors import CheckpointError
+from llava.errors import CheckpointError, OptionError
+from llava.model.branches import FIRST, source_field, tower_name
 from llava.model.builder import load_tokenizer, materialize, quantization, resolve_attention, set_generation_defaults
-from llava.model.checkpoint import (
-    DINO_PREFIX,
-    VISION_PREFIX,
-    Checkpoint,
-    check_keys,
-    complete_config,
-    open_checkpoint,
-)
+from llava.model.checkpoint import check_keys, complete_config, open_checkpoint
 from llava.model.checkpoint_files import TensorLike, read_json
 from llava.model.checkpoint_layout import stored_state_dict
 from llava.model.configuration import LlavaConfig
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.base import TowerSource
 from llava.model.multimodal_encoder.builder import read_vision_tower
-from llava.model.probability_mapper import VerdictTokens
-from llava.systems.fakereasoning.answer import VERDICT_PREFIX, VERDICT_WORDS
+from llava.systems import registry
+from llava.systems.base import AnswerFormat
 from llava.train.arguments import DataArguments, ModelArguments, new_parts
 
 
 @dataclass(frozen=True)
-class Opened:
+class StartingPoint:
     """What training starts from, before any weight is read.
 
     Attributes:
         config: The model's whole config, with the run's options written into it.
         tokenizer: Its tokenizer.
-        num_image_tokens: Positions that an image takes in the language model.
+        placeholder_tokens: How many tokens each placeholder id becomes.
         tensors: Weights by their stored names; the language model's are missing for a new model.
         new: Parts that get random weights.
         folder: Where the checkpoint is; None for a new model.
@@ -49,27 +43,30 @@ class Opened:
 
     config: LlavaConfig
     tokenizer: PreTrainedTokenizerBase
-    num_image_tokens: int
+    placeholder_tokens: dict[int, int]
     tensors: dict[str, TensorLike]
     new: frozenset[str]
     folder: Path | None
 
 
-def open_start(model: ModelArguments, data: DataArguments) -> Opened:
+def load_start(model: ModelArguments, data: DataArguments) -> StartingPoint:
     """Opens what the options name.
 
     Raises:
         CheckpointError: It cannot be opened, or something is missing that is not named as new.
-        ValueError: Options do not fit the checkpoint.
+        OptionError: Options do not fit the checkpoint.
     """
     if data.version not in conv_templates:
-        raise ValueError(f"--version {data.version}: no such prompt template; known: {', '.join(conv_templates)}")
+        raise OptionError(f"--version {data.version}: no such prompt template; known: {', '.join(conv_templates)}")
     if model.model_config is not None:
         return _open_new(model, data)
     assert model.model_name_or_path is not None
-    checkpoint = open_checkpoint(model.model_name_or_path)
+    checkpoint = open_checkpoint(model.model_name_or_path, system=model.system)
+    if not checkpoint.system:
+        # A plain LLaVA, which is trained to become one.
+        checkpoint = open_checkpoint(model.model_name_or_path, system=registry.DEFAULT)
     if checkpoint.adapter_folder is not None:
-        raise ValueError(
+        raise OptionError(
             f"{model.model_name_or_path} is a LoRA folder; merge it with scripts/merge_lora_weights.py, and start there"
         )
     values = dict(checkpoint.config)
@@ -77,8 +74,8 @@ def open_start(model: ModelArguments, data: DataArguments) -> Opened:
         values["mm_fusion_type"] = model.mm_fusion_type
     elif "fusion" in new_parts(model) and "mm_fusion_type" not in values:
         values["mm_fusion_type"] = LlavaConfig().mm_fusion_type
-    _refuse_other(model, values)
-    checkpoint, config = complete_config(replace(checkpoint, config=values), model.vision_tower, model.dino_weights)
+    _check_other(model, values)
+    checkpoint, config = complete_config(replace(checkpoint, config=values), _towers(model))
     new = frozenset(new_parts(model))
     prefixes = tuple(f"model.{part}." for part in new)
     kept = {name: tensor for name, tensor in checkpoint.tensors.items() if not (prefixes and name.startswith(prefixes))}
@@ -86,36 +83,38 @@ def open_start(model: ModelArguments, data: DataArguments) -> Opened:
     skeleton = _skeleton(config)
     filled = {n: t for n, t in stored_state_dict(skeleton).items() if prefixes and n.startswith(prefixes)}
     if len(new) != sum(any(name.startswith(f"model.{part}.") for name in filled) for part in new):
-        raise ValueError(f"--init {model.init}: the fusion {config.mm_fusion_type!r} has no such part")
+        raise OptionError(f"--init {model.init}: the fusion {config.mm_fusion_type!r} has no such part")
     try:
-        check_keys(config, Checkpoint(checkpoint.folder, values, {**kept, **filled}, checkpoint.tokenizer_folder))
+        check_keys(config, replace(checkpoint, tensors={**kept, **filled}))
     except CheckpointError as error:
-        hint = "parts that a checkpoint lacks are begun anew only if --init names them, as in --init fusion"
+        hint = "parts that a checkpoint lacks are made new only if --init names them, as in --init fusion"
         if "missing" not in str(error):
             hint = "do the towers of --vision_tower and --dino_weights belong to it?"
             if model.mm_fusion_type is not None:
                 hint = f"the fusion {model.mm_fusion_type!r} has no such parts; start from a checkpoint without them"
         raise CheckpointError(f"{error}\n  {hint}") from None
     tokenizer = load_tokenizer(checkpoint.tokenizer_folder)
-    return Opened(config, tokenizer, skeleton.get_model().num_image_tokens(), kept, new, checkpoint.folder)
+    return StartingPoint(config, tokenizer, skeleton.get_model().placeholder_tokens(), kept, new, checkpoint.folder)
 
 
-def _open_new(model: ModelArguments, data: DataArguments) -> Opened:
+def _towers(model: ModelArguments) -> dict[str, str | None]:
+    """Towers that the options name, by branch."""
+    return {"clip": model.vision_tower, "dino": model.dino_weights}
+
+
+def _open_new(model: ModelArguments, data: DataArguments) -> StartingPoint:
     assert model.model_config is not None and model.tokenizer is not None
     values = read_json(Path(model.model_config))
     tokenizer = load_tokenizer(Path(model.tokenizer))
     tensors: dict[str, TensorLike] = {}
-    for source, field, prefix in (
-        (model.vision_tower, "vision_tower_config", VISION_PREFIX),
-        (model.dino_weights, "dino_tower_config", DINO_PREFIX),
-    ):
+    for branch, source in _towers(model).items():
         if source is None:
             continue
         tower: TowerSource = read_vision_tower(source)
-        values[field] = tower.config
-        if tower.image_processor is not None and field == "vision_tower_config":
+        values[f"{tower_name(branch)}_config"] = tower.config
+        if tower.image_processor is not None and branch == FIRST:
             values["mm_image_processor"] = tower.image_processor
-        tensors |= {f"{prefix}{name}": tensor for name, tensor in tower.tensors.items()}
+        tensors |= {f"model.{tower_name(branch)}.{name}": tensor for name, tensor in tower.tensors.items()}
     values |= {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
@@ -127,23 +126,25 @@ def _open_new(model: ModelArguments, data: DataArguments) -> Opened:
     if model.mm_fusion_type is not None:
         values["mm_fusion_type"] = model.mm_fusion_type
     try:
-        config = _with_options(LlavaConfig.from_dict({"cpm_search": "labels", **values}), model, data)
+        system = {"system": model.system or values.get("system") or registry.DEFAULT}
+        config = LlavaConfig.from_dict({"cpm_search": "labels", **values, **system})
+        config = _with_options(config, model, data)
         skeleton = _skeleton(config)
     except (TypeError, KeyError, StrictDataclassError) as error:
         why = error.__cause__ or error
-        raise ValueError(f"--model_config {model.model_config} describes no model: {why}") from error
+        raise OptionError(f"--model_config {model.model_config} describes no model: {why}") from error
     unknown = set(tensors) - set(stored_state_dict(skeleton))
     if unknown:
         raise CheckpointError(f"the towers hold tensors that the model does not have, such as {sorted(unknown)[0]}")
-    return Opened(config, tokenizer, skeleton.get_model().num_image_tokens(), tensors, frozenset(), None)
+    return StartingPoint(config, tokenizer, skeleton.get_model().placeholder_tokens(), tensors, frozenset(), None)
 
 
-def _refuse_other(model: ModelArguments, values: Mapping[str, Any]) -> None:
-    """Refuses options that would change what a checkpoint is."""
+def _check_other(model: ModelArguments, values: Mapping[str, Any]) -> None:
+    """Checks options that would change what a checkpoint is."""
     for name, default in (("mm_projector_type", "mlp2x_gelu"), ("mm_vision_select_layer", -2)):
         wanted, own = getattr(model, name), values.get(name, default)
         if wanted is not None and wanted != own:
-            raise ValueError(f"--{name} is {wanted}, but the checkpoint's is {own}, and it cannot be changed")
+            raise OptionError(f"--{name} is {wanted}, but the checkpoint's is {own}, and it cannot be changed")
 
 
 def _with_options(config: LlavaConfig, model: ModelArguments, data: DataArguments) -> LlavaConfig:
@@ -156,9 +157,9 @@ def _with_options(config: LlavaConfig, model: ModelArguments, data: DataArgument
     config.tokenizer_padding_side = "right"
     if data.image_aspect_ratio is not None:
         config.image_aspect_ratio = data.image_aspect_ratio
-    for source, field in ((model.vision_tower, "mm_vision_tower"), (model.dino_weights, "mm_dino_tower")):
+    for branch, source in _towers(model).items():
         if source is not None:
-            setattr(config, field, str(Path(source).absolute()) if Path(source).exists() else source)
+            setattr(config, source_field(branch), str(Path(source).absolute()) if Path(source).exists() else source)
     return config
 
 
@@ -167,8 +168,20 @@ def _skeleton(config: LlavaConfig) -> LlavaLlamaForCausalLM:
         return LlavaLlamaForCausalLM(config)
 
 
+def answer_format(config: LlavaConfig) -> AnswerFormat:
+    """Returns the words of the system that is trained.
+
+    Raises:
+        OptionError: It has no answers, so there is nothing to train a language model on.
+    """
+    found = registry.answer_format(config.system)
+    if found is None:
+        raise OptionError(f"the system {config.system!r} has no answers, so no language model can be trained on them")
+    return found
+
+
 def build_model(
-    opened: Opened, *, dtype: torch.dtype, device: torch.device, bits: int, attn_implementation: str
+    opened: StartingPoint, *, dtype: torch.dtype, device: torch.device, bits: int, attn_implementation: str
 ) -> LlavaLlamaForCausalLM:
     """Reads the weights.
 
@@ -191,18 +204,17 @@ def build_model(
             tensors,
             dtype=dtype,
             device_map={"": device if bits != 16 else torch.device("cpu")},
-            quantization_config=quantization(bits == 8, bits == 4, dtype),
+            quantization_config=quantization(opened.config, bits == 8, bits == 4, dtype),
             attn_implementation=resolve_attention(attn_implementation, device, dtype),
         )
     set_generation_defaults(model, opened.folder, opened.tokenizer)
     model.get_model().freeze_towers()
-    verdict = VerdictTokens.from_tokenizer(opened.tokenizer, VERDICT_PREFIX, VERDICT_WORDS)
-    model.set_tokenizer(opened.tokenizer, verdict)
+    model.set_tokenizer(opened.tokenizer)
     return model
 
 
 def random_part(skeleton: LlavaLlamaForCausalLM, part: str) -> dict[str, Tensor]:
-    """Returns new weights for a part, each layer as torch begins it."""
+    """Returns new weights for a part, each layer as torch initialises it."""
     module: nn.Module = skeleton.get_model().get_submodule(part).to_empty(device="cpu")
     layers: list[Any] = list(module.modules())
     for layer in layers:

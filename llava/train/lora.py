@@ -8,39 +8,20 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 
+from llava.errors import OptionError
+from llava.model.branches import LORA, part_of
+from llava.model.checkpoint_layout import LORA_PREFIX
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
-from llava.systems.fakereasoning import checkpoint as layout
-
-PROJECTORS = ("mm_projector", "dino_mm_projector")
-PARTS: dict[str, tuple[str, ...]] = {
-    "vision_tower": ("model.vision_tower.",),
-    "dino_tower": ("model.dino_tower.",),
-    "mm_projector": ("model.mm_projector.",),
-    "dino_mm_projector": ("model.dino_mm_projector.",),
-    "fusion": ("model.fusion.",),
-    "language_model": ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head."),
-}
-"""Parts of a model and what their parameters' names begin with."""
 
 
-def part_of(name: str) -> str:
-    """Returns the part that a parameter belongs to, ``lora`` for an adapter's.
-
-    Raises:
-        ValueError: It belongs to no part.
-    """
-    if "lora_" in name:
-        return "lora"
-    bare = bare_name(name)
-    for part, prefixes in PARTS.items():
-        if bare.startswith(prefixes):
-            return part
-    raise ValueError(f"the parameter {name} belongs to no part of the model")
+def parameter_part(name: str) -> str:
+    """Returns the part that a parameter belongs to, ``lora`` for an adapter's; see ``llava.model.branches``."""
+    return LORA if "lora_" in name else part_of(bare_name(name))
 
 
 def bare_name(name: str) -> str:
     """Returns a parameter's name without what PEFT puts before and into it."""
-    return name.removeprefix(layout.LORA_PREFIX).replace(".base_layer.", ".")
+    return name.removeprefix(LORA_PREFIX).replace(".base_layer.", ".")
 
 
 def apply_lora(model: LlavaLlamaForCausalLM, *, rank: int, alpha: float, dropout: float = 0.0) -> PeftModel:
@@ -75,19 +56,16 @@ def choose_trainable(model: nn.Module, parts: "set[str] | frozenset[str]") -> No
     """Trains these parts and nothing else.
 
     Raises:
-        ValueError: A part is unknown, or the model does not have it.
+        OptionError: The model does not have a part.
     """
-    unknown = parts - set(PARTS) - {"lora"}
-    if unknown:
-        raise ValueError(f"unknown part {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
     found = set()
     for name, parameter in model.named_parameters():
-        part = part_of(name)
+        part = parameter_part(name)
         trainable = part in parts and parameter.is_floating_point()
         parameter.requires_grad_(trainable)
         found |= {part} if trainable else set()
     if parts - found:
-        raise ValueError(f"the model has no {', '.join(sorted(parts - found))} to train")
+        raise OptionError(f"the model has no {', '.join(sorted(parts - found))} to train")
 
 
 def trainable_table(model: nn.Module) -> str:
@@ -95,12 +73,12 @@ def trainable_table(model: nn.Module) -> str:
     total: dict[str, int] = defaultdict(int)
     trained: dict[str, int] = defaultdict(int)
     for name, parameter in model.named_parameters():
-        part = part_of(name)
-        # Sharded training leaves an empty tensor in the place of a parameter, and its size in this attribute.
+        part = parameter_part(name)
+        # Sharded training leaves an empty tensor instead of a parameter, and its size in this attribute.
         count = getattr(parameter, "ds_numel", parameter.numel())
         total[part] += count
         trained[part] += count if parameter.requires_grad else 0
-    rows = [(part, f"{total[part]:,}", f"{trained[part]:,}") for part in (*PARTS, "lora") if part in total]
+    rows = [(part, f"{total[part]:,}", f"{trained[part]:,}") for part in total]
     rows.append(("all", f"{sum(total.values()):,}", f"{sum(trained.values()):,}"))
     rows.insert(0, ("part", "parameters", "trained"))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
@@ -132,7 +110,7 @@ def optimizer_groups(
         groups.setdefault((rate, 0.0), [])
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate = rates.get(part_of(name), learning_rate)
+            rate = rates.get(parameter_part(name), learning_rate)
             groups[(rate, 0.0 if name in undecayed else weight_decay)].append(parameter)
     return [
         {"params": parameters, "lr": rate, "weight_decay": decay}
@@ -142,10 +120,9 @@ def optimizer_groups(
 
 
 def _undecayed(model: nn.Module) -> set[str]:
-    fusion = PARTS["fusion"]
     names = {name for name, _ in model.named_parameters()}
     biases = {name for name in names if name.endswith(".bias")}
-    fusion_norms = {name for name in names if bare_name(name).startswith(fusion) and "_norm." in name}
+    fusion_norms = {name for name in names if part_of(bare_name(name)) == "fusion" and "_norm." in name}
     norms = {
         f"{path}.{name}"
         for path, module in model.named_modules()

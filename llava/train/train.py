@@ -1,11 +1,10 @@
-"""Trains a model: LoRA as published, all of it, or parts; from a checkpoint or from nothing; on GPUs or a CPU.
+"""Trains a model: LoRA as published, all of it, or parts; from a checkpoint or from scratch; on GPUs or a CPU.
 
-Under torchrun or DeepSpeed's launcher, one process a device; alone, on one. ``scripts/finetune_task_lora.sh`` starts it
-with the published recipe.
+Under torchrun or DeepSpeed's launcher, one process a device; alone, on one. ``llava.train.launcher`` starts as many as
+there are devices, by a recipe.
 """
 
 import hashlib
-import json
 import logging
 import os
 import random
@@ -31,10 +30,10 @@ from llava.data.collator import collate
 from llava.data.dataset import SupervisedDataset
 from llava.data.records import Record, read_records
 from llava.data.sampler import ModalityLengthSampler
-from llava.errors import DataError
-from llava.files import make_folder
+from llava.errors import DataError, OptionError
+from llava.files import make_folder, write_json
+from llava.model.branches import is_projector
 from llava.model.builder import resolve_attention
-from llava.model.checkpoint_files import read_json
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.train.arguments import (
     DataArguments,
@@ -44,24 +43,24 @@ from llava.train.arguments import (
     parse_arguments,
     trained_parts,
 )
+from llava.train.checkpointing import FINAL, RUN_FILE, TRIAL, check_same_run, is_finished, resume_checkpoint
 from llava.train.export import export_model
 from llava.train.feature_cache import CachedDataset, cache_features
-from llava.train.loading import Opened, build_model, open_start
-from llava.train.lora import apply_lora, choose_trainable, part_of, prepare_quantized, trainable_table
-from llava.train.trainer import BEST, ForgeryTrainer, is_finished, numbered_checkpoints, whole_checkpoints, write_text
-from llava.train.validation import verdict_judge
+from llava.train.loading import StartingPoint, answer_format, build_model, load_start
+from llava.train.lora import apply_lora, choose_trainable, parameter_part, prepare_quantized, trainable_table
+from llava.train.trainer import ForgeryTrainer
+from llava.train.validation import verdict_predictor
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE = "run.json"
-FINAL, TRIAL = "final", "trial"
+LOG_FILE = "log.json"
 _KEPT_OPTIONS = (
     "version",
     "model_max_length",
     "image_aspect_ratio",
     "verdict_only_share",
     "group_by_modality_length",
-    "alike_lengths",
+    "group_by_length",
     "seed",
     "data_seed",
     "num_train_epochs",
@@ -83,7 +82,7 @@ _KEPT_OPTIONS = (
     "bf16",
     "fp16",
 )
-"""Options of data and training, beside all of the model's, that a continued run must share with its beginning."""
+"""Options of data and training, beside all of the model's, that a resumed run must share with its start."""
 
 __all__ = ["build_parser", "main", "train"]
 
@@ -95,54 +94,59 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         The final folder.
 
     Raises:
-        ValueError: Options, data or checkpoint cannot be used; nothing was trained then.
-        OSError: Something could not be written.
+        UserError: Options, data or checkpoint cannot be used, or something cannot be written.
     """
     _set_up_logs(args)
     transformers.set_seed(args.seed)
-    opened = open_start(model_args, data_args)
-    if args.save_layout == "published" and not opened.config.mm_vision_tower:
-        raise ValueError(
+    start = load_start(model_args, data_args)
+    if args.save_layout == "published" and not start.config.mm_vision_tower:
+        raise OptionError(
             "--save_layout published names its vision tower rather than describing it; name it by --vision_tower"
         )
-    records, held_back = _records(data_args, args, opened)
+    records, validation_records = _records(data_args, args, start)
     output = Path(args.output_dir)
-    start = find_start(output, args.resume)
+    checkpoint = resume_checkpoint(output, args.resume)
     run = describe_run(model_args, data_args, args, records)
-    if start is not None:
-        refuse_other_run(output / RUN_FILE, run)
-        logger.info("going on from %s", start)
+    if checkpoint is not None:
+        check_same_run(output / RUN_FILE, run)
+        logger.info("resuming from %s", checkpoint)
     make_folder(output, "--output_dir")
     if data_args.cache_features:
         make_folder(Path(data_args.cache_features), "--cache_features")
     _join_processes(args)
-    model = _build(model_args, args, opened)
-    whole = model.get_base_model() if isinstance(model, PeftModel) else model
-    assert isinstance(whole, LlavaLlamaForCausalLM)
-    options = _dataset_options(data_args, opened, whole)
+    model = _build(model_args, args, start)
+    core = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(core, LlavaLlamaForCausalLM)
+    options = _dataset_options(data_args, start, core)
     train_set = SupervisedDataset(records, **options, verdict_only_share=data_args.verdict_only_share, seed=args.seed)
     if data_args.cache_features:
-        train_set = _cached(train_set, whole, Path(data_args.cache_features), args, options)
-    trainer = _trainer(model, whole, model_args, data_args, args, opened, options, train_set, held_back)
+        train_set = _cached(train_set, core, Path(data_args.cache_features), args, options)
+    validation = SupervisedDataset(validation_records, **options) if validation_records else None
+    trainer = _trainer(model, core, model_args, data_args, args, start, train_set, validation)
     if args.should_save:
         print(trainable_table(model), file=sys.stderr)
     _trial_save(trainer, output)
     if args.should_save:
-        write_text(output / RUN_FILE, json.dumps(run, indent=2) + "\n")
+        write_json(output / RUN_FILE, run, indent=2)
     if _is_muted():
         sys.stderr = sys.__stderr__
-    if start is not None and is_finished(start):
-        trainer.load_finished(start)
+    return _run_to_end(trainer, checkpoint, output)
+
+
+def _run_to_end(trainer: ForgeryTrainer, checkpoint: Path | None, output: Path) -> Path:
+    """Trains from a checkpoint or from the start, and writes the final folder."""
+    if checkpoint is not None and is_finished(checkpoint):
+        trainer.load_finished(checkpoint)
     else:
         try:
-            trainer.train(resume_from_checkpoint=None if start is None else str(start))
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except BaseException:
             trainer.end_progress_bar()
             raise
     final = output / FINAL
     trainer.export_to(final)
-    if args.should_save:
-        write_text(output / "log.json", json.dumps(trainer.state.log_history, indent=2) + "\n")
+    if trainer.args.should_save:
+        write_json(output / LOG_FILE, trainer.state.log_history, indent=2)
         print(f"the trained model is in {final}")
     return final
 
@@ -164,14 +168,17 @@ def _join_processes(args: TrainingArguments) -> None:
         deepspeed.init_distributed("gloo")
 
 
-def _records(data_args: DataArguments, args: TrainingArguments, opened: Opened) -> tuple[list[Record], list[Record]]:
+def _records(
+    data_args: DataArguments, args: TrainingArguments, start: StartingPoint
+) -> tuple[list[Record], list[Record]]:
     """Reads and checks the records; returns those to train on and those to validate on."""
     check = partial(
         check_records,
-        tokenizer=opened.tokenizer,
+        tokenizer=start.tokenizer,
         template=conv_templates[data_args.version],
         max_length=data_args.model_max_length,
-        num_image_tokens=opened.num_image_tokens,
+        answer_format=answer_format(start.config),
+        placeholder_tokens=start.placeholder_tokens,
         image_folder=None if data_args.image_folder is None else Path(data_args.image_folder),
         drop_invalid=data_args.drop_invalid,
     )
@@ -180,50 +187,20 @@ def _records(data_args: DataArguments, args: TrainingArguments, opened: Opened) 
         return records, check(read_records([Path(data_args.eval_data_path)]))
     count = round(data_args.validation_share * len(records))
     if data_args.validation_share and not 0 < count < len(records):
-        raise ValueError(
+        raise OptionError(
             f"--validation_share {data_args.validation_share} of {len(records)} records leaves none of one kind"
         )
     chosen = set(random.Random(args.seed).sample(range(len(records)), count))
     return (
-        [record for place, record in enumerate(records) if place not in chosen],
-        [record for place, record in enumerate(records) if place in chosen],
+        [record for index, record in enumerate(records) if index not in chosen],
+        [record for index, record in enumerate(records) if index in chosen],
     )
-
-
-def find_start(output: Path, resume: str) -> Path | None:
-    """Returns the checkpoint to go on from, or None to begin.
-
-    Raises:
-        ValueError: The folder holds a run that is not to be continued, or there is no such checkpoint.
-    """
-    if resume not in ("", "auto"):
-        found = Path(resume)
-        if found not in whole_checkpoints(found.parent):
-            raise ValueError(f"--resume {resume}: this is no whole checkpoint")
-        return found
-    whole = whole_checkpoints(output)
-    if resume == "auto":
-        if (output / RUN_FILE).is_file():
-            _remove_leftovers(output)
-        return whole[-1] if whole else None
-    if whole or (output / FINAL).exists():
-        raise ValueError(f"{output} holds a run already; --resume auto goes on with it, or name another --output_dir")
-    return None
-
-
-def _remove_leftovers(output: Path) -> None:
-    """Removes what a run that was killed had begun to write."""
-    begun = [path for path in numbered_checkpoints(output) if path not in whole_checkpoints(output)]
-    for name in (FINAL, BEST, TRIAL):
-        begun += [*output.glob(f".{name}.*"), *output.glob(f"..{name}.*")]
-    for path in [*begun, output / TRIAL]:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def describe_run(
     model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, records: Sequence[Record]
 ) -> dict[str, Any]:
-    """Returns what a continued run must have in common with its beginning."""
+    """Returns what a resumed run must have in common with its start."""
     digest = hashlib.blake2b(digest_size=16)
     for record in records:
         digest.update(repr((record.image, record.turns)).encode())
@@ -238,26 +215,12 @@ def describe_run(
     }
 
 
-def refuse_other_run(file: Path, run: Mapping[str, Any]) -> None:
-    """Compares a run with the one that a folder holds.
-
-    Raises:
-        ValueError: They differ; the message says in what.
-    """
-    before = read_json(file) if file.is_file() else {}
-    other = [
-        f"{name} was {before[name]!r}, is {value!r}" for name, value in run.items() if before.get(name, value) != value
-    ]
-    if other:
-        raise ValueError(f"{file.parent} holds a run with other options, which cannot be continued: {'; '.join(other)}")
-
-
-def _build(model_args: ModelArguments, args: TrainingArguments, opened: Opened) -> nn.Module:
+def _build(model_args: ModelArguments, args: TrainingArguments, start: StartingPoint) -> nn.Module:
     half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     # Without LoRA nearly all weights are trained, and those stay in 32 bits unless DeepSpeed keeps copies.
     dtype = half if args.deepspeed or model_args.lora_enable else torch.float32
     model = build_model(
-        opened,
+        start,
         dtype=dtype,
         device=args.device,
         bits=model_args.bits,
@@ -265,8 +228,9 @@ def _build(model_args: ModelArguments, args: TrainingArguments, opened: Opened) 
     )
     if model_args.bits != 16:
         prepare_quantized(model, gradient_checkpointing=args.gradient_checkpointing)
-    present = {part_of(name) for name, _ in model.named_parameters()}
-    parts = trained_parts(model_args, present)
+    present = {parameter_part(name) for name, _ in model.named_parameters()}
+    whole = tuple(filter(is_projector, present)) if model.objective is None else model.objective.trained_whole
+    parts = trained_parts(model_args, present, whole)
     trained: nn.Module = model
     if model_args.lora_enable:
         trained = apply_lora(
@@ -284,14 +248,16 @@ def _build(model_args: ModelArguments, args: TrainingArguments, opened: Opened) 
     return trained
 
 
-def _dataset_options(data_args: DataArguments, opened: Opened, model: LlavaLlamaForCausalLM) -> dict[str, Any]:
+def _dataset_options(data_args: DataArguments, start: StartingPoint, model: LlavaLlamaForCausalLM) -> dict[str, Any]:
     return {
         "image_folder": None if data_args.image_folder is None else Path(data_args.image_folder),
-        "tokenizer": opened.tokenizer,
+        "tokenizer": start.tokenizer,
         "template": conv_templates[data_args.version],
         "model_config": model.config,
         "image_processor": model.image_processor,
-        "num_image_tokens": opened.num_image_tokens,
+        "answer_format": answer_format(start.config),
+        "placeholder_tokens": start.placeholder_tokens,
+        "extra_inputs": None if model.objective is None else model.objective.sample_inputs,
         "max_length": data_args.model_max_length,
     }
 
@@ -305,7 +271,7 @@ def _cached(
 ) -> CachedDataset:
     model.to(args.device)
     with _precision(args):
-        arrays, places = cache_features(
+        arrays, rows = cache_features(
             model,
             dataset,
             folder,
@@ -313,33 +279,31 @@ def _cached(
             world_size=args.world_size,
             wait=torch.distributed.barrier if args.world_size > 1 else lambda: None,
         )
-    logger.info("features of %d images are in %s", len(places), folder)
-    # The records' answers are shortened already, so no share of them is named again.
-    return CachedDataset(dataset.records, **options, arrays=arrays, places=places)
+    logger.info("features of %d images are in %s", len(rows), folder)
+    # The records' answers are shortened already, so no share of them is given again.
+    return CachedDataset(dataset.records, **options, arrays=arrays, rows=rows)
 
 
 def _trainer(
     model: nn.Module,
-    whole: LlavaLlamaForCausalLM,
+    core: LlavaLlamaForCausalLM,
     model_args: ModelArguments,
     data_args: DataArguments,
     args: TrainingArguments,
-    opened: Opened,
-    options: dict[str, Any],
+    start: StartingPoint,
     train_set: SupervisedDataset,
-    held_back: list[Record],
+    validation: SupervisedDataset | None,
 ) -> ForgeryTrainer:
     layout_name = args.save_layout
     if layout_name == "auto":
         layout_name = "adapter" if model_args.lora_enable else "merged"
-    validation = SupervisedDataset(held_back, **options) if held_back else None
     by_score = args.validation_verdict == "score" or (
         args.validation_verdict == "auto" and data_args.verdict_only_share > 0
     )
     if validation is not None and not by_score and _zero_stage(args) == 3:
-        raise ValueError("under ZeRO-3 answers cannot be generated in validation; use --validation_verdict score")
-    judge = verdict_judge(
-        whole,
+        raise OptionError("under ZeRO-3 answers cannot be generated in validation; use --validation_verdict score")
+    predict = verdict_predictor(
+        core,
         context_length=data_args.model_max_length,
         score_only=by_score,
         max_new_tokens=args.validation_new_tokens,
@@ -347,7 +311,7 @@ def _trainer(
     )
 
     def export(tensors: Mapping[str, Tensor], folder: Path) -> None:
-        base = "" if opened.folder is None else str(opened.folder.absolute())
+        base = "" if start.folder is None else str(start.folder.absolute())
         if args.save_dtype != "auto":
             dtype = getattr(torch, args.save_dtype)
             tensors = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
@@ -356,15 +320,15 @@ def _trainer(
     return ForgeryTrainer(
         model=model,
         args=args,
-        collator=partial(collate, pad_token_id=opened.tokenizer.pad_token_id, max_length=data_args.model_max_length),
+        collator=partial(collate, pad_token_id=start.tokenizer.pad_token_id, max_length=data_args.model_max_length),
         train_dataset=train_set,
         eval_dataset=validation,
-        mapper=whole.probability_mapper,
+        objective=core.objective,
         order=_grouped_order(data_args, args) if data_args.group_by_modality_length else None,
-        judge=judge,
+        predict=predict,
         export=export,
         export_trained_only=model_args.lora_enable and layout_name != "merged",
-        num_image_tokens=opened.num_image_tokens,
+        placeholder_tokens=start.placeholder_tokens,
         towers_are_cached=bool(data_args.cache_features),
     )
 
@@ -375,7 +339,9 @@ def _grouped_order(
     seed = args.seed if args.data_seed is None else args.data_seed
 
     def order(dataset: SupervisedDataset, batch_size: int, rounds: int) -> ModalityLengthSampler:
-        return ModalityLengthSampler(dataset.modality_lengths, batch_size, rounds, seed, alike=data_args.alike_lengths)
+        return ModalityLengthSampler(
+            dataset.modality_lengths, batch_size, rounds, seed, alike=data_args.group_by_length
+        )
 
     return order
 
@@ -409,7 +375,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 (open to the end)
     if "LOCAL_RANK" in os.environ:
         threading.Thread(target=_end_with_launcher, args=(os.getppid(),), daemon=True).start()
-    status = run_cli(lambda: _run(arguments))
+    try:
+        status = run_cli(lambda: _run(arguments))
+    except Exception:
+        sys.stderr = sys.__stderr__  # a bug can be in one process alone, so each shows its traceback
+        raise
     if torch.distributed.is_initialized():
         # Processes that end while others still work are sometimes aborted.
         if status == 0:
@@ -419,7 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _end_with_launcher(launcher: int) -> None:
-    """Ends this process once its launcher is gone, lest it writes into a folder where a new run goes on."""
+    """Ends this process once its launcher is gone, so that it does not write into a folder of a resumed run."""
     while os.getppid() == launcher:
         time.sleep(1)
     os._exit(1)
@@ -429,13 +399,13 @@ def _run(arguments: Sequence[str] | None) -> None:
     try:
         train(*parse_arguments(arguments))
     except DataError as error:
-        # A process that reads images puts its traceback before what it says.
-        said = str(error).rstrip().splitlines()[-1]
-        raise DataError(said.removeprefix(f"{DataError.__module__}.{DataError.__qualname__}: ")) from None
+        # A worker process that reads images puts its traceback before the message.
+        message = str(error).rstrip().splitlines()[-1]
+        raise DataError(message.removeprefix(f"{DataError.__module__}.{DataError.__qualname__}: ")) from None
 
 
 def _is_muted() -> bool:
-    """Whether another process of this machine explains what goes wrong in all of them alike."""
+    """Whether another process of this machine explains what goes wrong in all of them."""
     return os.environ.get("LOCAL_RANK", "0") != "0"
 
 

@@ -1,11 +1,6 @@
 """The training loop: transformers' Trainer with this model's losses, order, optimizer groups, logs and checkpoints."""
 
-import json
-import logging
 import math
-import os
-import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,51 +9,27 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ProgressCallback, TrainerState
+from transformers.trainer_callback import ProgressCallback
 
-from llava.constants import IGNORE_INDEX
-from llava.data.collator import FEATURES, Sample
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.data.collator import Sample
 from llava.data.dataset import SupervisedDataset
-from llava.gpu_ceilings import gpu_ceilings
+from llava.model.branches import is_projector, is_tower
 from llava.model.language_model.llava_llama import LlavaOutput
-from llava.model.llava_arch import TowerOutputs
-from llava.model.probability_mapper import ProbabilityMapper
+from llava.model.objective import LM, LossTerm
+from llava.systems.base import TrainingObjective
+from llava.train import checkpointing
 from llava.train.arguments import TrainingArguments
-from llava.train.flops import BatchSize, Passes, TrainingFlops
-from llava.train.lora import PROJECTORS, optimizer_groups, trainable_tensors
-
-logger = logging.getLogger(__name__)
-
-BEST = "best"
-"""Folder of the best model so far, below the output folder."""
-WEIGHTS_FILE = "trainable.safetensors"
-WHOLE_FILE = "whole.json"
-"""Written last into a checkpoint: without it, the checkpoint is not whole."""
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_COUNTS = (
-    "lm_sum",
-    "tokens",
-    "mapper_sum",
-    "rows",
-    "correct",
-    "verdicts",
-    "positions",
-    "squares",
-    "places",
-    "padded_squares",
-    "images",
-)
-"""What is summed between two logs, see ``ForgeryTrainer._count``."""
+from llava.train.flops import Passes, TrainingFlops
+from llava.train.logging import check_finite, describe_sums, mean_losses, utilisation
+from llava.train.lora import optimizer_groups, parameter_part
 
 
 class ForgeryTrainer(transformers.Trainer):
-    """Trains a model with both losses.
+    """Trains a model with the language model's loss and those of its system's objective.
 
     Args:
         model: The model, in PEFT's wrapper if it has adapters.
@@ -66,14 +37,14 @@ class ForgeryTrainer(transformers.Trainer):
         collator: Makes a batch of samples.
         train_dataset: Samples to train on.
         eval_dataset: Samples to validate on, or None.
-        mapper: The model's probability mapper.
+        objective: What the model's system is trained for beside its words, or None.
         order: Gives a sampler for the training samples, from the micro-batch and the micro-batches of an optimizer
             step; None for a random order.
-        judge: Gives the verdict, 0 or 1 or None, on each of some validation samples; see ``llava.train.validation``.
+        predict: Gives the verdict, 0 or 1 or None, on each of some validation samples; see ``llava.train.validation``.
         export: Writes the model's tensors (by their names in memory) as a folder.
         export_trained_only: Whether it needs the trained tensors alone.
-        num_image_tokens: Positions that an image takes in the language model.
-        towers_are_cached: Whether the samples bring what the towers say, so that these do not run.
+        placeholder_tokens: How many positions each placeholder id becomes.
+        towers_are_cached: Whether the samples bring the outputs of the towers, so that these do not run.
     """
 
     args: TrainingArguments
@@ -88,12 +59,12 @@ class ForgeryTrainer(transformers.Trainer):
         collator: Callable[[list[Sample]], dict[str, Tensor]],
         train_dataset: SupervisedDataset,
         eval_dataset: SupervisedDataset | None,
-        mapper: ProbabilityMapper,
+        objective: TrainingObjective | None,
         order: Callable[[SupervisedDataset, int, int], Sampler[int]] | None,
-        judge: Callable[[list[Sample]], list[int | None]] | None,
+        predict: Callable[[list[Sample]], list[int | None]] | None,
         export: Callable[[Mapping[str, Tensor], Path], None],
         export_trained_only: bool,
-        num_image_tokens: int,
+        placeholder_tokens: Mapping[int, int],
         towers_are_cached: bool = False,
     ) -> None:
         super().__init__(
@@ -105,17 +76,18 @@ class ForgeryTrainer(transformers.Trainer):
         )
         # The losses are averaged here, so that the Trainer need not know over how much.
         self.model_accepts_loss_kwargs = False
-        self.mapper = mapper
+        self.objective = objective
         self.order = order
-        self.judge = judge
+        self.predict_verdicts = predict
         self.export = export
         self.export_trained_only = export_trained_only
-        self.num_image_tokens = num_image_tokens
+        self.placeholder_tokens = placeholder_tokens
         self.towers_are_cached = towers_are_cached
         self._flops: TrainingFlops | None = None
-        self._step_tokens = self._step_rows = 1.0
+        self._step_items: dict[str, float] = {}
         self._micro_batches = 1
-        self._sums: Tensor | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._weights: dict[str, float] = {}
         self._since = time.perf_counter()
 
     # --- order and optimizer
@@ -133,9 +105,12 @@ class ForgeryTrainer(transformers.Trainer):
         if self.optimizer is not None:
             return self.optimizer
         args = self.args
-        rates = {} if args.mm_projector_lr is None else dict.fromkeys(PROJECTORS, args.mm_projector_lr)
+        parts = {parameter_part(name) for name, _ in self.model.named_parameters()}
+        rates: dict[str, float] = {}
+        if args.mm_projector_lr is not None:
+            rates |= dict.fromkeys(filter(is_projector, parts), args.mm_projector_lr)
         if args.tower_lr is not None:
-            rates |= dict.fromkeys(("vision_tower", "dino_tower"), args.tower_lr)
+            rates |= dict.fromkeys(filter(is_tower, parts), args.tower_lr)
         groups = optimizer_groups(
             self.model, learning_rate=args.learning_rate, weight_decay=args.weight_decay, rates=rates
         )
@@ -148,50 +123,51 @@ class ForgeryTrainer(transformers.Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, None]:
         """Takes an optimizer step's micro-batches, and counts what the losses are averaged over."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # A mean of means over micro-batches would weigh a token more where its micro-batch is short. So each
+        # micro-batch's sum is divided by the count over the whole step, on all devices, which must be known before
+        # the first backward.
         self._micro_batches = max(1, len(batches))
+        self._step_items = {}
         if self.args.loss_average == "global_batch" and batches:
-            tokens = sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches)
-            rows = self._matching_rows(batches) if self._rows_known_before() else 0
-            counts = torch.stack([torch.as_tensor(count, dtype=torch.float64) for count in (tokens, rows)])
+            items = self._count_items(batches)
+            counts = torch.stack([torch.as_tensor(count, dtype=torch.float64) for count in items.values()])
             total = self.accelerator.reduce(counts.to(device), "sum").tolist()
-            self._step_tokens, self._step_rows = max(1.0, total[0]), max(1.0, total[1])
+            self._step_items = {name: max(1.0, count) for name, count in zip(items, total, strict=True)}
         return batches, None
 
-    def _rows_known_before(self) -> bool:
-        """Whether the rows that match must be counted before the step.
+    def _count_items(self, batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Counts over how many items a step averages each loss; those that its one forward tells in time are left out.
 
-        They need not if the step is one micro-batch and they are searched in predictions: then the forward tells in
-        time.
+        What no label tells takes a forward before the step, with the dropout that the step itself will have.
         """
-        return self.mapper.search == "labels" or self._micro_batches > 1
+        items: dict[str, Any] = {LM: sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches)}
+        known = [{} if self.objective is None else self.objective.count(batch) for batch in batches]
+        unknown = {name for counts in known for name, count in counts.items() if count is None}
+        items |= {name: sum(counts[name] for counts in known) for name in known[0] if name not in unknown}
+        if unknown and self._micro_batches > 1:
+            found = self._items_by_forward(batches)
+            items |= {name: sum(terms[name].items for terms in found) for name in unknown}
+        return items
 
     @torch.no_grad()
-    def _matching_rows(self, batches: Sequence[Mapping[str, Tensor]]) -> int | Tensor:
-        """Counts a step's rows in which the mapper finds the verdict.
-
-        Where it searches predictions, the model must be asked, with the dropout that it will have in the step itself.
-        """
-        if self.mapper.search == "labels":
-            found = (self.mapper.positions_in_labels(batch["labels"], batch["forgery_labels"]) for batch in batches)
-            return sum((positions >= 0).sum() for positions in found)
+    def _items_by_forward(self, batches: Sequence[Mapping[str, Any]]) -> list[dict[str, LossTerm]]:
         devices = [self.args.device] if self.args.device.type == "cuda" else []
-        rows: list[Tensor] = []
+        found = []
+        # The fork gives the random state back afterwards, so that the step's own forward draws the same dropout.
         with torch.random.fork_rng(devices), self.compute_loss_context_manager():
             self.model_wrapped.train()
             for batch in batches:
-                output = self._forward(self.model_wrapped, batch)
-                assert output.mapper_rows is not None
-                rows.append(output.mapper_rows)
-        return torch.stack(rows).sum()
+                terms = self._forward(self.model_wrapped, batch).terms
+                assert terms is not None
+                found.append(terms)
+        return found
 
     @staticmethod
-    def _forward(model: nn.Module, batch: Mapping[str, Tensor]) -> LlavaOutput:
+    def _forward(model: nn.Module, batch: Mapping[str, Any]) -> LlavaOutput:
         inputs = dict(batch)
-        seen = [inputs.pop(name, None) for name in FEATURES]
-        if any(part is not None for part in seen):
-            kind = next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
-            seen = [None if part is None else part.to(kind) for part in seen]
-            inputs["tower_outputs"] = TowerOutputs(*seen)  # type: ignore[assignment]
+        if "tower_outputs" in inputs:
+            dtype = next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
+            inputs["tower_outputs"] = {name: values.to(dtype) for name, values in inputs["tower_outputs"].items()}
         return model(**inputs, loss_only=True, use_cache=False)
 
     def compute_loss(
@@ -200,127 +176,105 @@ class ForgeryTrainer(transformers.Trainer):
         """Returns a micro-batch's share of the loss.
 
         It is scaled so that the Trainer's mean over micro-batches and devices is the mean over the optimizer step's
-        tokens and rows, or over micro-batches if that is asked for.
+        items (tokens, rows with a verdict), or over micro-batches if that is asked for.
         """
         output = self._forward(model, inputs)
-        assert output.lm_loss is not None and output.mapper_loss is not None and output.mapper_rows is not None
-        assert output.labels is not None and output.loss is not None
-        tokens = (output.labels[:, 1:] != IGNORE_INDEX).sum()
-        lm_sum, mapper_sum = output.lm_loss * tokens, output.mapper_loss * output.mapper_rows
-        self._count(inputs, output, tokens, lm_sum, mapper_sum)
+        assert output.terms is not None and output.loss is not None
+        self._add_to_sums(inputs, output)
         loss = output.loss
         if self.args.loss_average == "global_batch":
-            if self.mapper.search != "labels" and self._micro_batches == 1:
-                rows = self.accelerator.reduce(output.mapper_rows.to(torch.float64), "sum")
-                self._step_rows = max(1.0, float(rows))
-            weight = self.accelerator.unwrap_model(model).config.cpm_weight
-            share = lm_sum / self._step_tokens + weight * mapper_sum / self._step_rows
+            share = sum(term.weight * term.total / self._items_of(name, term) for name, term in output.terms.items())
+            # The Trainer divides by the micro-batches and the gradients' all-reduce by the devices: taken back here.
             loss = share * self.args.world_size * self._micro_batches
         return (loss, output) if return_outputs else loss
 
+    def _items_of(self, name: str, term: LossTerm) -> float:
+        """Items of the whole step that a loss is averaged over; from the forward where the step is one micro-batch."""
+        if name not in self._step_items:
+            total = float(self.accelerator.reduce(term.items.to(torch.float64), "sum"))
+            return max(1.0, total)
+        return self._step_items[name]
+
     # --- logs
 
-    def _count(self, inputs: Any, output: LlavaOutput, tokens: Tensor, lm_sum: Tensor, mapper_sum: Tensor) -> None:
-        assert output.labels is not None and output.mapper_rows is not None and output.mapper_correct is not None
-        images_B = (inputs["input_ids"] < 0).sum(dim=1)
-        lengths_B = inputs["attention_mask"].sum(dim=1) + images_B * (self.num_image_tokens - 1)
+    def _add_to_sums(self, inputs: Any, output: LlavaOutput) -> None:
+        assert output.terms is not None and output.labels is not None
+        ids_BT = inputs["input_ids"]
+        added_B = sum((ids_BT == index).sum(dim=1) * (size - 1) for index, size in self.placeholder_tokens.items())
+        lengths_B = inputs["attention_mask"].sum(dim=1) + added_B
         rows, width = output.labels.shape
-        counts = (
-            lm_sum.detach(),
-            tokens,
-            mapper_sum.detach(),
-            output.mapper_rows,
-            output.mapper_correct,
-            (inputs["forgery_labels"] != IGNORE_INDEX).sum(),
-            lengths_B.sum(),
-            lengths_B.square().sum(),
-            torch.tensor(rows * width),
-            torch.tensor(rows * width**2),
-            images_B.sum(),
-        )
+        counts: dict[str, Tensor] = {
+            "positions": lengths_B.sum(),
+            "squares": lengths_B.square().sum(),
+            "padded_positions": torch.tensor(rows * width),
+            "padded_squares": torch.tensor(rows * width**2),
+            "images": (ids_BT == IMAGE_TOKEN_INDEX).sum(),
+        }
+        for name, term in output.terms.items():
+            counts |= {f"{name}_total": term.total.detach(), f"{name}_items": term.items}
+            counts |= {f"{name}_{value}": count for value, count in term.values.items()}
         # Summed where they are, so that no step waits for the device.
-        summed = torch.stack([count.to(lm_sum.device, torch.float32) for count in counts])
-        self._sums = summed if self._sums is None else self._sums + summed
+        device = output.terms[LM].total.device
+        for name, count in counts.items():
+            self._sums[name] = count.to(device, torch.float32) + self._sums.get(name, 0.0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds to each training log the losses apart, the verdict's figures, and speeds.
-
-        ``verdict_accuracy_teacher_forced`` is no measure of skill: the reasoning that stands before the verdict gives
-        it away.
-        """
-        if "loss" in logs and self._sums is not None:
+        """Adds to each training log both losses, the verdict's metrics, speeds and utilisation."""
+        if "loss" in logs and self._sums:
             sums = self._reduced(self._sums)
-            self._refuse_divergence(sums)
+            self._check_sums(sums)
             seconds = time.perf_counter() - self._since
-            logs.update(describe_counts(sums, seconds))
+            logs.update(describe_sums(sums, seconds, self.objective))
             logs.update(self._utilisation(sums, seconds))
-            self._sums = None
+            self._sums = {}
             self._since = time.perf_counter()
         super().log(logs, start_time)
 
-    def _reduced(self, sums: Tensor) -> dict[str, float]:
-        return dict(zip(_COUNTS, self.accelerator.reduce(sums, "sum").tolist(), strict=True))
+    def _reduced(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        total = self.accelerator.reduce(torch.stack([*sums.values()]), "sum")
+        return dict(zip(sums, total.tolist(), strict=True))
 
-    def _refuse_unlogged_divergence(self) -> None:
-        """As ``_refuse_divergence``, for the steps since the last log, before something is written."""
-        if self._sums is not None:
-            self._refuse_divergence(self._reduced(self._sums))
+    def _check_sums(self, sums: Mapping[str, float]) -> None:
+        if self.args.fp16:
+            return  # its loss scaling leaves out steps whose numbers are too large, so the run does recover
+        step, output = self.state.global_step, Path(self.args.output_dir)
+        check_finite(sums, step=step, output=output, is_main=self.is_world_process_zero())
 
-    def _refuse_divergence(self, sums: Mapping[str, float]) -> None:
-        """Stops a run that cannot recover, before it saves over checkpoints of better days.
-
-        With fp16, steps whose numbers are too large are left out, so that a run does recover.
-
-        Raises:
-            ValueError: A loss is no finite number.
-        """
-        for name, value in (("lm_loss", sums["lm_sum"]), ("mapper_loss", sums["mapper_sum"])):
-            if not math.isfinite(value) and not self.args.fp16:
-                if not self.is_world_process_zero():
-                    raise SystemExit(1)  # all processes find the same, and one says it
-                raise ValueError(
-                    f"the {name} is {value} at step {self.state.global_step}, so the training was stopped; begin "
-                    f"anew with a lower --learning_rate (earlier checkpoints stay in {self.args.output_dir})"
-                )
+    def _check_unlogged(self) -> None:
+        """Checks the steps since the last log, before something is written."""
+        if self._sums:
+            self._check_sums(self._reduced(self._sums))
 
     def _utilisation(self, sums: Mapping[str, float], seconds: float) -> dict[str, float]:
-        """TFLOP/s of one device: ``mfu`` by six FLOPs a weight and token, ``hfu`` by what is computed.
-
-        Where the device's peak is known, they are shares of that.
-        """
         if self._flops is None:
             # Built late, since checkpointing is switched on when training begins.
             self._flops = TrainingFlops(self.model)
             if self.towers_are_cached:
                 self._flops.costs["towers"] = Passes()
-        searches = 0 if self.mapper.search == "labels" else int(sums["places"])
-        scored, images = int(sums["tokens"] + sums["rows"]), int(sums["images"])
-        needed = BatchSize(images, int(sums["positions"]), int(sums["squares"]), scored)
-        computed = BatchSize(images, int(sums["places"]), int(sums["padded_squares"]), scored, searches)
-        twice = self.args.loss_average == "global_batch" and searches and self._micro_batches > 1
-        done = self._flops.computed(computed)
-        if twice:
-            done += sum(part.forward for part in self._flops.by_part(computed).values())
-        each = seconds * self.args.world_size
-        rates = {"mfu": self._flops.conventional(needed) / each, "hfu": done / each}
-        ceilings = gpu_ceilings(self.args.device) if self.args.bf16 or self.args.fp16 else None
-        if ceilings is None:
-            return {f"{name}_tflops": rate / 1e12 for name, rate in rates.items()}
-        return {name: rate / ceilings.throughput for name, rate in rates.items()}
+        searches = self.objective is not None and self.objective.searches_predictions
+        return utilisation(
+            self._flops,
+            sums,
+            seconds * self.args.world_size,
+            searches=searches,
+            searches_twice=self.args.loss_average == "global_batch" and searches and self._micro_batches > 1,
+            device=self.args.device,
+            half_precision=self.args.bf16 or self.args.fp16,
+        )
 
     # --- validation
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Returns the losses over the validation samples, and the accuracy of the verdicts that the model gives itself.
+        """Returns the losses over the validation samples, and the accuracy of the model's own verdicts.
 
         The best model so far, by accuracy and then by loss, is kept in ``<output_dir>/best``.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        assert isinstance(dataset, SupervisedDataset) and self.judge is not None
+        assert isinstance(dataset, SupervisedDataset) and self.predict_verdicts is not None
         self.model.eval()
-        sums = torch.zeros(6, dtype=torch.float64)
+        sums: dict[str, Tensor] = {}
         rank, world, size = self.args.process_index, self.args.world_size, self.args.per_device_eval_batch_size
         # Every process runs equally many batches, since sharded models wait for each other.
         rounds = math.ceil(len(dataset) / (world * size))
@@ -328,14 +282,14 @@ class ForgeryTrainer(transformers.Trainer):
             first = (number * world + rank) * size
             indices = range(first, min(first + size, len(dataset)))
             samples = [dataset[index] for index in indices] or [_without_targets(dataset[0])]
-            sums += self._judge_batch(samples)
-        total = self.accelerator.reduce(sums.to(self.args.device, torch.float32), "sum").tolist()
-        lm, tokens, mapper, rows, right, judged = total
+            for name, value in self._evaluate_batch(samples).items():
+                sums[name] = value + sums.get(name, 0.0)
+        totals = self._reduced({name: value.to(self.args.device, torch.float32) for name, value in sums.items()})
+        losses = mean_losses(totals)
         metrics = {
-            "loss": lm / max(1, tokens) + self._cpm_weight() * mapper / max(1, rows),
-            "lm_loss": lm / max(1, tokens),
-            "mapper_loss": mapper / max(1, rows),
-            "verdict_accuracy": right / max(1, judged),
+            "loss": sum(self._weights[name] * loss for name, loss in losses.items()),
+            **{f"{name}_loss": loss for name, loss in losses.items()},
+            "verdict_accuracy": totals["right"] / max(1, totals["labelled"]),
         }
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
@@ -345,183 +299,88 @@ class ForgeryTrainer(transformers.Trainer):
         return metrics
 
     @torch.no_grad()
-    def _judge_batch(self, samples: list[Sample]) -> Tensor:
-        assert self.data_collator is not None and self.judge is not None
+    def _evaluate_batch(self, samples: list[Sample]) -> dict[str, Tensor]:
+        assert self.data_collator is not None and self.predict_verdicts is not None
         batch = self._prepare_inputs(self.data_collator(samples))
         with self.compute_loss_context_manager():
-            output = self._forward(self.model, batch)
-        assert output.lm_loss is not None and output.mapper_loss is not None and output.mapper_rows is not None
-        assert output.labels is not None
-        tokens = (output.labels[:, 1:] != IGNORE_INDEX).sum()
-        verdicts = self.judge(samples)
+            terms = self._forward(self.model, batch).terms
+        assert terms is not None
+        self._weights = {name: term.weight for name, term in terms.items()}
+        verdicts = self.predict_verdicts(samples)
         known = [sample.forgery_label for sample in samples]
-        right = sum(said == label for said, label in zip(verdicts, known, strict=True) if label != IGNORE_INDEX)
-        judged = sum(label != IGNORE_INDEX for label in known)
-        counts = (
-            output.lm_loss * tokens,
-            tokens,
-            output.mapper_loss * output.mapper_rows,
-            output.mapper_rows,
-            right,
-            judged,
-        )
-        return torch.stack([torch.as_tensor(count).double().cpu() for count in counts])
-
-    def _cpm_weight(self) -> float:
-        return self.accelerator.unwrap_model(self.model).config.cpm_weight
+        right = sum(verdict == label for verdict, label in zip(verdicts, known, strict=True) if label != IGNORE_INDEX)
+        labelled = sum(label != IGNORE_INDEX for label in known)
+        counts: dict[str, Any] = {"right": right, "labelled": labelled}
+        for name, term in terms.items():
+            counts |= {f"{name}_total": term.total, f"{name}_items": term.items}
+        return {name: torch.as_tensor(count).double().cpu() for name, count in counts.items()}
 
     def _keep_if_best(self, accuracy: float, loss: float) -> None:
-        folder = Path(self.args.output_dir) / BEST
-        note = folder.with_suffix(".json")
-        before = json.loads(note.read_text("utf-8")) if note.is_file() else None
-        self.accelerator.wait_for_everyone()
-        if before is not None and (before["verdict_accuracy"], -before["loss"]) >= (accuracy, -loss):
-            return
-        self.export_to(folder)
-        if self.args.should_save:
-            values = {"step": self.state.global_step, "verdict_accuracy": accuracy, "loss": loss}
-            write_text(note, json.dumps(values, indent=2) + "\n")
+        folder = Path(self.args.output_dir) / checkpointing.BEST
+        is_best = checkpointing.is_best(folder, accuracy, loss)
+        self.accelerator.wait_for_everyone()  # all have read the note before one writes it
+        if is_best:
+            self.export_to(folder)
+            if self.args.should_save:
+                checkpointing.note_best(folder, self.state.global_step, accuracy, loss)
 
     # --- checkpoints
 
     def export_to(self, folder: Path) -> None:
         """Writes the model as a folder that ``load_pretrained_model`` opens."""
-        self._refuse_unlogged_divergence()
+        self._check_unlogged()
         tensors = self._gathered(trained_only=self.export_trained_only)
         if self.args.should_save:
             self.export(tensors, folder)
         self.accelerator.wait_for_everyone()
 
     def _gathered(self, *, trained_only: bool) -> dict[str, Tensor]:
-        """The model's tensors by their names in memory; whole on the writing process alone if they are sharded."""
-        names = set(trainable_tensors(self.model))
-        if self.is_deepspeed_enabled and self.model_wrapped is not self.model:
-            engine = self.model_wrapped
-            if engine.zero_optimization_stage() == 3:
-                tensors = engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=trained_only) or {}
-            else:
-                tensors = self.accelerator.get_state_dict(engine)
-        else:
-            tensors = self.model.state_dict()
-        return {name: tensor for name, tensor in tensors.items() if name in names or not trained_only}
+        """The model's tensors by their names in memory; complete on the writing process alone if they are sharded."""
+        is_wrapped = self.is_deepspeed_enabled and self.model_wrapped is not self.model
+        engine = self.model_wrapped if is_wrapped else None
+        get_state_dict = self.accelerator.get_state_dict
+        return checkpointing.gather_tensors(self.model, engine, get_state_dict, trained_only=trained_only)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the trained tensors into a checkpoint's folder."""
-        folder = Path(output_dir or self.args.output_dir)
         tensors = self._gathered(trained_only=True)
         if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            kept = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-            save_file(kept, folder / WEIGHTS_FILE)
+            checkpointing.write_trained(tensors, Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        weights = load_file(Path(resume_from_checkpoint) / WEIGHTS_FILE)
-        own = trainable_tensors(self.model)
-        if {name: tensor.shape for name, tensor in weights.items()} != {name: p.shape for name, p in own.items()}:
-            raise ValueError(
-                f"{resume_from_checkpoint} holds other trained parameters than this run trains; go on with the options "
-                "that the run was begun with"
-            )
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(weights[name])
+        checkpointing.load_trained(self.model, Path(resume_from_checkpoint))
+
+    def load_finished(self, checkpoint: Path) -> None:
+        """Takes weights and log from a run's last checkpoint, after which there is nothing to train."""
+        checkpointing.load_trained(self.model, checkpoint)
+        self.state = checkpointing.read_state(checkpoint)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Saves, marks the checkpoint as complete, and only then removes older ones."""
+        self._check_unlogged()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            with checkpointing.new_checkpoint(folder):
+                super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        # Other processes write their random states and shards into the same folder.
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpointing.mark_complete(folder, self.state.global_step)
+            checkpointing.remove_old_checkpoints(Path(self.args.output_dir), limit)
 
     def end_progress_bar(self) -> None:
-        """Ends the line of the progress bar, so that what is said next stands on its own."""
+        """Ends the line of the progress bar, so that the next message stands on a line of its own."""
         if not self.is_world_process_zero():
             print(file=sys.stderr)  # the bar is another process's
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
                 callback.training_bar.close()
 
-    def load_finished(self, checkpoint: Path) -> None:
-        """Takes weights and log from a run's last checkpoint, after which there is nothing to train."""
-        self._load_from_checkpoint(str(checkpoint))
-        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Saves, marks the checkpoint as whole, and only then removes older ones."""
-        self._refuse_unlogged_divergence()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            why = error if isinstance(error, OSError) else f"is the disk full? ({error})"
-            raise OSError(f"{folder} could not be written, earlier checkpoints are untouched: {why}") from error
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            mark = {"step": self.state.global_step, "bytes": _sizes(folder)}
-            write_text(folder / WHOLE_FILE, json.dumps(mark) + "\n")
-            remove_old_checkpoints(Path(self.args.output_dir), limit)
-
-
-def describe_counts(sums: Mapping[str, float], seconds: float) -> dict[str, float]:
-    """Turns what was summed between two logs into figures."""
-    return {
-        "lm_loss": sums["lm_sum"] / max(1, sums["tokens"]),
-        "mapper_loss": sums["mapper_sum"] / max(1, sums["rows"]),
-        "mapper_rows_share": sums["rows"] / max(1, sums["verdicts"]),
-        "verdict_accuracy_teacher_forced": sums["correct"] / max(1, sums["rows"]),
-        "tokens_per_s": sums["positions"] / seconds,
-        "images_per_s": sums["images"] / seconds,
-        "padding_share": 1 - sums["positions"] / max(1, sums["places"]),
-    }
-
-
-def numbered_checkpoints(folder: Path) -> list[Path]:
-    """Returns a run's checkpoints, oldest first."""
-    found = [
-        (int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))
-    ]
-    return [path for _, path in sorted(found)]
-
-
-def whole_checkpoints(folder: Path) -> list[Path]:
-    """Returns the checkpoints of a run that were written to their end and lost nothing since, oldest first."""
-    return [path for path in numbered_checkpoints(folder) if _is_whole(path)]
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        mark = json.loads((checkpoint / WHOLE_FILE).read_text("utf-8"))
-        return mark.get("bytes", {}).items() <= _sizes(checkpoint).items()
-    except (OSError, ValueError):
-        return False
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    """The bytes of each file, which a machine that breaks down can cut after they were written."""
-    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
-
-
-def is_finished(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written after a run's last step."""
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    return state.global_step >= state.max_steps
-
-
-def remove_old_checkpoints(folder: Path, limit: int | None) -> None:
-    """Removes all but the newest ``limit`` whole checkpoints."""
-    if limit is not None and limit > 0:
-        for path in whole_checkpoints(folder)[:-limit]:
-            shutil.rmtree(path)
-
-
-def write_text(file: Path, text: str) -> None:
-    """Writes a file that appears only when it is whole."""
-    partial = file.with_name(f".{file.name}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
-
 
 def _without_targets(sample: Sample) -> Sample:
-    """A sample that no figure counts."""
+    """A sample that no metric counts."""
     labels = torch.full_like(sample.labels, IGNORE_INDEX)
     return Sample(sample.input_ids, labels, sample.image, IGNORE_INDEX)

@@ -8,11 +8,10 @@ import torch
 from llava.data.collator import Sample
 from llava.labels import LABELS
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
-from llava.systems.fakereasoning.options import FakeReasoningOptions
-from llava.systems.fakereasoning.system import FakeReasoning, Prepared
+from llava.systems import registry
 
 
-def verdict_judge(
+def verdict_predictor(
     model: LlavaLlamaForCausalLM,
     *,
     context_length: int,
@@ -29,17 +28,14 @@ def verdict_judge(
         max_new_tokens: Longest answer.
         precision: Gives the context in which the model computes.
     """
-    assert model.tokenizer is not None
-    system = FakeReasoning(model.tokenizer, model, model.image_processor, context_length)
-    options = FakeReasoningOptions(score_only=score_only, max_new_tokens=max_new_tokens)
+    kind = registry.component(model.config.system, "system")
+    system = kind(model.tokenizer, model, model.image_processor, context_length)
+    options = system.options(score_only=score_only, max_new_tokens=max_new_tokens)
 
-    def judge(samples: list[Sample]) -> list[int | None]:
-        prepared = [
-            Prepared(sample.image, (sample.image.shape[-1], sample.image.shape[-2]), str(number))
-            for number, sample in enumerate(samples)
-        ]
+    def predict(samples: list[Sample]) -> list[int | None]:
+        prepared = [system.prepare_pixels(sample.image) for sample in samples]
         with torch.no_grad(), precision():
             reports = system.analyze_batch(prepared, options)
         return [None if report.label is None else LABELS.index(report.label) for report in reports]
 
-    return judge
+    return predict

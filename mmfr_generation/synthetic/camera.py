@@ -60,7 +60,7 @@ class Camera:
 
 
 def photograph(linear_CHW: Array, camera: Camera, rng: Generator) -> Array:
-    """Takes a scene's picture.
+    """Takes a scene's image.
 
     Args:
         linear_CHW: The scene in linear light, shape (3, H, W).
@@ -109,7 +109,7 @@ def _lens(linear_CHW: Array, camera: Camera) -> Array:
 
 
 def _demosaic(raw: Array, camera: Camera) -> Array:
-    """Fills in the colours that the filter array left out; the border is mirrored so that its filters go on."""
+    """Fills in the colours that the filter array left out; the mirrored border lets the filters reach past the edge."""
     raw = np.pad(raw, 2, mode="reflect")
     red, green, blue = _filters(camera.phase, *raw.shape)
     padded = pad_edge(raw)

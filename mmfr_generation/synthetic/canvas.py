@@ -1,7 +1,7 @@
 """A drawing surface in linear light: anti-aliased shapes, painted, shaded and shadowed.
 
-Positions and lengths are fractions of the picture's side; x runs to the right and y downwards. A shape is first an
-alpha plane over a window of the picture, so that its cost is that of its own area. Shape suffixes: C = colour,
+Positions and lengths are fractions of the image's side; x runs to the right and y downwards. A shape is first an
+alpha plane over a window of the image, so that its cost is that of its own area. Shape suffixes: C = colour,
 H, W = the window's rows and columns.
 """
 
@@ -20,7 +20,7 @@ Point = tuple[float, float]
 
 
 class Window(NamedTuple):
-    """A rectangle of the picture with the positions of its pixel centres (x: (1, W), y: (H, 1))."""
+    """A rectangle of the image with the positions of its pixel centres (x: (1, W), y: (H, 1))."""
 
     rows: slice
     cols: slice
@@ -73,7 +73,7 @@ class Light:
 
 
 class Canvas:
-    """A square picture in linear light.
+    """A square image in linear light.
 
     Attributes:
         size: Side in pixels.
@@ -85,13 +85,13 @@ class Canvas:
         self.rgb_CHW: Array = np.zeros((3, size, size), np.float32)
 
     def window(self, x0: float, y0: float, x1: float, y1: float) -> Window:
-        """Returns the window between two corners, cut to the picture and never empty."""
+        """Returns the window between two corners, cut to the image and never empty."""
         rows, cols = self._span(y0, y1), self._span(x0, x1)
         centres = _centres(self.size)
         return Window(rows, cols, centres[None, cols], centres[rows, None])
 
     def everywhere(self) -> Window:
-        """Returns the window of the whole picture."""
+        """Returns the window of the whole image."""
         return self.window(0, 0, 1, 1)
 
     def cover(self, distance: Array, softness: float = 0.0) -> Array:
@@ -99,17 +99,17 @@ class Canvas:
         return np.clip(0.5 - distance / max(1.0 / self.size, softness), 0, 1)
 
     def paint(self, window: Window, alpha: Array, colour: Colour | Array) -> None:
-        """Blends a colour, or planes of shape (3, H, W), over the picture."""
+        """Blends a colour, or planes of shape (3, H, W), over the image."""
         target = self.rgb_CHW[:, window.rows, window.cols]
         for plane, value in zip(target, colour, strict=True):
             plane += alpha * (value - plane)
 
     def shade(self, window: Window, alpha: Array, factor: float) -> None:
-        """Multiplies the picture by ``factor`` where alpha is 1."""
+        """Multiplies the image by ``factor`` where alpha is 1."""
         self.rgb_CHW[:, window.rows, window.cols] *= 1 - alpha * np.float32(1 - factor)
 
     def restore(self, before_CHW: Array, x0: float, y0: float, x1: float, y1: float) -> None:
-        """Lets what the whole picture showed before come to the front again in a rectangle."""
+        """Lets what the whole image showed before come to the front again in a rectangle."""
         window, alpha = self.rectangle(x0, y0, x1, y1)
         self.paint(window, alpha, before_CHW[:, window.rows, window.cols])
 

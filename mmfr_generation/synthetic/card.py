@@ -67,7 +67,7 @@ with the same versions of Pillow (JPEG, PNG and its font), numpy and scipy.
 ## Generators, and what the size of a file gives away
 
 File type, pixel size, tables, names, order, metadata and mean colour carry nothing. The size of a file does,
-since a trace changes how well a picture compresses: the last column is the chance that a fake's file is larger than a
+since a trace changes how well an image compresses: the last column is the chance that a fake's file is larger than a
 real's of its set, with a 95 % interval (0.5: nothing is given away).
 
 | generator | mechanism | role | attribute | trace | larger file |
@@ -126,9 +126,9 @@ def contact_sheet(seed: int, size: int) -> Image.Image:
 
 
 def _real_tiles(seed: int, size: int) -> Iterator[tuple[str, Array]]:
-    found = _first(seed, size, REAL, [kind.name for kind in SCENES], lambda s: [s.truth["scene"]])
-    yield from ((f"real: {name}", sample.pixels_HWC) for name, sample in found.items())
-    for k in range(-len(found) % 9):
+    samples = _first(seed, size, REAL, [kind.name for kind in SCENES], lambda s: [s.truth["scene"]])
+    yield from ((f"real: {name}", sample.pixels_HWC) for name, sample in samples.items())
+    for k in range(-len(samples) % 9):
         yield "real", make_sample(Key(seed, size, "evaluation", next(iter(GENERATORS)), REAL, k)).pixels_HWC
 
 
@@ -149,15 +149,15 @@ def _fault_tiles(seed: int, size: int) -> Iterator[tuple[str, Array]]:
 
 def _first(seed: int, size: int, label: int, names: list[str], has: Callable[[Sample], list[str]]) -> dict[str, Sample]:
     """Finds the first training image that has each of some names, with a weak trace."""
-    found: dict[str, Sample] = {}
+    samples: dict[str, Sample] = {}
     for index in range(_SEARCH):
-        if len(found) == len(names):
+        if len(samples) == len(names):
             break
         sample = make_sample(Key(seed, size, "train", "", label, index), strength=WEAKEST)
         for name in has(sample):
             if name in names:
-                found.setdefault(name, sample)
-    return {name: found[name] for name in names if name in found}
+                samples.setdefault(name, sample)
+    return {name: samples[name] for name in names if name in samples}
 
 
 def _card(seed: int, size: int, records: Sequence[Mapping[str, Any]], out: Path) -> str:

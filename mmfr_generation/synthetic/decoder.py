@@ -22,7 +22,7 @@ _STEPS = 500
 _BATCH = 256
 _RATE = 0.004
 _GRID = 4096.0
-"""Weights are rounded to 1/4096, so that the last bits of a processor's arithmetic cannot reach a picture."""
+"""Weights are rounded to 1/4096, so that the last bits of a processor's arithmetic cannot reach an image."""
 
 
 class Weights(NamedTuple):

@@ -1,7 +1,7 @@
 """High-level faults: what a scene can get wrong, and where.
 
 A faulty scene is drawn twice from the same random numbers, with and without the fault. The mask is where the two
-pictures differ, so it is true by construction.
+images differ, so it is true by construction.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ that are none, and a far thing that covers a near one."""
 _VISIBLE = 0.06
 """Least difference, in display values, that counts as part of a fault."""
 _LEAST_AREA = 0.003
-"""Least share of the picture that a fault must change to be kept."""
+"""Least share of the image that a fault must change to be kept."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class DrawnScene:
     """A scene in linear light with everything that is true of it.
 
     Attributes:
-        linear_CHW: The picture, shape (3, size, size).
+        linear_CHW: The image, shape (3, size, size).
         kind: What was drawn.
         facts: What is true of it; its reason why the content makes sense holds only without a fault.
         light: Its light.
@@ -86,7 +86,7 @@ def _draw(kind: SceneKind, seed: int, size: int, fault: Fault | None) -> DrawnSc
 
 
 def _difference(sound_CHW: Array, faulty_CHW: Array) -> Array:
-    """Returns where two pictures visibly differ, with pinholes closed and specks removed."""
+    """Returns where two images visibly differ, with pinholes closed and specks removed."""
     change = power(np.clip(faulty_CHW, 0, 1), 1 / 2.2) - power(np.clip(sound_CHW, 0, 1), 1 / 2.2)
     differs = np.abs(change).max(axis=0) > _VISIBLE
     closed = ndimage.binary_closing(np.pad(differs, 2), iterations=2)[2:-2, 2:-2]

@@ -1,7 +1,7 @@
 """The named forgery generators: each leaves one low-level trace of continuous strength.
 
-A generator takes a picture of display values in [0, 1], shape (C, H, W), a strength in (0, 1] and a random
-generator, and returns the picture with its trace. Strength 1 is what the sets call full strength.
+A generator takes an image of display values in [0, 1], shape (C, H, W), a strength in (0, 1] and a random
+generator, and returns the image with its trace. Strength 1 is what the sets call full strength.
 """
 
 from collections.abc import Callable
@@ -66,14 +66,14 @@ def _down(image: Array, factor: int, kernel: Image.Resampling) -> Array:
 
 
 def nearest_upsampling(image: Array, strength: float, rng: Generator) -> Array:
-    """Repeats each pixel of a half-size picture."""
+    """Repeats each pixel of a half-size image."""
     low = _down(image, 2, Image.Resampling.BOX)
     doubled = low.repeat(2, axis=1).repeat(2, axis=2)[:, : image.shape[1], : image.shape[2]]
     return _blend(image, doubled, 0.3 + 0.7 * strength)
 
 
 def transposed_convolution(image: Array, strength: float, rng: Generator) -> Array:
-    """Upsamples a half-size picture with taps that overlap unevenly."""
+    """Upsamples a half-size image with taps that overlap unevenly."""
     out = _down(image, 2, Image.Resampling.BOX)
     uneven = 1 + 0.13 * strength * (1 if rng.random() < 0.5 else -1)
     for axis in (1, 2):
@@ -185,7 +185,7 @@ def ringing(image: Array, strength: float, rng: Generator) -> Array:
 
 
 def patch_seams(image: Array, strength: float, rng: Generator) -> Array:
-    """Puts the picture together from square patches that do not quite fit in brightness and place."""
+    """Puts the image together from square patches that do not quite fit in brightness and place."""
     side = int(rng.integers(14, 27))
     height, width = image.shape[1:]
     start = rng.integers(0, side, 2)
@@ -203,7 +203,7 @@ def patch_seams(image: Array, strength: float, rng: Generator) -> Array:
 
 
 def inpainting(image: Array, strength: float, rng: Generator) -> Array:
-    """Fills one region anew: smooth, a little off in colour, up to a hard border."""
+    """Paints over one region: smooth, a little off in colour, up to a hard border."""
     size = image.shape[1]
     radii = rng.uniform(0.14, 0.2, 2) + 0.1 * strength
     centre = rng.uniform(0.28, 0.72, 2)
@@ -271,12 +271,12 @@ def _along(blocks: Array, axis: int, matrix: Array) -> Array:
 
 
 def super_resolution(image: Array, strength: float, rng: Generator) -> Array:
-    """Doubles a half-size picture with a wide kernel and sharpens it."""
+    """Doubles a half-size image with a wide kernel and sharpens it."""
     return _enlarged(image, 2, strength, Image.Resampling.LANCZOS)
 
 
 def super_resolution_x3(image: Array, strength: float, rng: Generator) -> Array:
-    """Enlarges a third-size picture with a cubic kernel and sharpens it."""
+    """Enlarges a third-size image with a cubic kernel and sharpens it."""
     return _enlarged(image, 3, strength, Image.Resampling.BICUBIC)
 
 

@@ -131,7 +131,7 @@ def make_sample(key: Key, *, strength: float | None = None) -> Sample:
 def _forge(
     scene: DrawnScene, camera: Camera, name: str, strength: float | None, camera_rng: Generator, rng: Generator
 ) -> tuple[Array, dict[str, Any], dict[str, Array]]:
-    """Makes a fake: picture, what was done, and the masks of its local faults."""
+    """Makes a fake: image, what was done, and the masks of its local faults."""
     generator = GENERATORS[name]
     drawn = 1.0 if rng.random() < FULL_SHARE else round(rng.uniform(WEAKEST, 1.0), 3)
     strength = drawn if strength is None else strength
@@ -164,7 +164,7 @@ def _explain(
 
 
 def _file(image_CHW: Array, quality: int, rng: Generator) -> tuple[bytes, str, Array]:
-    """Compresses a picture as JPEG; a share is then stored as PNG, with the JPEG's pixels.
+    """Compresses an image as JPEG; a share is then stored as PNG, with the JPEG's pixels.
 
     Both classes come through here, so that type, tables and quality say nothing about the class.
     """

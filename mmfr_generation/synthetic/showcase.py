@@ -5,7 +5,7 @@ each chosen set the first image whose scene the class has not shown yet, and whe
 """
 
 import io
-import json
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from llava.errors import UserError
+from llava.cli import OptionParser, run_cli
+from llava.errors import FileError
+from llava.files import atomic_write, make_folder, write_json
 from llava.labels import FAKE, LABELS, REAL
-from mmfr_generation.command_line import Parser, run_script
 from mmfr_generation.synthetic.generators import GENERATORS
 from mmfr_generation.synthetic.sample import Key, Sample, make_sample
 
@@ -58,11 +59,11 @@ def write_showcase(out: Path) -> None:
         out: Folder: new or empty.
 
     Raises:
-        UserError: The folder holds something.
+        FileError: The folder is not empty, or cannot be written.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "--out")
     if any(out.iterdir()):
-        raise UserError(f"{out} is not empty; remove what it holds, or choose another folder")
+        raise FileError(f"{out} is not empty; remove what it holds, or choose another folder")
     entries = [_write(out, number, key, sample) for number, (key, sample) in enumerate(choose(), start=1)]
     about = {
         "about": "Rendered scenes of MMFR-Synthetic, none of them used in training. Chosen by a rule before any model "
@@ -70,17 +71,17 @@ def write_showcase(out: Path) -> None:
         "command": "python -m mmfr_generation.synthetic.showcase --out llava/assets/samples",
         "samples": entries,
     }
-    (out / LIST).write_text(json.dumps(about, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_json(out / LIST, about)
 
 
 def _write(out: Path, number: int, key: Key, sample: Sample) -> dict[str, Any]:
     truth = sample.truth
     stem = f"{number:02}_{LABELS[key.label]}_{truth['generator'] or truth['scene']}"
-    (out / f"{stem}{sample.suffix}").write_bytes(sample.data)
+    atomic_write(out / f"{stem}{sample.suffix}", sample.data)
     mask = None
     if sample.masks:
         mask = f"{stem}_mask.png"
-        (out / mask).write_bytes(_png(np.logical_or.reduce(list(sample.masks.values()))))
+        atomic_write(out / mask, _png(np.logical_or.reduce(list(sample.masks.values()))))
     generator = GENERATORS.get(truth["generator"] or "")
     return {
         "image": f"{stem}{sample.suffix}",
@@ -105,9 +106,9 @@ def _png(mask_HW: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def build_parser() -> Parser:
+def build_parser() -> OptionParser:
     """Returns the options of this command."""
-    parser = Parser(
+    parser = OptionParser(
         prog="python -m mmfr_generation.synthetic.showcase", description="Writes a few images of every kind."
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write: new or empty")
@@ -121,4 +122,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    sys.exit(run_cli(main))

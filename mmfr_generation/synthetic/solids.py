@@ -1,6 +1,6 @@
 """Things that stand in a scene: shaded by the scene's light, textured, and casting shadows.
 
-Each function paints one thing on a canvas. Positions and lengths are fractions of the picture's side.
+Each function paints one thing on a canvas. Positions and lengths are fractions of the image's side.
 """
 
 import math
@@ -202,7 +202,7 @@ def person(
     arms: int = 2,
     heads: int = 1,
 ) -> None:
-    """Paints a standing figure; a third arm or a second head are for faults."""
+    """Paints a standing person; a third arm or a second head are for faults."""
     trousers = vary(rng, PALETTE[pick(rng, ("grey", "brown", "blue"))])
     skin = SKIN[int(rng.integers(len(SKIN)))]
     hair = vary(rng, (0.07, 0.05, 0.03), 0.5)

@@ -1,7 +1,7 @@
 """The words of the benchmark: captions and attribute sentences from a small grammar.
 
 A pattern holds choices in square brackets, ``[one|another]``, and slots in braces, ``{side}``. Every sentence is true
-of the picture it is written for; only the words vary.
+of the image it is written for; only the words vary.
 """
 
 import re
@@ -121,11 +121,10 @@ def expand(pattern: str, rng: Generator, slots: Mapping[str, str]) -> str:
         options = match[1].split("|")
         return options[int(rng.integers(len(options)))]
 
-    text = _CHOICE.sub(choose, pattern)
-    parts = re.split(r"\{(\w+)\}", text)
+    parts = re.split(r"\{(\w+)\}", _CHOICE.sub(choose, pattern))
     for k in range(1, len(parts), 2):
-        name, said = parts[k], _CHOICE.sub(choose, full[parts[k]])
-        parts[k] = capital(said) if name.endswith("_") else said
+        name, text = parts[k], _CHOICE.sub(choose, full[parts[k]])
+        parts[k] = capital(text) if name.endswith("_") else text
     return capital("".join(parts))
 
 
@@ -147,17 +146,17 @@ def caption(scene: DrawnScene, rng: Generator) -> str:
         "text": scene.facts.text,
         "carrier": scene.facts.carrier,
     }
-    said = expand(_CAPTION, rng, slots)
+    text = expand(_CAPTION, rng, slots)
     if scene.facts.text and scene.fault != "text":
-        said += " " + expand(_TEXT_CAPTION, rng, slots)
-    return said
+        text += " " + expand(_TEXT_CAPTION, rng, slots)
+    return text
 
 
 def authentic(scene: DrawnScene, *, clear: bool, rng: Generator) -> dict[str, str | None]:
-    """Writes the authentic attributes of a real picture.
+    """Writes the authentic attributes of a real image.
 
     Args:
-        scene: What the picture shows.
+        scene: What the image shows.
         clear: Whether noise and compression are low enough to speak of high quality.
         rng: Chooses the words, and which of the true attributes are spoken of: two at least.
     """
@@ -196,7 +195,7 @@ def fault(scene: DrawnScene, rng: Generator) -> str:
 
 
 def place(mask_HW: Array) -> str:
-    """Says in which third of the picture's width a mask has its middle."""
+    """Says in which third of the image's width a mask has its middle."""
     middle = float(mask_HW.nonzero()[1].mean() + 0.5) / mask_HW.shape[1]
     if middle < 1 / 3:
         return "at the left"

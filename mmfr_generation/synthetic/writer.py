@@ -1,14 +1,12 @@
 """Writes a whole benchmark: many workers, resumable, the same bytes however it was interrupted.
 
-Every file is written under another name first and then renamed, so that a file is either whole or not there. Workers
-take shards of the list of images in turn, write the images themselves, and leave a record of each finished shard.
+Workers take shards of the list of images in turn, write the images themselves, and leave a record of each finished
+shard.
 """
 
-import errno
 import io
 import json
 import multiprocessing
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -20,6 +18,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from llava.errors import DataError, OptionError, UserError
+from llava.files import atomic_write, file_errors, read_json, write_json, write_jsonl
 from llava.labels import FAKE, REAL
 from mmfr_generation.synthetic import layout
 from mmfr_generation.synthetic.card import write_card
@@ -34,10 +34,6 @@ _SHARD_SIZE = 32
 Shard = tuple[int, list[Key]]
 
 
-class DatasetError(Exception):
-    """Something that the user can act on; its text is one sentence."""
-
-
 @dataclass(frozen=True)
 class Run:
     """What is to be written.
@@ -49,7 +45,7 @@ class Run:
         seed: Decides everything; 0 or more.
 
     Raises:
-        ValueError: A number is out of its range.
+        OptionError: A number is out of its range.
     """
 
     train: int
@@ -59,11 +55,11 @@ class Run:
 
     def __post_init__(self) -> None:
         if self.train < 0 or self.eval < 0 or self.train + self.eval == 0:
-            raise ValueError("train and eval must be 0 or more, and not both 0")
+            raise OptionError("train and eval must be 0 or more, and not both 0")
         if not MIN_SIZE <= self.size <= MAX_SIZE:
-            raise ValueError(f"size must be {MIN_SIZE} to {MAX_SIZE} pixels, not {self.size}")
+            raise OptionError(f"size must be {MIN_SIZE} to {MAX_SIZE} pixels, not {self.size}")
         if self.seed < 0:
-            raise ValueError(f"seed must be 0 or more, not {self.seed}")
+            raise OptionError(f"seed must be 0 or more, not {self.seed}")
 
     def keys(self) -> list[Key]:
         """Returns the key of every image; the classes take turns."""
@@ -82,14 +78,14 @@ def write_dataset(run: Run, out: Path, workers: int) -> None:
 
     Args:
         run: What to write.
-        out: Its folder: new, empty, or one that the same run has begun.
+        out: Its folder: new, empty, or that of the same run.
         workers: Processes that render; the bytes do not depend on it.
 
     Raises:
-        DatasetError: The folder is not empty and of another run, cannot be written, or is full; or a worker died.
+        UserError: The folder is not empty and of another run, cannot be written, or is full; or a worker died.
     """
-    try:
-        _claim(run, out)
+    with file_errors(out, "written"):
+        _reserve(run, out)
         keys, known = run.keys(), _known(out)
         pending = [shard for shard in _shards(keys) if not all(_complete(known.get(key), out) for key in shard[1])]
         with tqdm(total=len(keys), unit="image", smoothing=0.05) as bar:
@@ -98,28 +94,25 @@ def write_dataset(run: Run, out: Path, workers: int) -> None:
                 bar.update(count)
         known |= _known(out)
         _finish(run, [known[key] for key in keys], out)
-    except OSError as error:
-        raise DatasetError(_explain(error, out)) from error
 
 
-def _claim(run: Run, out: Path) -> None:
-    """Makes the folder this run's own, or finds that it already is."""
+def _reserve(run: Run, out: Path) -> None:
+    """Makes the folder this run's own, or checks that it already is."""
     path = out / _RUN_FILE
     if out.is_dir() and any(out.iterdir()) and not path.is_file() and not (out / _SHARDS).is_dir():
-        raise DatasetError(f"{out} is not empty and holds no such benchmark; choose another folder")
+        raise DataError(f"{out} is not empty and holds no such benchmark; choose another folder")
     (out / _SHARDS).mkdir(parents=True, exist_ok=True)
     wanted = {"format": FORMAT, **asdict(run)}
     if not path.exists():
-        _write(path, (json.dumps(wanted) + "\n").encode(), out)
-    try:
-        found = dict(json.loads(path.read_text("utf-8")))
-    except (ValueError, TypeError):
-        raise DatasetError(f"{path} is damaged; choose another folder") from None
-    if found != wanted:
+        write_json(path, wanted, indent=None)
+    saved = read_json(path)
+    if not isinstance(saved, dict):
+        raise DataError(f"{path} is damaged; choose another folder")
+    if saved != wanted:
         differing = [
-            f"{name} {found.get(name)}, not {wanted[name]}" for name in wanted if found.get(name) != wanted[name]
+            f"{name} {saved.get(name)}, not {wanted[name]}" for name in wanted if saved.get(name) != wanted[name]
         ]
-        raise DatasetError(f"{out} holds another run ({'; '.join(differing)}); choose another folder")
+        raise DataError(f"{out} holds another run ({'; '.join(differing)}); choose another folder")
 
 
 def _shards(keys: list[Key]) -> list[Shard]:
@@ -135,7 +128,7 @@ def _known(out: Path) -> dict[Key, dict[str, Any]]:
                 records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
                 known |= {_key(record): record for record in records}
             except (ValueError, KeyError, TypeError):
-                raise DatasetError(f"{path} is damaged; delete it and run the same command again") from None
+                raise DataError(f"{path} is damaged; delete it and run the same command again") from None
     return known
 
 
@@ -177,8 +170,7 @@ def _listen(sources: list[Connection]) -> Iterator[int]:
     """Yields what the workers report until the last one is done; leaves ``sources`` empty then.
 
     Raises:
-        OSError: A worker could not write.
-        DatasetError: A worker died.
+        UserError: A worker could not write, or died.
     """
     while sources:
         for source in wait(sources):
@@ -186,8 +178,8 @@ def _listen(sources: list[Connection]) -> Iterator[int]:
             try:
                 message = source.recv()
             except EOFError:
-                raise DatasetError("a worker died; run the same command again to go on where it stopped") from None
-            if isinstance(message, OSError):
+                raise DataError("a worker died; run the same command again to resume") from None
+            if isinstance(message, UserError):
                 raise message
             if message is None:
                 sources.remove(source)
@@ -204,19 +196,19 @@ def _work(shards: list[Shard], out: Path, sink: Connection) -> None:
         sink.send(None)
     except BrokenPipeError:
         return
-    except OSError as error:
-        sink.send(OSError(error.errno, error.strerror))
+    except UserError as error:
+        sink.send(error)
     except KeyboardInterrupt:
         return
 
 
 def _render_shard(shard: Shard, out: Path) -> Iterator[int]:
     number, keys = shard
-    lines = []
+    records = []
     for key in keys:
-        lines.append(json.dumps(_write_sample(key, out), ensure_ascii=False) + "\n")
+        records.append(_write_sample(key, out))
         yield 1
-    _write(out / _SHARDS / f"{number:07d}.jsonl", "".join(lines).encode(), out)
+    write_jsonl(out / _SHARDS / f"{number:07d}.jsonl", records)
 
 
 def _write_sample(key: Key, out: Path) -> dict[str, Any]:
@@ -228,29 +220,15 @@ def _write_sample(key: Key, out: Path) -> dict[str, Any]:
         masks[fault] = layout.mask_path(image, fault)
         buffer = io.BytesIO()
         Image.fromarray(mask.astype(np.uint8) * 255).save(buffer, "PNG")
-        _write(out / masks[fault], buffer.getvalue(), out)
-    _write(out / image, sample.data, out)
+        atomic_write(out / masks[fault], buffer.getvalue())
+    atomic_write(out / image, sample.data)
     return {"image": image, **sample.truth, "masks": masks}
-
-
-def _write(path: Path, data: bytes, out: Path) -> None:
-    """Writes a file at once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = out / _SHARDS / f"{os.getpid()}.part"
-    part.write_bytes(data)
-    part.replace(path)
 
 
 def _finish(run: Run, records: list[dict[str, Any]], out: Path) -> None:
     """Writes the annotation and the card from the records of all images, and clears up."""
     for name, text in layout.annotation_files(records).items():
-        _write(out / name, text.encode(), out)
+        atomic_write(out / name, text)
     for name, data in write_card(run.seed, run.size, records, out).items():
-        _write(out / name, data, out)
+        atomic_write(out / name, data)
     shutil.rmtree(out / _SHARDS)
-
-
-def _explain(error: OSError, out: Path) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space is left for {out}; free some and run the same command again, what is finished is kept"
-    return f"cannot write to {out}: {error.strerror or error}"

@@ -9,5 +9,5 @@ def test_it_prints_one_line_with_the_three_ways(capsys):
     bench(parse_arguments(["--images", "3", "--new-tokens", "4", "--clip-size", "tiny", "--device", "cpu"]))
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     for way in ("eval", "loop_keeping_clip", "loop_reloading_clip"):
-        assert result[way]["images_per_s"] > 0 and 0 < result[way]["shares"]["judge"] < 1
+        assert result[way]["images_per_s"] > 0 and 0 < result[way]["shares"]["analyze"] < 1
     assert result["eval_over_loop_reloading_clip"] > 0

@@ -14,7 +14,7 @@ MMFR = DATA / "mmfr" / "evaluation_sets"
 AUTHORS = json.loads((DATA / "metrics.json").read_text())["reasoning_dataset"]
 
 
-def write_pictures(*files: Path) -> None:
+def write_images(*files: Path) -> None:
     for number, file in enumerate(files):
         file.parent.mkdir(parents=True, exist_ok=True)
         picture(number, (20, 20)).save(file)
@@ -46,7 +46,7 @@ def test_mmfr_names_the_attributes_that_have_a_sentence():
 def test_mmfr_counts_missing_images_and_takes_unnamed_ones(tmp_path):
     shutil.copytree(MMFR, tmp_path / "sets")
     (tmp_path / "sets/stablediffusion/0_real/a.png").unlink()
-    write_pictures(tmp_path / "sets/stablediffusion/1_fake/more.jpg", tmp_path / "sets/other/0_real/o.png")
+    write_images(tmp_path / "sets/stablediffusion/1_fake/more.jpg", tmp_path / "sets/other/0_real/o.png")
     samples = {sample.id: sample for sample in open_benchmark(tmp_path / "sets")}
     assert not samples["stablediffusion/0_real/a.png"].image.exists()
     assert samples["stablediffusion/1_fake/more.jpg"].reference is None
@@ -74,7 +74,7 @@ def test_a_wrong_reasoning_file_is_explained(tmp_path, content, message):
 
 def test_the_synthetic_manifest_gives_groups(tmp_path):
     files = [f"evaluation_sets/gan/{name}.png" for name in ("0_real/r", "1_fake/f", "1_fake/g")]
-    write_pictures(*(tmp_path / file for file in files))
+    write_images(*(tmp_path / file for file in files))
     made = [{"strength": None, "generator": None}, {"strength": 1.0, "generator": "gan"}, {"strength": 0.3}]
     entries = [{"image": file, "split_role": "seen", **how} for file, how in zip(files, made, strict=True)]
     (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
@@ -87,8 +87,8 @@ def test_the_synthetic_manifest_gives_groups(tmp_path):
 
 def test_plain_folders(tmp_path):
     names = ("real/a.png", "real/deep/b.JPG", "fake/c.png")
-    write_pictures(*(tmp_path / "one" / name for name in names))
-    (tmp_path / "one/real/notes.txt").write_text("no picture")
+    write_images(*(tmp_path / "one" / name for name in names))
+    (tmp_path / "one/real/notes.txt").write_text("no image")
     for path in (tmp_path, tmp_path / "one"):
         samples = open_benchmark(path)
         assert [(s.id, s.label, s.set) for s in samples] == [

@@ -13,13 +13,17 @@ import time
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
 from forgery_eval.benchmarks import open_benchmark
-from forgery_eval.command import SOME_FAILED
-from forgery_eval.eval import _weight_files, parse_arguments, run
-from forgery_eval.predictions import Prediction, Run, RunStore, file_digests, read_run, weights_digest
+from forgery_eval.eval import parse_arguments, run
+from forgery_eval.fingerprints import images_digest, weight_locations, weights_digest
+from forgery_eval.masks import read_mask, write_mask
+from forgery_eval.store import Prediction, Run, RunStore, read_run
+from llava.cli import SOME_FAILED
+from llava.errors import DataError, FileError
 from llava.labels import LABELS
 from llava.systems.fakereasoning.answer import ATTRIBUTES, write_answer
 from tests.trained import picture
@@ -29,7 +33,7 @@ CLIP = Path(__file__).parents[1] / "data" / "clip_full"
 
 
 def write_set(root: Path, name: str, reals: int, fakes: int, first: int = 0) -> None:
-    """A set in the MMFR layout; pictures from 0 to 23 are those that the small model has learnt."""
+    """A set in the MMFR layout; images from 0 to 23 are those that the small model has learnt."""
     reasoning = {}
     for label, (folder, count) in enumerate((("0_real", reals), ("1_fake", fakes))):
         (root / name / folder).mkdir(parents=True, exist_ok=True)
@@ -64,30 +68,30 @@ def predictions_of(results: Path) -> list[str]:
     return [re.sub(r', "seconds": [\d.e-]+', "", line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_whole_evaluation(trained, sets, tmp_path, capsys):
+def test_a_complete_evaluation(trained, sets, tmp_path, capsys):
     results = tmp_path / "r"
-    (sets / "flux/1_fake/006.png").write_text("no picture")
+    (sets / "flux/1_fake/006.png").write_text("no image")
     (sets / "flux/0_real/004.png").unlink()
     assert run(arguments(trained, sets, results, "--clip_path", CLIP)) == SOME_FAILED
-    said = capsys.readouterr()
-    assert "2 pictures could not be judged" in said.err and "no picture in a known format" in said.err
+    printed = capsys.readouterr()
+    assert "2 images could not be analysed" in printed.err and "no image in a known format" in printed.err
     metrics = metrics_of(results)
     assert metrics["protocol"].startswith("default")
     flux = metrics["detection"]["sets"]["flux"]
-    assert flux["figures"]["images"] == 12 and flux["figures"]["scored"] == 10
-    assert flux["figures"]["failure_rate"] >= 2 / 12
+    assert flux["metrics"]["images"] == 12 and flux["metrics"]["scored"] == 10
+    assert flux["metrics"]["failure_rate"] >= 2 / 12
     assert {failure["id"] for failure in metrics["failures"]} >= {"flux/1_fake/006.png", "flux/0_real/004.png"}
-    assert "auroc" in flux["figures"] and flux["intervals"]["auroc"]
-    sets_accuracy = [metrics["detection"]["sets"][name]["figures"]["text_accuracy"] for name in ("flux", "other")]
-    assert metrics["detection"]["macro"]["figures"]["text_accuracy"] == pytest.approx(sum(sets_accuracy) / 2)
+    assert "auroc" in flux["metrics"] and flux["intervals"]["auroc"]
+    sets_accuracy = [metrics["detection"]["sets"][name]["metrics"]["text_accuracy"] for name in ("flux", "other")]
+    assert metrics["detection"]["macro"]["metrics"]["text_accuracy"] == pytest.approx(sum(sets_accuracy) / 2)
     reasoning = metrics["reasoning"]["all"]
-    assert 0 < reasoning["parsed"]["figures"]["bleu_1"] <= 1 and 0 < reasoning["all"]["figures"]["css"] <= 1
-    assert reasoning["all"]["figures"]["texts"] == 17
-    assert reasoning["parsed"]["figures"]["attribute_f1"] is not None
+    assert 0 < reasoning["parsed"]["metrics"]["bleu_1"] <= 1 and 0 < reasoning["all"]["metrics"]["css"] <= 1
+    assert reasoning["all"]["metrics"]["texts"] == 17
+    assert reasoning["parsed"]["metrics"]["attribute_f1"] is not None
     rows = list(csv.DictReader((results / "metrics.csv").read_text().splitlines()))
     assert {"detection", "reasoning, all answers"} <= {row["part"] for row in rows}
-    found = next(r for r in rows if (r["part"], r["name"], r["figure"]) == ("detection", "flux", "auroc"))
-    assert float(found["value"]) == flux["figures"]["auroc"]
+    found = next(r for r in rows if (r["part"], r["name"], r["metric"]) == ("detection", "flux", "auroc"))
+    assert float(found["value"]) == flux["metrics"]["auroc"]
     assert sorted(file.name for file in results.iterdir()) == [
         "metrics.csv",
         "metrics.json",
@@ -96,12 +100,12 @@ def test_a_whole_evaluation(trained, sets, tmp_path, capsys):
     ]
 
 
-def test_a_second_run_judges_nothing_and_says_the_same(trained, sets, tmp_path, monkeypatch):
+def test_a_second_run_analyses_nothing_and_writes_the_same(trained, sets, tmp_path, monkeypatch):
     results = tmp_path / "r"
     assert run(arguments(trained, sets, results)) == 0
     before = {file.name: file.read_bytes() for file in results.iterdir() if file.is_file()}
     lines = predictions_of(results)
-    monkeypatch.setattr("llava.detector.ForgeryDetector._judge", None)
+    monkeypatch.setattr("llava.detector.ForgeryDetector._reports", None)
     assert run(arguments(trained, sets, results)) == 0
     assert {file.name: file.read_bytes() for file in results.iterdir() if file.is_file()} == before
     assert predictions_of(results) == lines
@@ -113,7 +117,7 @@ def test_a_second_run_judges_nothing_and_says_the_same(trained, sets, tmp_path, 
 
 
 @pytest.mark.parametrize("cut", [1, 3, 5, 9, 17], ids=lambda cut: f"{cut} lines left")
-def test_a_torn_file_goes_on_to_the_same_bytes(trained, sets, tmp_path, cut):
+def test_a_torn_file_resumes_to_the_same_bytes(trained, sets, tmp_path, cut):
     results = tmp_path / "r"
     given = arguments(trained, sets, results)
     assert run(given) == 0
@@ -126,7 +130,7 @@ def test_a_torn_file_goes_on_to_the_same_bytes(trained, sets, tmp_path, cut):
     assert (results / "metrics.json").read_bytes() == metrics
 
 
-def test_anything_changed_starts_afresh(trained, sets, tmp_path):
+def test_anything_changed_starts_again(trained, sets, tmp_path):
     results, model = tmp_path / "r", tmp_path / "model"
     shutil.copytree(trained, model)
 
@@ -158,8 +162,10 @@ def test_anything_changed_starts_afresh(trained, sets, tmp_path):
 def test_a_pipe_among_the_images_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "file.png").write_bytes(b"x")
-    found = list(file_digests([tmp_path / "pipe.png", tmp_path / "file.png", tmp_path / "absent.png"], "hashing"))
-    assert found[0] == found[2] == "" != found[1]
+    images = [tmp_path / name for name in ("pipe.png", "file.png", "absent.png")]
+    digest = images_digest(["a", "b", "c"], images)
+    (tmp_path / "file.png").write_bytes(b"y")
+    assert images_digest(["a", "b", "c"], images) != digest != images_digest(["a", "b", "d"], images)
 
 
 def test_the_digest_of_weights_is_of_contents_and_names(tmp_path):
@@ -176,7 +182,7 @@ def test_the_digest_of_weights_is_of_contents_and_names(tmp_path):
 def test_no_two_runs_write_one_store(tmp_path):
     work = Run({"x": 1}, {}, 2)
     store = RunStore(tmp_path, work, ["a", "b"])
-    with pytest.raises(ValueError, match="another run is writing"):
+    with pytest.raises(FileError, match="another process is writing"):
         RunStore(tmp_path, work, ["a", "b"])
     RunStore(tmp_path, Run({"x": 2}, {}, 2), ["a", "b"]).close()
     store.write([Prediction("a", 0), Prediction("b", 1)])
@@ -191,7 +197,7 @@ def test_a_store_of_another_order_is_refused(tmp_path):
     store = RunStore(tmp_path, work, ["a", "b", "c"])
     store.write([Prediction("a", 0), Prediction("b", 1)])
     store.close()
-    with pytest.raises(ValueError, match="remove it to start afresh"):
+    with pytest.raises(DataError, match="remove it to start again"):
         RunStore(tmp_path, work, ["b", "a", "c"])
     again = RunStore(tmp_path, Run({"x": 1}, {}, 8), ["a", "b", "c"])
     assert (again.done, again.batch_size) == (2, 2)
@@ -213,29 +219,34 @@ def test_foreign_predictions_are_scored(sets, tmp_path):
     ]
     assert run(given) == SOME_FAILED
     metrics = metrics_of(tmp_path / "r")
-    figures = metrics["detection"]["all"]["figures"]
-    assert figures["text_accuracy"] == pytest.approx(15 / 17) and figures["scored"] == 1
+    found = metrics["detection"]["all"]["metrics"]
+    assert found["text_accuracy"] == pytest.approx(15 / 17) and found["scored"] == 1
     assert metrics["detection"]["all"]["undefined"]["auroc"] == "both classes are needed"
     assert metrics["failures"][-1] == {"id": samples[-1].id, "reason": "there is no prediction"}
 
 
 def test_every_file_that_weights_come_from_makes_the_run(tmp_path, monkeypatch):
-    places = ("vision_tower", "dino_tower", "base", "given_vision", "given_dino.pth", "from_environment.pth")
-    for name in places:
+    names = ("vision_tower", "dino_tower", "base", "given_vision", "given_dino.pth", "from_environment.pth")
+    for name in names:
         (tmp_path / name).write_text("0")
     model = tmp_path / "model"
     model.mkdir()
-    towers = {f"mm_{name}": str(tmp_path / name) for name in places[:2]}
-    (model / "config.json").write_text(json.dumps(towers))
+    towers = {f"mm_{name}": str(tmp_path / name) for name in names[:2]}
+    (model / "config.json").write_text(json.dumps({**towers, "_name_or_path": str(tmp_path), "model_type": "x"}))
     (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "base")}))
     monkeypatch.setenv("DINO_WEIGHT", str(tmp_path / "from_environment.pth"))
-    more = ["--vision-tower", tmp_path / "given_vision", "--dino-weights", tmp_path / "given_dino.pth"]
-    parsed = parse_arguments(arguments(model, tmp_path, tmp_path, *more))
-    found = {weights_digest(_weight_files(parsed))}
-    for name in places:
+
+    def digest() -> str:
+        given = [str(tmp_path / "given_vision"), None, str(tmp_path / "given_dino.pth")]
+        return weights_digest(weight_locations(model, given))
+
+    found = {digest()}
+    for name in names:
         (tmp_path / name).write_text("1")
-        found.add(weights_digest(_weight_files(parsed)))
-    assert len(found) == 1 + len(places)
+        found.add(digest())
+    assert len(found) == 1 + len(names)
+    (tmp_path / "unrelated").write_text("1")
+    assert digest() in found
 
 
 @pytest.mark.parametrize(
@@ -275,21 +286,21 @@ def test_a_torn_last_line_of_predictions_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["our answers", "foreign ones"])
-def test_scores_alone_have_no_figures_of_texts(trained, sets, tmp_path, own):
+def test_scores_alone_have_no_metrics_of_texts(trained, sets, tmp_path, own):
     results, samples = tmp_path / "r", open_benchmark(sets)
     if own:
         assert run(arguments(trained, sets, results, "--score-only")) == 0
     else:
-        said = [{"id": s.id, "fake_probability": 0.2 + 0.5 * s.label} for s in samples]
-        (tmp_path / "p.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in said))
+        predictions = [{"id": s.id, "fake_probability": 0.2 + 0.5 * s.label} for s in samples]
+        (tmp_path / "p.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in predictions))
         given = ["--dataset_path", sets, "--result_folder", results, "--rescore", tmp_path / "p.jsonl"]
         assert run([*map(str, given)]) == 0
     metrics = metrics_of(results)
     found = metrics["detection"]["all"]
-    assert found["figures"]["text_accuracy"] is None and found["figures"]["confusion_text"] is None
+    assert found["metrics"]["text_accuracy"] is None and found["metrics"]["confusion_text"] is None
     assert found["undefined"]["text_accuracy"] == found["undefined"]["disagreement"] == "only scores were asked for"
-    assert found["figures"]["failure_rate"] == 0 and found["intervals"]["score_accuracy"]
-    assert metrics["failures"] == [] and metrics["reasoning"]["all"]["all"]["figures"]["bleu_1"] is None
+    assert found["metrics"]["failure_rate"] == 0 and found["intervals"]["score_accuracy"]
+    assert metrics["failures"] == [] and metrics["reasoning"]["all"]["all"]["metrics"]["bleu_1"] is None
 
 
 def test_the_papers_protocol(trained, sets, tmp_path):
@@ -310,15 +321,17 @@ def test_the_papers_protocol(trained, sets, tmp_path):
 def test_calibration_reports_on_the_rest_and_is_used_again(tmp_path, capsys):
     rows = [{"image": f"{i}.png", "label": i % 2} for i in range(200)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = [{"id": r["image"], "fake_probability": 0.6 + 0.3 * (r["label"] ^ (i % 5 == 0))} for i, r in enumerate(rows)]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in said))
+    predictions = [
+        {"id": r["image"], "fake_probability": 0.6 + 0.3 * (r["label"] ^ (i % 5 == 0))} for i, r in enumerate(rows)
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in predictions))
     given = ["--dataset_path", tmp_path / "d.jsonl", "--rescore", tmp_path / "p.jsonl", "--result_folder"]
     given = [*map(str, given)]
     assert run([*given, str(tmp_path / "r"), "--calibrate"]) == 0
     metrics = metrics_of(tmp_path / "r")
-    figures, before = metrics["detection"]["all"]["figures"], metrics["calibration"]["before"]["figures"]
-    assert 100 < figures["images"] < 200 and figures["images"] == before["images"]
-    assert figures["nll"] < before["nll"] and figures["score_accuracy"] > before["score_accuracy"]
+    found, before = metrics["detection"]["all"]["metrics"], metrics["calibration"]["before"]["metrics"]
+    assert 100 < found["images"] < 200 and found["images"] == before["images"]
+    assert found["nll"] < before["nll"] and found["score_accuracy"] > before["score_accuracy"]
     saved = str(tmp_path / "r" / "calibration.json")
     assert run([*given, str(tmp_path / "again"), "--calibration", saved]) == 0
     assert metrics_of(tmp_path / "again")["calibration"]["temperature"] == metrics["calibration"]["temperature"]
@@ -333,11 +346,11 @@ def test_a_calibration_of_another_score_is_refused(tmp_path, capsys):
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sources = {"answer": ["verdict", "forced"], "prompt": ["prompt"], "unknown": [None]}
     for kind, names in sources.items():
-        said = [
+        predictions = [
             {"id": row["image"], "fake_probability": 0.3 + 0.4 * row["label"], "score_source": names[i % len(names)]}
             for i, row in enumerate(rows)
         ]
-        (tmp_path / f"{kind}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in said))
+        (tmp_path / f"{kind}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in predictions))
 
     def evaluated(kind: str, *more: object) -> int:
         given = ["--dataset_path", tmp_path / "d.jsonl", "--rescore", tmp_path / f"{kind}.jsonl"]
@@ -353,39 +366,39 @@ def test_a_calibration_of_another_score_is_refused(tmp_path, capsys):
     )
 
 
-def test_both_scores_have_figures_before_and_after_calibration(tmp_path):
+def test_both_scores_have_metrics_before_and_after_calibration(tmp_path):
     rows = [{"image": f"{i}.png", "label": i % 2} for i in range(200)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = []
+    predictions = []
     for i, row in enumerate(rows):
         text = write_answer(LABELS[row["label"] ^ (i % 8 == 0)], reasoning="r", caption="c")
         of_answer = 0.999 if "This image is fake" in text.split("<CONCLUSION>")[1] else 0.001
         score = 0.3 + 0.4 * (row["label"] ^ (i % 9 == 0)) + i % 7 / 100
         entry = {"id": row["image"], "text": text, "score_source": "prompt"}
-        said.append({**entry, "fake_probability": score, "answer_probability": of_answer})
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in said))
+        predictions.append({**entry, "fake_probability": score, "answer_probability": of_answer})
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in predictions))
     given = ["--dataset_path", tmp_path / "d.jsonl", "--rescore", tmp_path / "p.jsonl", "--result_folder"]
     given = [*map(str, given)]
     assert run([*given, str(tmp_path / "plain")]) == 0
     plain = metrics_of(tmp_path / "plain")
     assert plain["calibration"] is None and plain["answer_score"]["calibration"] is None
-    assert plain["answer_score"]["figures"]["disagreement"] == 0 < plain["detection"]["all"]["figures"]["disagreement"]
+    assert plain["answer_score"]["metrics"]["disagreement"] == 0 < plain["detection"]["all"]["metrics"]["disagreement"]
     labels = [row["label"] for row in rows]
-    wanted = roc_auc_score(labels, [entry["answer_probability"] for entry in said])
-    assert plain["answer_score"]["figures"]["auroc"] == pytest.approx(wanted)
+    wanted = roc_auc_score(labels, [entry["answer_probability"] for entry in predictions])
+    assert plain["answer_score"]["metrics"]["auroc"] == pytest.approx(wanted)
     assert run([*given, str(tmp_path / "fitted"), "--calibrate"]) == 0
     fitted = metrics_of(tmp_path / "fitted")
     for found in (fitted["answer_score"], {**fitted["detection"]["all"], "calibration": fitted["calibration"]}):
-        before = found["calibration"]["before"]["figures"]
-        assert found["figures"]["nll"] < before["nll"] and found["figures"]["images"] == before["images"] < 200
+        before = found["calibration"]["before"]["metrics"]
+        assert found["metrics"]["nll"] < before["nll"] and found["metrics"]["images"] == before["images"] < 200
     assert fitted["answer_score"]["calibration"]["temperature"] != fitted["calibration"]["temperature"]
     assert (fitted["calibration"]["score"], fitted["answer_score"]["calibration"]["score"]) == ("prompt", "answer")
     table = (
         (tmp_path / "fitted" / "report.html").read_text().split("With and without the answer")[1].split("</table>")[0]
     )
-    for figure in ("ece", "nll"):
-        assert f"{fitted['answer_score']['figures'][figure]:.4f}" in table
-        assert f"{fitted['calibration']['before']['figures'][figure]:.4f}" in table
+    for name in ("ece", "nll"):
+        assert f"{fitted['answer_score']['metrics'][name]:.4f}" in table
+        assert f"{fitted['calibration']['before']['metrics'][name]:.4f}" in table
     assert 'detection,"all, score of the answer",auroc' in (tmp_path / "fitted" / "metrics.csv").read_text()
 
 
@@ -393,7 +406,7 @@ def test_an_evaluation_writes_both_scores(trained, sets, tmp_path):
     assert run(arguments(trained, sets, tmp_path / "r", "--score", "prompt")) == 0
     first = json.loads(predictions_of(tmp_path / "r")[1])
     assert first["score_source"] == "prompt" and 0 <= first["answer_probability"] <= 1
-    assert metrics_of(tmp_path / "r")["answer_score"]["figures"]["scored"] == 17
+    assert metrics_of(tmp_path / "r")["answer_score"]["metrics"]["scored"] == 17
     assert run(arguments(trained, sets, tmp_path / "s")) == 0
     assert "answer_score" not in metrics_of(tmp_path / "s")
     assert "With and without" not in (tmp_path / "s" / "report.html").read_text()
@@ -417,11 +430,11 @@ def test_the_report_is_self_contained_and_escaped(sets, tmp_path):
     samples = open_benchmark(sets)
     reasoning = "<REASONING> <script>alert(1)</script> <img src=x onerror=y> </REASONING>"
     text = reasoning + " <CONCLUSION> This image is {}. </CONCLUSION>"
-    said = [
+    predictions = [
         {"id": s.id, "fake_probability": round(i / 17, 3), "text": text.format(LABELS[i % 2])}
         for i, s in enumerate(samples)
     ]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in said))
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in predictions))
     (sets / "flux/0_real/001.png").write_text("broken")
     given = [
         "--dataset_path",
@@ -439,6 +452,41 @@ def test_the_report_is_self_contained_and_escaped(sets, tmp_path):
     assert page.sources and all(source.startswith(("data:image/jpeg;base64,", "#")) for source in page.sources)
     assert "published 0.8716" in report and "cannot be shown" in report
     assert all(word in report for word in ("ROC", "Reliability", "Confusion", "Worst mistakes", "Protocol", "default"))
+
+
+def test_hostile_names_and_notices_are_only_text(tmp_path):
+    evil = "<script>alert(1)</script><img src=x onerror=alert(1)>"
+    rows = [{"image": "a.png", "id": f"{evil}{i}", "label": i, "set": evil, evil: evil} for i in (0, 1)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    header = {"settings": {"notice": evil}, "chosen": {}, "batch_size": 1}
+    predictions = [
+        {"id": rows[0]["id"], "verdict": "fake", "text": evil, "fake_probability": 0.9, "mask": f"../{evil}"},
+        {"id": rows[1]["id"], "verdict": None, "error": evil},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (header, *predictions)))
+    given = ["--dataset_path", tmp_path / "d.jsonl", "--result_folder", tmp_path / "r", "--rescore"]
+    assert run([*map(str, given), str(tmp_path / "p.jsonl")]) == SOME_FAILED
+    report = (tmp_path / "r" / "report.html").read_text()
+    page = Page(report)
+    assert "script" not in page.tags and "img" not in page.tags
+    assert report.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 8
+
+
+def test_masks_have_names_that_stay_in_their_folder(tmp_path):
+    mask = np.zeros((3, 4), bool)
+    mask[1, 2] = True
+    names = ["a.png", "a/b.png", "/data/a.png", "../../a.png", "a//b.png", "x" * 300, "a\0b", "\ud800.png", "a:b", ""]
+    written = [write_mask(tmp_path / "p", "run", name, mask) for name in names]
+    assert written[:3] == ["masks/run/a.png.png", "masks/run/a/b.png.png", "masks/run/root/data/a.png.png"]
+    assert len(set(written)) == len(names)
+    for path in written:
+        assert (tmp_path / "p" / path).resolve().is_relative_to(tmp_path / "p" / "masks" / "run")
+        assert np.array_equal(np.asarray(read_mask(tmp_path / "p", path)), mask * 255)
+    (tmp_path / "outside.png").write_bytes((tmp_path / "p" / written[0]).read_bytes())
+    assert read_mask(tmp_path / "p", "../outside.png") is None and read_mask(tmp_path / "p", "absent.png") is None
+    for wrong in (mask[0], mask + 1.5, np.full((2, 2), np.nan)):
+        with pytest.raises(ValueError, match="a mask must have two dimensions"):
+            write_mask(tmp_path, "run", "a", wrong)
 
 
 @pytest.mark.parametrize(
@@ -476,9 +524,14 @@ def test_wrong_settings_are_one_clear_line(trained, sets, tmp_path, capsys, more
 
 
 def test_what_is_not_installed_is_named(trained, sets, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "forgery_eval.results", None)
+    for module in ("forgery_eval.results", "forgery_eval.metrics.scoring", "forgery_eval.metrics.reasoning"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setitem(sys.modules, "nltk.translate.bleu_score", None)
     assert run(arguments(trained, sets, tmp_path / "r")) == 1
     assert "pip install 'fakereasoning[eval]'" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "forgery_eval.results", None)
+    with pytest.raises(ModuleNotFoundError):
+        run(arguments(trained, sets, tmp_path / "r"))
 
 
 def test_help_and_rescore_need_no_torch(sets, tmp_path):
@@ -510,13 +563,13 @@ def test_twenty_kills_change_nothing(trained, tmp_path):
         return [sys.executable, str(SCRIPT), *arguments(trained, sets, results)]
 
     start = time.monotonic()
-    subprocess.run(command(tmp_path / "whole"), check=True, **quiet)
+    subprocess.run(command(tmp_path / "unbroken"), check=True, **quiet)
     took = time.monotonic() - start
     choice, kills = random.Random(0), 0
     while kills < 20:
         process = subprocess.Popen(command(tmp_path / "killed"), **quiet)
         before = lines_in(tmp_path / "killed")
-        # Half of the kills wait until a batch has been written, so that the run gets on.
+        # Half of the kills wait until a batch has been written, so that the run advances.
         wanted = before + choice.randint(1, 12) if kills % 2 else None
         deadline = time.monotonic() + (3 * took if wanted else choice.uniform(0, took))
         while process.poll() is None and time.monotonic() < deadline:
@@ -525,16 +578,16 @@ def test_twenty_kills_change_nothing(trained, tmp_path):
             time.sleep(choice.uniform(0, 0.01))
         process.send_signal(signal.SIGKILL)
         if process.wait() != -signal.SIGKILL:
-            shutil.rmtree(tmp_path / "killed")  # it had ended: begin again until twenty runs were killed
+            shutil.rmtree(tmp_path / "killed")  # it had ended: start again until twenty runs were killed
         else:
             kills += 1
     subprocess.run(command(tmp_path / "killed"), check=True, **quiet)
     found = predictions_of(tmp_path / "killed")
-    assert found == predictions_of(tmp_path / "whole")
+    assert found == predictions_of(tmp_path / "unbroken")
     ids = [json.loads(line)["id"] for line in found[1:]]
     assert ids == [sample.id for sample in open_benchmark(sets)]
     for name in ("metrics.json", "metrics.csv"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
 
 
 def lines_in(results: Path) -> int:

@@ -1,6 +1,5 @@
 """The inference command as its user runs it."""
 
-import errno
 import itertools
 import json
 import os
@@ -14,12 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from forgery_eval import inference, overlay
-from forgery_eval.answers_file import AnswersFile, model_fingerprint
-from forgery_eval.command import SOME_FAILED
+from forgery_eval import inference
+from forgery_eval.fingerprints import model_fingerprint
 from forgery_eval.inference import overlay_path, parse_arguments, run, save_overlay
-from forgery_eval.overlay import draw_overlay
-from llava.errors import ImageReadError
+from forgery_eval.pages import overlay
+from forgery_eval.pages.overlay import draw_overlay
+from forgery_eval.store import AnswersFile
+from llava import ForgeryReport
+from llava.cli import SOME_FAILED
+from llava.errors import DataError, FileError, ImageReadError
 from llava.images import list_images, load_image
 from tests.trained import picture
 
@@ -65,7 +67,7 @@ GOOD_FILES = {
 }
 BAD_FILES = {
     "empty.png": (lambda file: file.touch(), "empty"),
-    "text.jpg": (lambda file: file.write_text("no picture"), "no picture in a known format"),
+    "text.jpg": (lambda file: file.write_text("no image"), "no image in a known format"),
     "cut.png": (damaged, "cut.png: "),
     "bomb.png": (bomb, "DecompressionBombError"),
     "folder.png": (lambda file: file.mkdir(), "Is a directory"),
@@ -75,12 +77,12 @@ BAD_FILES = {
 
 @pytest.fixture
 def few(tmp_path) -> Path:
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     (folder / "sub").mkdir(parents=True)
     for index in range(3):
         picture(index, (60, 20)).save(folder / f"{index}.png")
     picture(9).save(folder / "sub" / "3.JPG", format="JPEG")
-    (folder / "notes.md").write_text("no picture")
+    (folder / "notes.md").write_text("no image")
     return folder
 
 
@@ -92,17 +94,17 @@ def arguments(trained: Path, images: Path, *more: object) -> list[str]:
     return ["--model-path", str(trained), "--img_path", str(images), "--device", "cpu", *map(str, more)]
 
 
-def test_a_folder_is_judged_and_read(trained, few, capsys):
+def test_a_folder_is_analysed_and_printed(trained, few, capsys):
     assert run(arguments(trained, few)) == 0
-    said = capsys.readouterr().out
-    blocks = said.strip().split("\n\n")
+    printed = capsys.readouterr().out
+    blocks = printed.strip().split("\n\n")
     assert [block.splitlines()[0] for block in blocks] == [str(file) for file in list_images(few)]
     for block in blocks:
         assert "verdict" in block and "P(fake)" in block and "own answer" in block
         assert all(f"  {stage}" in block for stage in ("summary", "caption", "reasoning", "conclusion"))
 
 
-def test_every_kind_of_picture_is_judged_and_every_bad_one_named(trained, tmp_path, capsys):
+def test_every_kind_of_image_is_analysed_and_every_bad_one_named(trained, tmp_path, capsys):
     for name, write in GOOD_FILES.items():
         write(tmp_path / name)
     for name, (write, _) in BAD_FILES.items():
@@ -120,7 +122,7 @@ def test_every_kind_of_picture_is_judged_and_every_bad_one_named(trained, tmp_pa
     for name, (_, reason) in BAD_FILES.items():
         assert reason in answers[name]["error"] and name in answers[name]["error"]
         assert answers[name]["error"] in errors
-    assert f"{len(BAD_FILES) + 1} pictures could not be judged" in errors
+    assert f"{len(BAD_FILES) + 1} images could not be analysed" in errors
 
 
 def test_a_file_without_permission_is_named(tmp_path, monkeypatch):
@@ -142,16 +144,16 @@ def assert_equal_answers(found: list[dict], wanted: list[dict]) -> None:
 
 
 @pytest.mark.parametrize("sampled", [[], ["--temperature", "1.2"]], ids=["greedy", "sampled"])
-def test_answers_are_continued_and_nothing_is_done_twice(trained, few, tmp_path, sampled):
+def test_answers_are_resumed_and_nothing_is_done_twice(trained, few, tmp_path, sampled):
     out = tmp_path / "out.jsonl"
     assert run(arguments(trained, few, "--json", out, *sampled)) == 0
-    wanted, whole = lines(out), out.read_text()
-    first, second, *_ = whole.splitlines(keepends=True)
+    wanted, complete = lines(out), out.read_text()
+    first, second, *_ = complete.splitlines(keepends=True)
     out.write_text(first + second[:40])
     assert run(arguments(trained, few, "--json", out, *sampled)) == 0
     assert_equal_answers(lines(out), wanted)
     assert run(arguments(trained, few, "--json", out, *sampled)) == 0
-    assert out.read_text().count("\n") == whole.count("\n")
+    assert out.read_text().count("\n") == complete.count("\n")
 
 
 def test_answers_of_another_run_are_not_mixed(trained, few, tmp_path, capsys):
@@ -163,7 +165,7 @@ def test_answers_of_another_run_are_not_mixed(trained, few, tmp_path, capsys):
     assert out.read_text() == before
     out.write_text("hello\n")
     assert run(arguments(trained, few, "--json", out)) == 1
-    assert "no line of answers" in capsys.readouterr().err
+    assert "no line of such a file" in capsys.readouterr().err
 
 
 def test_a_replaced_weight_file_makes_another_run(tmp_path):
@@ -176,15 +178,15 @@ def test_a_replaced_weight_file_makes_another_run(tmp_path):
     assert model_fingerprint("owner/name") == "owner/name"
 
 
-def test_a_cut_line_is_removed_before_the_next_is_written(tmp_path):
+def test_a_torn_line_is_removed_before_the_next_is_written(tmp_path):
     file = AnswersFile(tmp_path / "a.jsonl", {"x": 1})
-    file.write("a", {"label": "real"})
+    file.write([("a", ForgeryReport("real", 0.1, "verdict"))])
     file.close()
     with (tmp_path / "a.jsonl").open("a") as stream:
         stream.write('{"image": "b", "lab')
     again = AnswersFile(tmp_path / "a.jsonl", {"x": 1})
     assert again.done == {"a": ""}
-    again.write("b", {"label": "fake"})
+    again.write([("b", ForgeryReport("fake", 0.9, "verdict"))])
     again.close()
     assert [entry["image"] for entry in lines(tmp_path / "a.jsonl")] == ["a", "b"]
 
@@ -192,46 +194,45 @@ def test_a_cut_line_is_removed_before_the_next_is_written(tmp_path):
 @pytest.mark.parametrize("text", ["notes without an end of line", '{"accuracy": 0.9}'])
 def test_a_file_of_ones_own_is_never_cut(tmp_path, text):
     (tmp_path / "mine.json").write_text(text)
-    with pytest.raises(ValueError, match=r"mine\.json, line 1: this is no line of answers"):
+    with pytest.raises(DataError, match=r"mine\.json, line 1: this is no line of "):
         AnswersFile(tmp_path / "mine.json", {})
     assert (tmp_path / "mine.json").read_text() == text
 
 
-def test_no_two_runs_write_one_file(tmp_path, monkeypatch):
+def test_no_two_runs_write_one_file(tmp_path):
     file = AnswersFile(tmp_path / "a.jsonl", {"x": 1})
-    with pytest.raises(ValueError, match=r"another run is writing .*a\.jsonl"):
+    with pytest.raises(FileError, match=r"another process is writing .*a\.jsonl"):
         AnswersFile(tmp_path / "a.jsonl", {"x": 1})
     file.close()
     AnswersFile(tmp_path / "a.jsonl", {"x": 1}).close()
 
-    def without_locks(*given):
-        raise OSError(errno.ENOTSUP, "Operation not supported")
 
-    monkeypatch.setattr("forgery_eval.files.fcntl.flock", without_locks)
-    AnswersFile(tmp_path / "a.jsonl", {"x": 1}).close()
-    monkeypatch.setattr("forgery_eval.files.fcntl", None)
-    AnswersFile(tmp_path / "a.jsonl", {"x": 1}).close()
-
-
-def test_what_is_no_file_is_only_written_to():
+def test_a_full_disk_is_one_clear_line():
     answers = AnswersFile(Path("/dev/full"), {})
-    with pytest.raises(OSError, match="No space left"):
-        answers.write("a", {})
+    with pytest.raises(FileError, match="the disk is full; make room"):
+        answers.write([("a", ForgeryReport("real", 0.1, "verdict"))])
     with pytest.raises(OSError, match="No space left"):
         answers.close()
 
 
+def test_what_is_no_file_gets_no_masks():
+    answers = AnswersFile(Path("/dev/null"), {})
+    answers.write([("a", ForgeryReport("fake", 0.9, "detector", mask=np.ones((2, 2))))])
+    answers.close()
+    assert not Path("/dev/masks").exists()
+
+
 def test_earlier_failures_still_count(trained, few, tmp_path, capsys):
-    (few / "bad.png").write_text("no picture")
+    (few / "bad.png").write_text("no image")
     given = arguments(trained, few, "--json", tmp_path / "out.jsonl", "--score-only")
     for _ in range(2):
         assert run(given) == SOME_FAILED
         errors = capsys.readouterr().err
-        assert "bad.png: no picture in a known format" in errors and "1 pictures could not be judged" in errors
+        assert "bad.png: no image in a known format" in errors and "1 images could not be analysed" in errors
     assert len(lines(tmp_path / "out.jsonl")) == 5
 
 
-def test_names_of_any_bytes_are_judged_written_and_continued(trained, tmp_path, capfd):
+def test_names_of_any_bytes_are_analysed_written_and_resumed(trained, tmp_path, capfd):
     name = os.fsdecode(b"odd \xff\xfe.png")
     picture(1).save(tmp_path / "plain.png")
     (tmp_path / "plain.png").rename(tmp_path / name)
@@ -245,28 +246,33 @@ def test_names_of_any_bytes_are_judged_written_and_continued(trained, tmp_path, 
     assert rb"odd \udcff\udcfe.png" in done.stdout
 
 
-def test_nothing_with_a_pictures_name_is_passed_over_in_silence(trained, tmp_path, capsys):
+def test_nothing_with_an_image_name_is_skipped_in_silence(trained, tmp_path, capsys):
     (tmp_path / "broken.png").symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "loop").symlink_to(tmp_path)
     picture(0).save(tmp_path / "good.png")
     assert run(arguments(trained, tmp_path, "--score-only")) == SOME_FAILED
     errors = capsys.readouterr().err
-    assert "broken.png: No such file" in errors and "pipe.png: a pipe or a device" in errors
-    assert "2 pictures could not be judged" in errors
+    assert "broken.png: there is no such file" in errors and "pipe.png: a pipe or a device" in errors
+    assert "2 images could not be analysed" in errors
 
 
-def test_a_folder_that_may_not_be_read_is_yielded_itself(few, monkeypatch):
-    def walk(top, onerror):
-        onerror(PermissionError(13, "Permission denied", str(few / "sub")))
-        yield str(few), ["sub"], ["0.png"]
+def test_a_folder_that_may_not_be_read_is_named(trained, few, monkeypatch, capsys):
+    listing = os.scandir
 
-    monkeypatch.setattr(os, "walk", walk)
-    assert list(list_images(few)) == [few / "0.png", few / "sub"]
+    def scandir(path):
+        if Path(path).name == "sub":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listing(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert list(list_images(few))[-1] == few / "sub"
+    assert run(arguments(trained, few, "--score-only")) == SOME_FAILED
+    assert f"cannot analyse {few / 'sub'}: Is a directory" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_ends_the_same(trained, tmp_path):
+def test_a_killed_run_resumes_and_ends_the_same(trained, tmp_path):
     folder = tmp_path / "many"
     folder.mkdir()
     for index in range(60):
@@ -274,7 +280,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(trained, tmp_path):
     command = [sys.executable, str(SCRIPT), *arguments(trained, folder, "--batch-size", "4", "--json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     once = {"check": True, "env": environment, "cwd": "/", "capture_output": True}
-    subprocess.run([*command, str(tmp_path / "whole.jsonl")], **once)
+    subprocess.run([*command, str(tmp_path / "unbroken.jsonl")], **once)
     answers = tmp_path / "killed.jsonl"
     waits = itertools.cycle((0.0, 0.3, 0.0, 0.8, 0.2))
     kills = 0
@@ -290,12 +296,12 @@ def test_a_killed_run_goes_on_and_ends_the_same(trained, tmp_path):
         if process.wait() == -signal.SIGKILL:
             kills += 1
         else:
-            answers.unlink()  # it had ended: begin again until four runs were killed
+            answers.unlink()  # it had ended: start again until four runs were killed
     subprocess.run([*command, str(answers)], check=True, env=environment, cwd="/", capture_output=True)
-    assert_equal_answers(lines(answers), lines(tmp_path / "whole.jsonl"))
+    assert_equal_answers(lines(answers), lines(tmp_path / "unbroken.jsonl"))
 
 
-def test_overlays_lie_beside_their_pictures(trained, few, tmp_path):
+def test_overlays_are_named_after_their_images(trained, few, tmp_path):
     maps = tmp_path / "maps"
     assert run(arguments(trained, few, "--attention-map", maps, "--max_new_tokens", 5)) == 0
     found = sorted(str(file.relative_to(maps)) for file in maps.rglob("*.png"))
@@ -303,7 +309,7 @@ def test_overlays_lie_beside_their_pictures(trained, few, tmp_path):
     assert Image.open(maps / "0.png.attention.png").size == (60, 20)
 
 
-def test_a_picture_that_changes_while_it_is_judged_stops_nothing(trained, few, tmp_path, monkeypatch, capsys):
+def test_an_image_that_changes_while_it_is_analysed_stops_nothing(trained, few, tmp_path, monkeypatch, capsys):
     def changing(file, target, attention):
         if file.name == "1.png":
             picture(8, (10, 10)).save(file)
@@ -316,8 +322,8 @@ def test_a_picture_that_changes_while_it_is_judged_stops_nothing(trained, few, t
     assert run(arguments(trained, few, *given)) == SOME_FAILED
     assert len(lines(tmp_path / "out.jsonl")) == 4
     errors = capsys.readouterr().err
-    assert "1.png, which changed after it was judged: the attention has shape" in errors
-    assert "2.png: No such file" in errors and "2 pictures could not be judged" in errors
+    assert "1.png, which changed after it was analysed: the attention has shape" in errors
+    assert "2.png: there is no such file" in errors and "2 images could not be analysed" in errors
 
 
 def test_a_name_too_long_for_an_overlay_stops_nothing(trained, tmp_path, capsys):
@@ -337,7 +343,7 @@ def test_overlays_of_a_list_keep_their_paths():
     assert overlay_path(Path("/a/b/x.png"), Path("/l.txt"), Path("o")) == Path("o/a/b/x.png.attention.png")
 
 
-def test_an_overlay_lights_the_strongest_place_and_leaves_the_rest():
+def test_an_overlay_lights_the_strongest_attention_and_leaves_the_rest():
     heat = np.zeros((20, 60), dtype=np.float32)
     heat[5:10, 40:50] = 1
     grey = Image.new("RGB", (60, 20), (100, 100, 100))
@@ -392,8 +398,8 @@ def test_paths_that_hold_nothing_are_explained(trained, tmp_path, capsys):
     (tmp_path / "list.txt").write_text("\n\n")
     for path, message in (
         ("nowhere", "no file or folder"),
-        ("empty", "hold no picture"),
-        ("list.txt", "lists no picture"),
+        ("empty", "hold no image"),
+        ("list.txt", "lists no image"),
     ):
         assert run(arguments(trained, tmp_path / path)) == 1
         assert message in capsys.readouterr().err
@@ -419,15 +425,17 @@ def test_the_authors_flags_and_both_spellings_are_understood():
 
 def test_sampled_answers_are_all_reported(trained, few, capsys):
     assert run(arguments(trained, few / "0.png", "--temperature", "1", "--samples", "3", "--force_summary")) == 0
-    said = capsys.readouterr().out
-    assert len(next(line for line in said.splitlines() if "of answers" in line).split()) == 2 + 3
-    assert "I will determine if the image is real or fake" in said
+    printed = capsys.readouterr().out
+    assert len(next(line for line in printed.splitlines() if "of answers" in line).split()) == 2 + 3
+    assert "I will determine if the image is real or fake" in printed
 
 
 def test_both_scores_are_written_and_told_apart(trained, few, tmp_path, capsys):
     assert run(arguments(trained, few / "0.png", "--score", "prompt")) == 0
-    said = capsys.readouterr().out
-    assert "(read without an answer)" in said and "  of answer   " in said and "not trained to be asked" in said
+    printed = capsys.readouterr().out
+    assert (
+        "(read without an answer)" in printed and "  of answer   " in printed and "not trained to be asked" in printed
+    )
     out = tmp_path / "out.jsonl"
     assert run(arguments(trained, few / "0.png", "--score", "prompt", "--json", out)) == 0
     (answer,) = lines(out)

@@ -1,4 +1,4 @@
-"""Figures of texts: the authors' numbers, other libraries' arithmetic, and edge cases."""
+"""Metrics of texts: the authors' numbers, other libraries' arithmetic, and edge cases."""
 
 import json
 import math
@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forgery_eval.calibration import Calibration, fit, is_for_fitting
-from forgery_eval.metrics.reasoning import attribute_figures, mean_with_interval, text_figures
+from forgery_eval.metrics.calibration import Calibration, fit, is_for_fitting
+from forgery_eval.metrics.reasoning import attribute_metrics, mean_with_interval, text_metrics
 from forgery_eval.metrics.similarity import TextSimilarity
+from llava.systems.base import EvaluatedAnswer, EvaluationProtocol
 from llava.systems.fakereasoning import protocol
 
 DATA = Path(__file__).parents[1] / "data"
@@ -26,10 +27,10 @@ def clip() -> TextSimilarity:
 
 
 @pytest.mark.parametrize("pair", AUTHORS["text_pairs"], ids=lambda pair: pair["hyp"][:20])
-def test_text_figures_are_those_of_the_authors(pair):
-    figures = text_figures(pair["hyp"], pair["ref"])
-    assert figures["bleu_1"] == pytest.approx(pair["bleu1"], abs=1e-12)
-    assert figures["rouge_l"] == pytest.approx(pair["rougeL"], abs=1e-12)
+def test_text_metrics_are_those_of_the_authors(pair):
+    metrics = text_metrics(pair["hyp"], pair["ref"])
+    assert metrics["bleu_1"] == pytest.approx(pair["bleu1"], abs=1e-12)
+    assert metrics["rouge_l"] == pytest.approx(pair["rougeL"], abs=1e-12)
 
 
 WORDS = st.lists(st.sampled_from(["a", "bb", "c1", "d"]), max_size=12)
@@ -40,9 +41,9 @@ def bleu_by_hand(words, wanted, order) -> float:
         return 0.0
     product = 1.0
     for n in range(1, order + 1):
-        said = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+        found = Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
         there = Counter(tuple(wanted[i : i + n]) for i in range(len(wanted) - n + 1))
-        product *= (said & there).total() / max(1, said.total())
+        product *= (found & there).total() / max(1, found.total())
     brevity = 1.0 if len(words) > len(wanted) else math.exp(1 - len(wanted) / len(words))
     return brevity * product ** (1 / order)
 
@@ -57,13 +58,13 @@ def longest_common(a, b) -> int:
 
 @given(WORDS, WORDS)
 @settings(max_examples=150, deadline=None)
-def test_text_figures_equal_a_computation_by_hand(words, wanted):
-    figures = text_figures(" ".join(words), " ".join(wanted))
+def test_text_metrics_equal_a_computation_by_hand(words, wanted):
+    metrics = text_metrics(" ".join(words), " ".join(wanted))
     for order in (1, 2, 3, 4):
-        assert figures[f"bleu_{order}"] == pytest.approx(bleu_by_hand(words, wanted, order), abs=1e-9)
+        assert metrics[f"bleu_{order}"] == pytest.approx(bleu_by_hand(words, wanted, order), abs=1e-9)
     common = longest_common(words, wanted)
-    assert figures["rouge_l"] == pytest.approx(2 * common / (len(words) + len(wanted)) if common else 0.0)
-    assert figures["words"] == len(words)
+    assert metrics["rouge_l"] == pytest.approx(2 * common / (len(words) + len(wanted)) if common else 0.0)
+    assert metrics["words"] == len(words)
 
 
 @pytest.mark.parametrize("pair", CSS, ids=lambda pair: pair["hyp"][:20])
@@ -84,12 +85,12 @@ def test_chunks_read_what_the_cut_leaves_out(clip):
 
 
 def test_attributes_are_counted_over_all_images():
-    assert attribute_figures([(["a", "b"], ["a", "c"]), ([], ["d"])]) == {
+    assert attribute_metrics([(["a", "b"], ["a", "c"]), ([], ["d"])]) == {
         "attribute_precision": 1 / 2,
         "attribute_recall": 1 / 3,
         "attribute_f1": 2 / 5,
     }
-    assert set(attribute_figures([]).values()) == {None}
+    assert set(attribute_metrics([]).values()) == {None}
 
 
 def test_a_mean_has_an_interval_of_the_right_width():
@@ -108,14 +109,19 @@ def test_answers_are_parsed_as_the_authors_parse(case):
     assert (None if parsed is None else parsed[1]) == case["reasoning"]
 
 
-def test_figures_of_the_papers_protocol_are_those_of_the_authors():
+def test_metrics_of_the_papers_protocol_are_those_of_the_authors():
+    assert isinstance(protocol, EvaluationProtocol)
     given = AUTHORS["validate"]
-    parsed = [protocol.parse(text) for text in given["outputs"]]
-    kept = [(answer[1], gt) for answer, gt in zip(parsed, given["gts"], strict=True) if answer is not None]
-    pairs = [(found["bleu_1"], found["rouge_l"]) for found in (text_figures(text, gt) for text, gt in kept)]
-    stubbed = [given["result"]["css"]] * len(kept)
-    assert protocol.figures(given["labels"], parsed, pairs, stubbed) == given["result"]
-    assert protocol.figures([1], [None], [], [])["acc"] is None
+    answers = [
+        EvaluatedAnswer(label, text, reference=reference)
+        for label, text, reference in zip(given["labels"], given["outputs"], given["gts"], strict=True)
+    ]
+
+    def stubbed(texts, references):
+        return [given["result"]["css"]] * len(texts)
+
+    assert protocol.metrics(answers, text_metrics, stubbed) == given["result"]
+    assert protocol.metrics([EvaluatedAnswer(1, "")], text_metrics, None)["acc"] is None
     assert protocol.metric_line("flux", given["result"]) == (
         "flux r_acc: 0.3333, f_acc: 0.5000, acc: 0.4000, bleu1: 0.0000, rougel: 0.0000, css: 0.5000\n"
     )

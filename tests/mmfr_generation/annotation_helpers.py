@@ -18,6 +18,6 @@ def script_environment(**more):
 
 
 def noise_image(seed, size=(64, 48)):
-    """A smooth random picture: different seeds look different, and scaling or compressing hardly changes it."""
+    """A smooth random image: different seeds look different, and scaling or compressing hardly changes it."""
     small = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)

@@ -27,8 +27,8 @@ def run_script():
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Makes a folder of images: ``pictures(names, folder)``."""
+def make_images(tmp_path):
+    """Makes a folder of images: ``make_images(names, folder)``."""
 
     def make(names, folder="photos", start=0):
         root = tmp_path / folder

@@ -11,7 +11,7 @@ import tarfile
 
 import pytest
 
-from mmfr_generation.command_line import Parser
+from llava.cli import OptionParser
 from tests.mmfr_generation.annotation_helpers import REPOSITORY, noise_image, script_environment
 
 SCRIPTS = [
@@ -64,7 +64,7 @@ def test_no_torch_and_no_client_until_they_are_needed():
 
 
 def test_long_options_answer_to_both_spellings():
-    parser = Parser()
+    parser = OptionParser()
     parser.add_argument("--set-name")
     parser.add_argument("rest", nargs="*")
     assert parser.parse_args(["--set_name", "a_b"]).set_name == "a_b"
@@ -149,7 +149,7 @@ def test_control_of_one_answer(tmp_path, run_script):
     assert (bad.returncode, bad.stdout) == (1, "")
     assert "rejected as other_label" in bad.stderr
     lost = run_script("output_control", "lost.txt", "--label", "real", cwd=tmp_path)
-    assert lost.stderr == "error: No such file or directory: lost.txt\n"
+    assert lost.stderr == "error: there is no file or folder lost.txt\n"
 
 
 def test_prompts_are_printed(tmp_path, run_script):

@@ -10,7 +10,10 @@ import time
 import pytest
 
 from llava.errors import UserError
-from mmfr_generation.batch_api import BatchJobs, DirectJobs, make_client
+from llava.files import exclusive_lock
+from mmfr_generation.api.batch_jobs import BatchJobs
+from mmfr_generation.api.chat_client import ChatError, make_client
+from mmfr_generation.api.direct_jobs import DirectJobs
 from tests.mmfr_generation.annotation_helpers import REPOSITORY, script_environment
 from tests.mmfr_generation.api_server import KEY, Failure, completion
 
@@ -41,9 +44,12 @@ def folders(tmp_path):
 def jobs(server, folders, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
-    def make(kind=BatchJobs, **more):
-        settings = {"first_pause": 0.01, **({"poll_seconds": 0.01} if kind is BatchJobs else {}), **more}
-        return kind(make_client(server.url), *folders, **settings)
+    # The client has no option for its pause after a lost connection.
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+
+    def make(kind=BatchJobs, url=server.url, **more):
+        settings = {"first_pause": 0.01, "poll_seconds": 0.01, **more} if kind is BatchJobs else more
+        return kind(make_client(url, first_pause=0.01), *folders, **settings)
 
     return make
 
@@ -264,7 +270,7 @@ def test_killed_anywhere_it_ends_in_the_same(kills, mode, server, folders, tmp_p
     assert BatchJobs(make_client(server.url), *folders, poll_seconds=0.01).run() == []
     if mode == "run":
         assert answers_in(folders[1]) == killed
-    leftovers = [path for path in folders[1].iterdir() if path.name.endswith(".tmp")]
+    leftovers = [path for path in folders[1].iterdir() if path.name.endswith(".partial")]
     assert not leftovers
 
 
@@ -352,26 +358,41 @@ def test_wrong_use_is_explained(folders, run_script, tmp_path):
     assert keyless.stderr == "error: the environment variable OPENAI_API_KEY is not set; it must hold the API key\n"
     nothing = run_script("batch_api", "run", "--input-folder", ".", "--output-folder", "o", cwd=tmp_path)
     assert "there is no .jsonl file in" in nothing.stderr
-    lost = run_script(
-        "batch_api", "direct", *common, "--base-url", "http://127.0.0.1:9/v1", "--retry-pause=0.001", cwd=tmp_path
-    )
-    assert lost.returncode == 1
-    assert "no answer from http://127.0.0.1:9/v1" in lost.stderr
     (folders[0] / "bad.jsonl").write_text("{}\n")
     bad = run_script("batch_api", "submit", *common, cwd=tmp_path, OPENAI_BASE_URL="http://127.0.0.1:9/v1")
     assert "bad.jsonl, line 1, is not a request" in bad.stderr
-    for done in (keyless, nothing, lost, bad):
+    for done in (keyless, nothing, bad):
         assert "Traceback" not in done.stderr
 
 
-def test_two_processes_do_not_share_a_folder(server, folders, run_script, tmp_path, jobs):
-    from mmfr_generation.files import only_one_at_work
+@pytest.mark.parametrize("kind", [BatchJobs, DirectJobs])
+def test_a_server_out_of_reach_is_named(kind, jobs):
+    with pytest.raises(ChatError, match=r"no answer from http://127\.0\.0\.1:9/v1/ .* check --base-url"):
+        jobs(kind, url="http://127.0.0.1:9/v1").run()
 
-    with only_one_at_work(folders[1] / ".batch_api"):
+
+def test_waiting_outlasts_a_server_out_of_reach(server, folders, jobs, monkeypatch, capsys):
+    one = jobs()
+    one.submit()
+    monkeypatch.setattr(one.chat, "client", one.chat.single)
+    server.failures = [Failure("GET", "/v1/batches", "drop", times=9)]
+    one.watch()
+    check_complete(folders)
+    assert capsys.readouterr().err.count("next try in 0.01 s") == 9
+    server.failures = [Failure("GET", "/v1/batches", 401, times=9)]
+    two = jobs()
+    two.state["sét_0000.jsonl"].attempts[-1].status = "in_progress"
+    with pytest.raises(ChatError, match="does not accept"):
+        two.watch()
+    assert len(server.failures) == 1 and server.failures[0].times == 8
+
+
+def test_two_processes_do_not_share_a_folder(server, folders, run_script, tmp_path, jobs):
+    with exclusive_lock(folders[1] / ".batch_api" / "state.json"):
         common = ["--input-folder", "requests", "--output-folder", "answers", "--base-url", server.url]
         done = run_script("batch_api", "run", *common, cwd=tmp_path)
     assert done.returncode == 1
-    assert "another process is at work in answers" in done.stderr
+    assert "another process is writing answers/.batch_api/state.json" in done.stderr
     assert not server.files
 
 

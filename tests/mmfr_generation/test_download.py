@@ -17,9 +17,10 @@ from types import SimpleNamespace
 import pytest
 
 from llava.errors import UserError
-from mmfr_generation import download
-from mmfr_generation.download import PART_SETS, Refused, main, parts_of, safe_target
-from mmfr_generation.tar_stream import Cut, PartReader, read_members, skip_padding
+from mmfr_generation.download import PART_SETS, main, parts_of
+from mmfr_generation.published import sources
+from mmfr_generation.published.tar_stream import Cut, PartReader, read_members, skip_padding
+from mmfr_generation.published.unpacker import RefusedMember, safe_target
 from tests.mmfr_generation.annotation_helpers import REPOSITORY, script_environment
 
 
@@ -217,7 +218,7 @@ def test_nothing_leaves_the_folder(tmp_path, capsys):
     assert unpacked(out) == {"dataset/good.png": b"good", "dataset/link/escape.png": b"evil"}
     assert not list(outside.iterdir())
     assert not list(tmp_path.rglob("escape.png"))[1:]
-    with pytest.raises(Refused):
+    with pytest.raises(RefusedMember):
         safe_target(out, "dataset/there/x.png")
 
 
@@ -288,7 +289,7 @@ def test_a_full_disk_stops_with_a_sentence_and_goes_on_later(tmp_path, monkeypat
     command = [sys.executable, "-c", FULL_DISK, "--parts", "1-3", "--from-folder", "parts", "--output-folder", "out"]
     done = subprocess.run(command, cwd=tmp_path, env=script_environment(), capture_output=True, text=True)
     assert done.returncode == 1
-    assert "error: the disk is full" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: out/") and "the disk is full" in done.stderr
     assert "Traceback" not in done.stderr
     assert 0 < len(unpacked(tmp_path / "out")) < len(files)
     assert run("1-3", tmp_path / "parts", tmp_path / "out") == 0
@@ -296,9 +297,9 @@ def test_a_full_disk_stops_with_a_sentence_and_goes_on_later(tmp_path, monkeypat
 
 
 FULL_DISK = f"""
-import os, errno
-from mmfr_generation import files, download
-from mmfr_generation.command_line import run_script
+import os, errno, sys
+from llava.cli import run_cli
+from mmfr_generation import download
 count, fsync = 0, os.fsync
 def full(descriptor):
     global count
@@ -307,7 +308,7 @@ def full(descriptor):
         raise OSError({errno.ENOSPC}, os.strerror({errno.ENOSPC}), "out/x")
     fsync(descriptor)
 os.fsync = full
-run_script(download.main)
+sys.exit(run_cli(download.main))
 """
 
 
@@ -373,7 +374,7 @@ class Hub(ThreadingHTTPServer):
         self.repository, self.parts = repository, parts
         self.revision = "a" * 40
         self.sent, self.cut_at, self.spoil = [], {}, set()
-        self.hold_at, self.held = None, threading.Event()
+        self.hold_name, self.hold_at, self.released = "", 0, threading.Event()
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -428,23 +429,26 @@ class HubHandler(BaseHTTPRequestHandler):
         }
         first, last = 0, len(data)
         if "range" in self.headers:
-            first, last = map(int, self.headers["range"].removeprefix("bytes=").split("-"))
-            headers["content-range"] = f"bytes {first}-{last}/{len(data)}"
+            first = int(self.headers["range"].removeprefix("bytes=").removesuffix("-"))
+            headers["content-range"] = f"bytes {first}-{last - 1}/{len(data)}"
         if self.command == "GET":
             hub.sent.append((name, first))
-            if hub.hold_at == (name, first):
-                hub.held.set()
-                threading.Event().wait(1)
         if name in hub.spoil:
             data = data[:-1] + b"?"
-        return self.send(206, data[first : last + 1], headers, hub.cut_at.pop((name, first), None))
+        status = 206 if "range" in self.headers else 200
+        hold = hub.hold_at if name == hub.hold_name else None
+        return self.send(status, data[first:last], headers, hub.cut_at.pop((name, first), None), hold)
 
-    def send(self, status, body, headers, cut=None):
+    def send(self, status, body, headers, cut=None, hold=None):
         self.send_response(status)
         for key, value in {"content-length": str(len(body)), **headers}.items():
             self.send_header(key, value)
         self.end_headers()
         if self.command != "HEAD":
+            if hold is not None:
+                self.wfile.write(body[:hold])
+                self.server.released.wait(60)
+                return
             self.wfile.write(body[:cut])
             if cut is not None:
                 self.wfile.flush()
@@ -486,23 +490,24 @@ def test_from_the_hub_only_what_is_asked_for(hub, fetch, tmp_path):
     done = fetch("--parts", "eval")
     assert done.returncode == 0, done.stderr
     parts = [f"dataset.part{number}.tar" for number in range(70, 80)]
-    assert hub.sent == [*((name, 0) for name in parts), (parts[-1], 32 << 20)]
+    assert hub.sent == [(name, 0) for name in parts]
     assert unpacked(tmp_path / "out") == hub.files
     assert not list(kept.glob("*.tar"))
     assert fetch("--parts", "eval").returncode == 0
-    assert len(hub.sent) == 11
+    assert len(hub.sent) == 10
 
 
-def test_a_broken_download_goes_on(hub, fetch, tmp_path):
-    hub.cut_at = {("dataset.part79.tar", 32 << 20): 1000, ("dataset.part72.tar", 0): 5}
+def test_a_broken_download_is_resumed(hub, fetch, tmp_path):
+    hub.cut_at = {("dataset.part79.tar", 0): 35 << 20, ("dataset.part72.tar", 0): 5}
     assert fetch("--parts", "eval").returncode == 0
     assert unpacked(tmp_path / "out") == hub.files
-    assert [first for name, first in hub.sent if name == "dataset.part79.tar"] == [0, 32 << 20, 32 << 20]
+    begin, resumed = [first for name, first in hub.sent if name == "dataset.part79.tar"]
+    assert begin == 0 and 20 << 20 < resumed <= 35 << 20
     assert not list((tmp_path / "out" / ".mmfr_download").rglob("*.partial"))
 
 
-def test_a_killed_download_goes_on(hub, tmp_path):
-    hub.hold_at = ("dataset.part79.tar", 32 << 20)
+def test_a_killed_download_is_resumed(hub, tmp_path):
+    hub.hold_name, hub.hold_at = "dataset.part79.tar", 35 << 20
     command = [
         sys.executable,
         str(REPOSITORY / "mmfr_generation" / "download.py"),
@@ -510,14 +515,20 @@ def test_a_killed_download_goes_on(hub, tmp_path):
         "--output-folder=out",
     ]
     process = subprocess.Popen(command, cwd=tmp_path, env=hub.environment, stderr=subprocess.DEVNULL)
-    assert hub.held.wait(60)
+    partial = tmp_path / "out" / ".mmfr_download" / "parts" / "dataset.part79.tar.partial"
+    deadline = time.monotonic() + 60
+    while (not partial.exists() or partial.stat().st_size < 20 << 20) and time.monotonic() < deadline:
+        time.sleep(0.01)
     process.kill()
     assert process.wait() == -9
-    hub.hold_at = None
+    hub.hold_name = ""
+    hub.released.set()
+    size = partial.stat().st_size
+    assert size >= 20 << 20
     done = subprocess.run(command, cwd=tmp_path, env=hub.environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert unpacked(tmp_path / "out") == hub.files
-    assert len(hub.sent) == len(set(hub.sent)) + 1
+    assert len(hub.sent) == 11 and hub.sent[-1] == ("dataset.part79.tar", size)
 
 
 def test_a_damaged_part_is_not_unpacked(hub, fetch, tmp_path):
@@ -544,8 +555,8 @@ def test_an_unknown_data_set_and_a_lost_hub_are_explained(fetch, tmp_path, run_s
 
 
 def test_too_little_room_is_said_before_the_download(hub, monkeypatch, tmp_path):
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
-    source = download.HubSource.__new__(download.HubSource)
+    monkeypatch.setattr(sources.shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    source = sources.HubSource.__new__(sources.HubSource)
     source._folder, source.repository, source.revision = tmp_path / "p", "r", "v"
     source._files = {70: SimpleNamespace(rfilename="dataset.part70.tar", size=1000, lfs=None)}
     with pytest.raises(UserError, match=r"part 70 needs 1,000 more bytes, but only 10 are free"):

@@ -21,8 +21,8 @@ def names_in(folder):
 
 
 @pytest.mark.parametrize("way", ["copy", "hardlink", "symlink"])
-def test_a_tree_becomes_an_evaluation_set(way, pictures, tmp_path):
-    root = pictures(TREE)
+def test_a_tree_becomes_an_evaluation_set(way, make_images, tmp_path):
+    root = make_images(TREE)
     reasoning = {"photos/FAKE/c.png": {"Low Image Quality": "Soft."}, "real/a.jpg": {"High Image Quality": "Sharp."}}
     (tmp_path / "r.json").write_text(json.dumps(reasoning))
     arguments = ["--input", str(root), "--to=eval", "--output", str(tmp_path / "sets"), "--set_name", "mine"]
@@ -38,8 +38,8 @@ def test_a_tree_becomes_an_evaluation_set(way, pictures, tmp_path):
     assert validate.main([str(tmp_path / "sets")]) == 0
 
 
-def test_a_tree_becomes_a_training_file(pictures, tmp_path):
-    root = pictures(TREE)
+def test_a_tree_becomes_a_training_file(make_images, tmp_path):
+    root = make_images(TREE)
     out = tmp_path / "train.json"
     common = ["--input", str(root), "--to", "train", "--output", str(out)]
     assert main(common) == 0
@@ -66,8 +66,8 @@ def test_a_tree_becomes_a_training_file(pictures, tmp_path):
     assert len(verdicts(out)) == 4
 
 
-def test_a_table(pictures, tmp_path, capsys):
-    root = pictures(["x/1.png", "x/2.png", "3.png"])
+def test_a_table(make_images, tmp_path, capsys):
+    root = make_images(["x/1.png", "x/2.png", "3.png"])
     (root / "torn.png").write_bytes(b"no")
     table = tmp_path / "t.csv"
     table.write_text(
@@ -84,8 +84,8 @@ def test_a_table(pictures, tmp_path, capsys):
     assert "left out: 6 images" in told
     for reason in (
         "the label 'maybe' is none of real, 0, fake, 1",
-        "lost.png: No such file",
-        "torn.png: it is not an image",
+        "lost.png: there is no such file",
+        "torn.png: no image in a known format",
         "line 6, ../t.csv: it is not a path below",
         "x/2.png: it is listed more than once",
         "no image",
@@ -96,8 +96,8 @@ def test_a_table(pictures, tmp_path, capsys):
     assert verdicts(out) == {"x/1.png": "fake", "x/2.png": "real", "3.png": "real"}
 
 
-def test_images_of_no_class_are_named(pictures, tmp_path, capsys):
-    root = pictures(["real/a.png", "b.png", "fake/real/c.png"])
+def test_images_of_no_class_are_named(make_images, tmp_path, capsys):
+    root = make_images(["real/a.png", "b.png", "fake/real/c.png"])
     assert main(["--input", str(root), "--to", "train", "--output", str(tmp_path / "o.json")]) == 1
     assert list(verdicts(tmp_path / "o.json")) == ["real/a.png"]
     told = capsys.readouterr().err
@@ -105,8 +105,8 @@ def test_images_of_no_class_are_named(pictures, tmp_path, capsys):
     assert "b.png" in told and "fake/real/c.png" in told
 
 
-def test_an_existing_set_and_equal_names_are_refused(pictures, tmp_path, run_script):
-    pictures(["real/a.png", "fake/b.png"])
+def test_an_existing_set_and_equal_names_are_refused(make_images, tmp_path, run_script):
+    make_images(["real/a.png", "fake/b.png"])
     common = ["--input", "photos", "--to", "eval", "--output", "sets"]
     assert run_script("from_folder", *common, cwd=tmp_path).returncode == 0
     before = names_in(tmp_path / "sets")
@@ -125,7 +125,7 @@ def test_an_existing_set_and_equal_names_are_refused(pictures, tmp_path, run_scr
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--input", "lost.csv"], "there is no file lost.csv"),
+        (["--input", "lost.csv"], "there is no file or folder lost.csv"),
         (["--input", "columns.csv"], "must have the columns image and label"),
         (["--input", "bytes.csv"], "is not a CSV table in UTF-8"),
         (["--input", "empty"], "gives no usable image"),

@@ -8,9 +8,9 @@ import shutil
 import tracemalloc
 
 import pytest
+from mmfr_generation.costs import PRICES, TileRule
 from PIL import Image
 
-from mmfr_generation.costs import PRICES, TileRule
 from mmfr_generation.get_jsonl import main
 from mmfr_generation.prompts import reasoning_prompt
 from tests.mmfr_generation.annotation_helpers import noise_image
@@ -34,18 +34,18 @@ def image_of(request):
     return head, base64.b64decode(data)
 
 
-def test_requests_are_what_the_batch_api_takes(pictures, tmp_path):
-    root = pictures(["b.png", "a.jpg", "sub/ç ü.webp", "sub/deeper/x.gif"])
+def test_requests_are_what_the_batch_api_takes(make_images, tmp_path):
+    root = make_images(["b.png", "a.jpg", "sub/ç ü.webp", "sub/deeper/x.gif"])
     assert ask(root, tmp_path / "out", "--set_name", "gallery/1_fake", "--max_tokens", "77", "--model", "m") == 0
     assert list(bytes_in(tmp_path / "out")) == ["gallery_1_fake_fake_reasoning_0001.jsonl"]
     requests = requests_in(tmp_path / "out")
     assert [request["custom_id"] for request in requests] == [
         "gallery/1_fake/a.jpg",
         "gallery/1_fake/b.png",
-        "gallery/1_fake/sub/ç ü.webp",
         "gallery/1_fake/sub/deeper/x.gif",
+        "gallery/1_fake/sub/ç ü.webp",
     ]
-    for request, kind in zip(requests, ["jpeg", "png", "webp", "gif"], strict=True):
+    for request, kind in zip(requests, ["jpeg", "png", "gif", "webp"], strict=True):
         assert (request["method"], request["url"]) == ("POST", "/v1/chat/completions")
         assert (request["body"]["model"], request["body"]["max_tokens"]) == ("m", 77)
         assert request["body"]["messages"][0]["content"][0]["text"] == reasoning_prompt("fake")
@@ -54,8 +54,8 @@ def test_requests_are_what_the_batch_api_takes(pictures, tmp_path):
         assert data == (root / request["custom_id"].removeprefix("gallery/1_fake/")).read_bytes()
 
 
-def test_media_type_comes_from_the_content(pictures, tmp_path):
-    root = pictures(["really.png", "a.bmp"])
+def test_media_type_comes_from_the_content(make_images, tmp_path):
+    root = make_images(["really.png", "a.bmp"])
     (root / "really.png").rename(root / "called.jpg")
     shutil.copy(root / "called.jpg", root / "no_suffix")
     (root / "notes.txt").write_text("no image")
@@ -73,8 +73,8 @@ def test_media_type_comes_from_the_content(pictures, tmp_path):
             assert getattr(image, "n_frames", 1) == 1
 
 
-def test_unreadable_images_are_named_and_counted(pictures, tmp_path, run_script):
-    root = pictures(["good.png", "torn.png", "torn.jpg"])
+def test_unreadable_images_are_named_and_counted(make_images, tmp_path, run_script):
+    root = make_images(["good.png", "torn.png", "torn.jpg"])
     for name in ("torn.png", "torn.jpg"):
         (root / name).write_bytes((root / name).read_bytes()[:-200])
     (root / "text.png").write_text("not an image")
@@ -92,8 +92,8 @@ def test_unreadable_images_are_named_and_counted(pictures, tmp_path, run_script)
 
 
 @pytest.mark.parametrize(("limit", "per_file"), [(30_000, 50), (10**9, 3), (25_000, 2)])
-def test_files_are_split_by_bytes_and_images(limit, per_file, pictures, tmp_path):
-    root = pictures([f"{number}.png" for number in range(10)])
+def test_files_are_split_by_bytes_and_images(limit, per_file, make_images, tmp_path):
+    root = make_images([f"{number}.png" for number in range(10)])
     assert ask(root, tmp_path / "out", f"--max-bytes={limit}", f"--images-per-file={per_file}") == 0
     files = bytes_in(tmp_path / "out")
     assert all(len(data) <= limit and len(data.splitlines()) <= per_file for data in files.values())
@@ -104,16 +104,16 @@ def test_files_are_split_by_bytes_and_images(limit, per_file, pictures, tmp_path
     assert len(requests_in(tmp_path / "out")) == 10
 
 
-def test_an_image_above_the_limit_is_named(pictures, tmp_path, capsys):
-    root = pictures(["a.png", "b.png"])
+def test_an_image_above_the_limit_is_named(make_images, tmp_path, capsys):
+    root = make_images(["a.png", "b.png"])
     noise_image(1, (900, 900)).save(root / "big.bmp")
     assert ask(root, tmp_path / "out", "--max-bytes", "30000") == 1
     assert "big.bmp: its request has" in capsys.readouterr().err
     assert len(requests_in(tmp_path / "out")) == 2
 
 
-def test_a_stopped_run_goes_on_to_the_same_files(pictures, tmp_path):
-    root = pictures([f"{number}.png" for number in range(9)])
+def test_a_resumed_run_writes_the_same_files(make_images, tmp_path):
+    root = make_images([f"{number}.png" for number in range(9)])
     ask(root, tmp_path / "whole", "--images-per-file", "2")
     whole = bytes_in(tmp_path / "whole")
     for kept in range(5):
@@ -125,11 +125,11 @@ def test_a_stopped_run_goes_on_to_the_same_files(pictures, tmp_path):
         assert bytes_in(out) == whole
 
 
-def test_new_images_are_added_and_written_requests_stay(pictures, tmp_path):
-    root = pictures(["b.png", "c.png"])
+def test_new_images_are_added_and_written_requests_stay(make_images, tmp_path):
+    root = make_images(["b.png", "c.png"])
     ask(root, tmp_path / "out")
     before = bytes_in(tmp_path / "out")
-    pictures(["a.png"], start=7)
+    make_images(["a.png"], start=7)
     assert ask(root, tmp_path / "out") == 0
     after = bytes_in(tmp_path / "out")
     assert before.items() < after.items()
@@ -140,8 +140,8 @@ def test_new_images_are_added_and_written_requests_stay(pictures, tmp_path):
     ]
 
 
-def test_other_settings_need_another_folder(pictures, tmp_path, run_script):
-    root = pictures(["a.png"])
+def test_other_settings_need_another_folder(make_images, tmp_path, run_script):
+    root = make_images(["a.png"])
     common = ["--image-folder", root, "--output-folder", "out", "--label", "fake"]
     assert run_script("get_jsonl", *common, cwd=tmp_path).returncode == 0
     before = bytes_in(tmp_path / "out")
@@ -151,8 +151,8 @@ def test_other_settings_need_another_folder(pictures, tmp_path, run_script):
     assert bytes_in(tmp_path / "out") == before
 
 
-def test_memory_stays_flat(pictures, tmp_path):
-    root = pictures(["0.bmp"])
+def test_memory_stays_flat(make_images, tmp_path):
+    root = make_images(["0.bmp"])
     for number in range(1, 60):
         noise_image(number, (300, 300)).save(root / f"{number}.bmp")
     tracemalloc.start()
@@ -162,8 +162,8 @@ def test_memory_stays_flat(pictures, tmp_path):
     assert sum(map(len, bytes_in(tmp_path / "out").values())) > 2 * peak
 
 
-def test_dry_run_counts_tokens_and_cost_and_writes_nothing(pictures, tmp_path, capsys):
-    root = pictures(["a.png"])
+def test_dry_run_counts_tokens_and_cost_and_writes_nothing(make_images, tmp_path, capsys):
+    root = make_images(["a.png"])
     noise_image(1, (1024, 1024)).save(root / "square.png")
     noise_image(2, (2048, 4096)).save(root / "tall.jpg")
     arguments = ["--image-folder", str(root), "--label", "fake", "--dry-run"]
@@ -221,7 +221,7 @@ def test_tile_rule(size, tokens):
         (["--image-folder", ".", "--output-folder", "o"], "needs --label", 2),
         (["--image-folder", ".", "--label", "fake"], "--output-folder is needed", 2),
         (["--image-folder", ".", "--label", "maybe", "--dry-run"], "invalid choice", 2),
-        (["--image-folder", ".", "--label", "fake", "--dry-run", "--max-bytes", "0"], "above zero", 2),
+        (["--image-folder", ".", "--label", "fake", "--dry-run", "--max-bytes", "0"], "above 0", 2),
         (["--image-folder", ".", "--label", "fake", "--dry-run", "--set-name", "../x"], "relative path", 1),
         (["--image-folder", ".", "--label", "fake", "--dry-run", "--input-price", "1"], "go together", 2),
     ],

@@ -41,8 +41,8 @@ def check(tmp_path, capsys):
     return run
 
 
-def test_sound_data_has_no_fault(check, pictures):
-    pictures(["a.png", "real/b.png", "1_fake/c.png", "laion/0/d.jpg"])
+def test_sound_data_has_no_fault(check, make_images):
+    make_images(["a.png", "real/b.png", "1_fake/c.png", "laion/0/d.jpg"])
     records = [record("a.png"), record("real/b.png", "real"), record("1_fake/c.png"), record("laion/0/d.jpg", "real")]
     assert "faults: 0" in check(records, expect={})
 
@@ -76,20 +76,20 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("entry", "expect"), FAULTS)
-def test_each_fault_is_found(entry, expect, check, pictures):
-    root = pictures(["a.png", "0_real/b.png", "diffusiondb/c.png", "torn.png"])
+def test_each_fault_is_found(entry, expect, check, make_images):
+    root = make_images(["a.png", "0_real/b.png", "diffusiondb/c.png", "torn.png"])
     (root / "torn.png").write_bytes((root / "torn.png").read_bytes()[:-60])
     check([entry], expect=expect)
 
 
-def test_attributes_of_the_other_class_are_found(check, pictures):
-    pictures(["a.png"])
+def test_attributes_of_the_other_class_are_found(check, make_images):
+    make_images(["a.png"])
     answer = write_answer("real", reasoning="Low Image Quality: Soft.", form="reasoning")
     check([{"image": "a.png", "conversations": talk(ASKED, answer)}], expect={"attributes": 1})
 
 
-def test_duplicates_by_path_bytes_and_looks(check, pictures):
-    root = pictures(["a.png", "b.png"])
+def test_duplicates_by_path_bytes_and_looks(check, make_images):
+    root = make_images(["a.png", "b.png"])
     shutil.copy(root / "a.png", root / "same bytes.png")
     noise_image(1).resize((128, 96)).save(root / "b larger.jpg", quality=60)
     names = ["a.png", "a.png", "same bytes.png", "b.png", "b larger.jpg"]
@@ -106,8 +106,8 @@ def evaluation_set(root, real, fake, reasoning=None):
     return root
 
 
-def test_leakage_by_bytes_and_by_looks(check, pictures, tmp_path):
-    root = pictures([f"{number}.png" for number in range(6)])
+def test_leakage_by_bytes_and_by_looks(check, make_images, tmp_path):
+    root = make_images([f"{number}.png" for number in range(6)])
     evaluation = evaluation_set(tmp_path / "sets" / "gen", real=[100, 2], fake=[3, 101])
     noise_image(4).convert("L").resize((200, 150)).save(evaluation / "1_fake" / "grey.webp", quality=50)
     records = [record(f"{number}.png") for number in range(6)]
@@ -150,8 +150,8 @@ def test_an_evaluation_set(tmp_path, capsys):
     assert "is not an object" in told
 
 
-def test_a_reasoning_file(tmp_path, capsys, pictures):
-    root = pictures(["1_fake/a.png"])
+def test_a_reasoning_file(tmp_path, capsys, make_images):
+    root = make_images(["1_fake/a.png"])
     path = tmp_path / "r.json"
     path.write_text(json.dumps({"1_fake/a.png": {"Low Image Quality": "a"}}))
     assert main([str(path), "--image-folder", str(root)]) == 0

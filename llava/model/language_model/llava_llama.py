@@ -1,6 +1,7 @@
-"""LLaVA on a Llama language model: forward with both losses, generation, saving."""
+"""LLaVA on a Llama language model: forward with losses, generation, saving."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -18,12 +19,17 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.errors import CheckpointError, DataError
 from llava.model.checkpoint_layout import stored_state_dict
 from llava.model.configuration import LlavaConfig
 from llava.model.llava_arch import LlavaMetaModel, SplicedBatch, TowerOutputs, features_by_row, splice
 from llava.model.multimodal_encoder.base import VisionTower
 from llava.model.multimodal_fusion.base import FusionOutput
-from llava.model.probability_mapper import MapperOutput, ProbabilityMapper, VerdictTokens
+from llava.model.objective import LM, LossTerm, ObjectiveStep
+from llava.model.token_sources import VisionContext
+from llava.model.verdict import VerdictTokens
+from llava.systems import registry
+from llava.systems.base import TrainingObjective
 
 
 @dataclass
@@ -32,16 +38,12 @@ class LlavaOutput(CausalLMOutputWithPast):
 
     Attributes:
         lm_loss: Mean cross-entropy over supervised tokens, ``[]``; None without labels.
-        mapper_loss: Loss of the probability mapper, ``[]``; None without forgery labels.
-        mapper_rows: Number of rows where the verdict was found, ``[]``; None without forgery labels.
-        mapper_correct: Number of those rows where the likelier class is the right one, ``[]``.
+        terms: Every loss with what it is averaged over, by its name; None without labels.
         labels: Labels of the expanded sequence ``[B, L]``; None without labels.
     """
 
     lm_loss: Tensor | None = None
-    mapper_loss: Tensor | None = None
-    mapper_rows: Tensor | None = None
-    mapper_correct: Tensor | None = None
+    terms: dict[str, LossTerm] | None = None
     labels: Tensor | None = None
 
 
@@ -95,23 +97,44 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         return None if settings is None else CLIPImageProcessorPil(**settings)
 
     @property
-    def probability_mapper(self) -> ProbabilityMapper:
-        """The mapper that the config describes.
+    def objective(self) -> TrainingObjective | None:
+        """What the model's system is trained for beside its words; None for a system without a loss of its own.
 
         Raises:
-            ValueError: The config does not say how the verdict is spelled.
+            CheckpointError: The config lacks what the objective needs.
+        """
+        kind = registry.component(self.config.system, "objective") if self.config.system else None
+        return None if kind is None else kind(self.config)
+
+    @property
+    def verdict_tokens(self) -> VerdictTokens:
+        """How the tokenizer spells the verdict.
+
+        Raises:
+            CheckpointError: The config does not say it.
         """
         if self.config.cpm_tokens is None:
-            raise ValueError(
+            raise CheckpointError(
                 "the model does not know how its tokenizer spells the verdict; call model.set_tokenizer(tokenizer, …)"
             )
-        tokens = VerdictTokens.from_dict(self.config.cpm_tokens)
-        return ProbabilityMapper(tokens, self.config.cpm_temperature, self.config.cpm_search)
+        return VerdictTokens.from_dict(self.config.cpm_tokens)
 
-    def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase, verdict: VerdictTokens) -> None:
-        """Tells the model its tokenizer, which is saved with it, and how that spells the verdict."""
+    def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase, verdict: VerdictTokens | None = None) -> None:
+        """Tells the model its tokenizer, which is saved with it, and how that spells the verdict.
+
+        Args:
+            tokenizer: The tokenizer.
+            verdict: The verdict's spelling; default: as the system's answers give it, none for a plain LLaVA.
+
+        Raises:
+            CheckpointError: The tokenizer spells real and fake alike.
+        """
         self.tokenizer = tokenizer
-        self.config.cpm_tokens = verdict.to_dict()
+        if verdict is None and self.config.system:
+            answers = registry.answer_format(self.config.system)
+            if answers is not None:
+                verdict = VerdictTokens.from_tokenizer(tokenizer, answers.verdict_prefix, answers.verdict_words)
+        self.config.cpm_tokens = None if verdict is None else verdict.to_dict()
 
     def encode_images(self, images: Tensor, *, return_attention: bool = False) -> FusionOutput:
         """Turns shared pixels ``[B, 3, S, S]`` into image tokens, see ``LlavaMetaModel.encode_images``."""
@@ -126,31 +149,32 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         labels: Tensor | None = None,
         padding_side: str | None = None,
         tower_outputs: TowerOutputs | None = None,
+        extras: Mapping[str, Tensor] | None = None,
     ) -> SplicedBatch:
-        """Puts the images' tokens into the prompts.
+        """Puts the images' tokens, and those of token sources, into the prompts.
 
         Args:
-            input_ids: ``[B, T]`` with ``IMAGE_TOKEN_INDEX`` where an image stands.
+            input_ids: ``[B, T]`` with ``IMAGE_TOKEN_INDEX`` where an image stands, and sources' ids.
             images: Shared pixels ``[N, 3, S, S]``: one for each placeholder in order, or one for each row.
             attention_mask: ``[B, T]``; default: all valid.
             labels: ``[B, T]``, or None.
             padding_side: Default: the config's.
-            tower_outputs: What the towers said to the images, in the place of ``images``.
+            tower_outputs: What the towers give for the images, instead of ``images``.
+            extras: A system's further inputs.
 
         Raises:
-            ValueError: Images have another shape, or their number does not fit the placeholders.
+            DataError: Images have another shape, or their number does not fit the placeholders.
         """
         if tower_outputs is None:
             if images is None or images.ndim != 4:
                 shape = None if images is None else list(images.shape)
-                raise ValueError(f"images must have shape [N, 3, S, S], not {shape}")
+                raise DataError(f"images must have shape [N, 3, S, S], not {shape}")
             tower_outputs = self.model.run_towers(images.to(self.device))
-        tokens = self.model.fuse(tower_outputs).tokens
-        shares = features_by_row(input_ids, IMAGE_TOKEN_INDEX, list(tokens))
+        embeddings = self.model.placeholder_embeddings(VisionContext(images, tower_outputs, extras or {}))
         return splice(
             input_ids,
             self.get_input_embeddings(),
-            {IMAGE_TOKEN_INDEX: shares},
+            {index: features_by_row(input_ids, index, list(tokens)) for index, tokens in embeddings.items()},
             attention_mask=attention_mask,
             labels=labels,
             max_length=self.config.tokenizer_model_max_length,
@@ -170,6 +194,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         images: Tensor | None = None,
         forgery_labels: Tensor | None = None,
         tower_outputs: TowerOutputs | None = None,
+        extras: Mapping[str, Tensor] | None = None,
         loss_only: bool = False,
         **kwargs: Any,
     ) -> LlavaOutput:
@@ -180,34 +205,37 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             attention_mask: ``[B, T]``.
             position_ids: ``[B, T]``; computed where images are spliced in.
             past_key_values: Cache of earlier positions.
-            inputs_embeds: ``[B, T, D]`` in the place of ``input_ids``.
+            inputs_embeds: ``[B, T, D]`` instead of ``input_ids``.
             labels: ``[B, T]``, -100 where nothing is to be predicted.
             use_cache: Whether to return a cache.
             logits_to_keep: Compute logits only for the last so many positions, or for these; 0 means all.
             images: Shared pixels ``[N, 3, S, S]``.
             forgery_labels: ``[B]``, real = 0, fake = 1, -100 for none.
-            tower_outputs: What the towers said to the images, in the place of ``images``.
+            tower_outputs: What the towers give for the images, instead of ``images``.
+            extras: A system's further inputs, for its token sources and its objective.
             loss_only: Compute the vocabulary's logits only where the losses need them, and return none.
             **kwargs: Passed on to Llama; ``num_items_in_batch`` is the number of supervised tokens to average over.
 
         Returns:
-            ``loss`` = ``lm_loss`` + ``cpm_weight`` × ``mapper_loss``, and the logits of the expanded sequence.
+            ``loss``, the weighted sum of the terms' means, and the logits of the expanded sequence.
 
         Raises:
-            ValueError: Placeholders and images do not fit, or losses are asked for on a part of the logits.
+            DataError: Placeholders and images do not fit.
+            ValueError: Losses are asked for on a part of the logits.
         """
         if input_ids is not None and (images is not None or tower_outputs is not None):
             batch = self.prepare_inputs_labels_for_multimodal(
-                input_ids, images, attention_mask=attention_mask, labels=labels, tower_outputs=tower_outputs
+                input_ids,
+                images,
+                attention_mask=attention_mask,
+                labels=labels,
+                tower_outputs=tower_outputs,
+                extras=extras,
             )
             input_ids, inputs_embeds, labels = None, batch.inputs_embeds, batch.labels
             attention_mask, position_ids = batch.attention_mask, batch.position_ids
         elif input_ids is not None and past_key_values is None and bool((input_ids == IMAGE_TOKEN_INDEX).any()):
-            raise ValueError("the prompt has a place for an image, but no images were given")
-        wants_loss = labels is not None or forgery_labels is not None
-        if wants_loss and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-            raise ValueError("losses need the logits of all positions, so logits_to_keep must stay 0")
-        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+            raise DataError("the prompt has a place for an image, but no images were given")
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -215,75 +243,75 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             "past_key_values": past_key_values,
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
-            **kwargs,
-            "return_dict": True,
         }
+        own = dict(extras or {}) | ({} if forgery_labels is None else {"forgery_labels": forgery_labels})
+        count = kwargs.pop("num_items_in_batch", None)
+        inputs |= {**kwargs, "return_dict": True}
+        if labels is None and forgery_labels is None:
+            output = super().forward(logits_to_keep=logits_to_keep, **inputs)
+            return LlavaOutput(**output)
+        if not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError("losses need the logits of all positions, so logits_to_keep must stay 0")
         if loss_only:
-            if labels is None:
-                raise ValueError("loss_only needs labels")
-            return self._losses_alone(
-                self.model(**inputs).last_hidden_state, labels, forgery_labels, num_items_in_batch
-            )
-        output = super().forward(logits_to_keep=logits_to_keep, **inputs)
-        lm_loss, mapped = None, None
-        if labels is not None:
-            lm_loss = self.loss_function(
-                logits=output.logits,
-                labels=labels,
-                vocab_size=self.config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-            )
-        if forgery_labels is not None:
-            mapped = self.probability_mapper.loss(output.logits, forgery_labels, labels)
-        return self._with_losses(
-            lm_loss,
-            mapped,
-            labels,
-            logits=output.logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
+            return self._sparse_losses(self.model(**inputs).last_hidden_state, labels, own, count)
+        return self._dense_losses(super().forward(**inputs), labels, own, count)
 
-    def _losses_alone(
-        self, hidden_BTD: Tensor, labels_BT: Tensor, forgery_labels_B: Tensor | None, num_items_in_batch: Any
+    def _dense_losses(
+        self, output: CausalLMOutputWithPast, labels_BT: Tensor | None, own: Mapping[str, Tensor], count: Any
     ) -> LlavaOutput:
-        """Both losses from logits at supervised positions and at the verdict alone."""
+        """Losses from the logits of all positions, which are returned as well."""
+        logits_BTV = output.logits
+        assert logits_BTV is not None
+        terms = {}
+        if labels_BT is not None:
+            lm_loss = self.loss_function(
+                logits=logits_BTV, labels=labels_BT, vocab_size=self.config.vocab_size, num_items_in_batch=count
+            )
+            tokens = (labels_BT[:, 1:] != IGNORE_INDEX).sum() if count is None else torch.as_tensor(count)
+            terms[LM] = LossTerm(lm_loss * tokens, tokens, 1.0, {})
+        step = ObjectiveStep(
+            labels_BT,
+            logits_BTV.shape[1],
+            own,
+            logits_at=lambda rows_N, positions_N: logits_BTV[rows_N, positions_N],
+            likeliest=lambda: logits_BTV.argmax(dim=-1),
+        )
+        return self._with_losses(terms, step, **output)
+
+    def _sparse_losses(
+        self, hidden_BTD: Tensor, labels_BT: Tensor | None, own: Mapping[str, Tensor], count: Any
+    ) -> LlavaOutput:
+        """The same losses from logits at supervised positions, and where the objective asks for them, alone."""
+        if labels_BT is None:
+            raise ValueError("loss_only needs labels")
+        # Position t predicts label t + 1, so the last position predicts nothing.
         predicting_BT = torch.nn.functional.pad(labels_BT[:, 1:] != IGNORE_INDEX, (0, 1))
         targets_N = labels_BT[:, 1:][predicting_BT[:, :-1]]
         logits_NV = self.lm_head(hidden_BTD[predicting_BT]).float()
-        count = max(1, len(targets_N)) if num_items_in_batch is None else num_items_in_batch
-        lm_loss = torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="sum") / count
-        mapped = None
-        if forgery_labels_B is not None:
-            mapper = self.probability_mapper
-            if mapper.search == "labels":
-                positions_B = mapper.positions_in_labels(labels_BT, forgery_labels_B)
-            else:
-                positions_B = mapper.positions(self._likeliest(hidden_BTD), labels_BT.shape[1], forgery_labels_B)
-            rows_B = torch.arange(len(positions_B), device=hidden_BTD.device)
-            at_verdict_BV = self.lm_head(hidden_BTD[rows_B, positions_B.clamp(min=0)])
-            mapped = mapper.loss_at(at_verdict_BV, positions_B, forgery_labels_B)
-        return self._with_losses(lm_loss, mapped, labels_BT)
+        total = torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="sum")
+        tokens = torch.as_tensor(len(targets_N) if count is None else count, device=total.device)
+        step = ObjectiveStep(
+            labels_BT,
+            labels_BT.shape[1],
+            own,
+            logits_at=lambda rows_N, positions_N: self.lm_head(hidden_BTD[rows_N, positions_N]),
+            likeliest=lambda: self._likeliest(hidden_BTD),
+        )
+        return self._with_losses({LM: LossTerm(total, tokens, 1.0, {})}, step)
 
     @torch.no_grad()
     def _likeliest(self, hidden_BTD: Tensor) -> Tensor:
         """The id that each position predicts, ``[B, T]``; the logits of one row at a time are held."""
         return torch.stack([self.lm_head(row_TD).argmax(dim=-1) for row_TD in hidden_BTD])
 
-    def _with_losses(
-        self, lm_loss: Tensor | None, mapped: MapperOutput | None, labels: Tensor | None, **rest: Any
-    ) -> LlavaOutput:
-        losses = [lm_loss] if lm_loss is not None else []
-        losses += [self.config.cpm_weight * mapped.loss] if mapped is not None else []
+    def _with_losses(self, terms: dict[str, LossTerm], step: ObjectiveStep, **rest: Any) -> LlavaOutput:
+        objective = self.objective if step.inputs else None
+        if objective is not None:
+            terms = {**terms, **objective.terms(step)}
+        loss = sum(term.weight * term.mean for term in terms.values()) if terms else None
+        lm_loss = terms[LM].mean if LM in terms else None
         return LlavaOutput(
-            loss=cast(Any, sum(losses) if losses else None),
-            lm_loss=lm_loss,
-            mapper_loss=None if mapped is None else mapped.loss,
-            mapper_rows=None if mapped is None else mapped.rows,
-            mapper_correct=None if mapped is None else mapped.correct,
-            labels=labels,
-            **rest,
+            **{**rest, "loss": cast(Any, loss), "lm_loss": lm_loss, "terms": terms, "labels": step.labels}
         )
 
     @torch.no_grad()
@@ -292,6 +320,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         input_ids: Tensor | None = None,
         images: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        extras: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Continues prompts that may hold images.
@@ -300,6 +329,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             input_ids: ``[B, T]`` with ``IMAGE_TOKEN_INDEX`` where an image stands.
             images: Shared pixels ``[N, 3, S, S]``.
             attention_mask: ``[B, T]``; default: all valid.
+            extras: A system's further inputs.
             **kwargs: As for transformers' ``generate``.
 
         Returns:
@@ -312,7 +342,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             return super().generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
         batch = self.prepare_inputs_labels_for_multimodal(
-            input_ids, images, attention_mask=attention_mask, padding_side="left"
+            input_ids, images, attention_mask=attention_mask, padding_side="left", extras=extras
         )
         return super().generate(inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask.long(), **kwargs)
 
@@ -323,7 +353,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
 
         Args:
             save_directory: Folder to write.
-            state_dict: Tensors by their names in memory, where the model's own are not to be taken.
+            state_dict: Tensors by their names in memory, instead of the model's own.
             **kwargs: As for transformers' ``save_pretrained``.
         """
         stored = stored_state_dict(self, state_dict)

@@ -47,7 +47,7 @@ class TowerSource:
     """A tower as found outside the model's own checkpoint.
 
     Attributes:
-        config: What ``vision_tower_config`` or ``dino_tower_config`` will hold.
+        config: What the model's config will hold of it.
         tensors: Weights by their names within the tower.
         origin: Where they were found, for messages.
         image_processor: Settings of the image processor that comes with them, if any.
@@ -91,6 +91,19 @@ class VisionTower(nn.Module, ABC):
             CheckpointError: The source is not to be had or is no such tower.
         """
 
+    @classmethod
+    def infer(
+        cls, source: str | None, tensors: Mapping[str, TensorLike], facts: Mapping[str, Any]
+    ) -> TowerSource | None:
+        """Returns the tower that weights in a checkpoint are, where they and the tower's name tell enough of it.
+
+        Args:
+            source: Where the config says that the tower came from, if anywhere.
+            tensors: Weights by their stored names within the tower.
+            facts: Fields of the tower's config that are known otherwise.
+        """
+        return None
+
     @property
     def hidden_size(self) -> int:
         """Width C of the features; by default what a model of transformers in ``vision_tower`` says."""
@@ -122,10 +135,10 @@ class VisionTower(nn.Module, ABC):
         return 1
 
     def calibrate(self, shared_pixels: Tensor) -> None:
-        """Sets what is measured on typical pictures before training from scratch; by default there is nothing.
+        """Sets what is measured on typical images before training from scratch; by default there is nothing.
 
         Args:
-            shared_pixels: ``[B, 3, S, S]``, of some hundred pictures.
+            shared_pixels: ``[B, 3, S, S]``, of some hundred images.
         """
 
     def save_pretrained(self, folder: Path) -> None:

@@ -3,17 +3,26 @@
 from collections.abc import Mapping
 from typing import Any
 
-from llava.errors import CheckpointError
+from llava.model.components import component_class
 from llava.model.multimodal_encoder.base import PixelFormat, TowerSource, VisionTower
-from llava.systems.base import resolve
 
-VISION_TOWERS: "dict[str, str | type[VisionTower]]" = {
+VISION_TOWERS = {
     "timm": "llava.model.multimodal_encoder.timm_encoder:TimmVisionTower",
     "residual": "llava.demo.residual_encoder:ResidualVisionTower",
     "dinov2": "llava.model.multimodal_encoder.dino_encoder:DinoVisionTower",
     "clip": "llava.model.multimodal_encoder.clip_encoder:CLIPVisionTower",
 }
-"""Towers by type, imported on use; the first that says it can opens a source."""
+"""Class of each tower type, imported when it is used; a source is opened by the first that says it can."""
+
+
+def tower_class(tower_type: str) -> type[VisionTower]:
+    """Returns the class of a tower type.
+
+    Raises:
+        CheckpointError: The type is unknown.
+    """
+    found: type[VisionTower] = component_class("vision tower", VISION_TOWERS, tower_type)
+    return found
 
 
 def build_vision_tower(config: Mapping[str, Any], shared: PixelFormat) -> VisionTower:
@@ -22,10 +31,7 @@ def build_vision_tower(config: Mapping[str, Any], shared: PixelFormat) -> Vision
     Raises:
         CheckpointError: The type is unknown.
     """
-    tower_type = config.get("type")
-    if tower_type not in VISION_TOWERS:
-        raise CheckpointError(f"unknown vision tower type {tower_type!r}; known: {', '.join(VISION_TOWERS)}")
-    return resolve(VISION_TOWERS[tower_type])(config, shared)
+    return tower_class(str(config.get("type")))(config, shared)
 
 
 def read_vision_tower(source: str) -> TowerSource:
@@ -34,4 +40,4 @@ def read_vision_tower(source: str) -> TowerSource:
     Raises:
         CheckpointError: No tower opens it, or it cannot be read.
     """
-    return next(tower for tower in map(resolve, VISION_TOWERS.values()) if tower.opens(source)).read(source)
+    return next(tower for name in VISION_TOWERS if (tower := tower_class(name)).opens(source)).read(source)

@@ -48,9 +48,13 @@ class CLIPVisionTower(VisionTower):
         select_layer = self.config.get("select_layer", -2)
         self.num_layers_run = select_layer if select_layer >= 0 else depth + 1 + select_layer
         if not 0 <= self.num_layers_run <= depth:
-            raise ValueError(f"mm_vision_select_layer {select_layer} does not exist in a CLIP tower of {depth} layers")
+            raise CheckpointError(
+                f"mm_vision_select_layer {select_layer} does not exist in a CLIP tower of {depth} layers"
+            )
         if self.config.get("select_feature", "patch") not in ("patch", "cls_patch"):
-            raise ValueError(f"mm_vision_select_feature {config['select_feature']!r} is neither patch nor cls_patch")
+            raise CheckpointError(
+                f"mm_vision_select_feature {config['select_feature']!r} is neither patch nor cls_patch"
+            )
 
     @classmethod
     def opens(cls, source: str) -> bool:
@@ -77,12 +81,16 @@ class CLIPVisionTower(VisionTower):
         )
 
     @classmethod
-    def infer(cls, source: str, tensors: Mapping[str, TensorLike]) -> TowerSource | None:
+    def infer(
+        cls, source: str | None, tensors: Mapping[str, TensorLike], facts: Mapping[str, Any]
+    ) -> TowerSource | None:
         """Returns a tower whose weights are at hand and whose name says that it is one of OpenAI's.
 
         All of those have heads of width 64 and the quick GELU, which the shapes of ``tensors`` do not tell. The name
         is a hub id or a path on the machine where the model was trained; a folder that is here says more by itself.
         """
+        if source is None:
+            return None
         position = tensors.get(f"{_STORED_PREFIX}embeddings.position_embedding.weight")
         patch = tensors.get(f"{_STORED_PREFIX}embeddings.patch_embedding.weight")
         inner = tensors.get(f"{_STORED_PREFIX}encoder.layers.0.mlp.fc1.weight")
@@ -124,7 +132,7 @@ class CLIPVisionTower(VisionTower):
     def encode(self, pixels: Tensor, *, with_attention: bool) -> TowerOutput:
         """Returns the selected hidden state; layers behind it are not run."""
         if with_attention:
-            raise ValueError("the CLIP tower gives no attention; name a DINO tower as second branch")
+            raise CheckpointError("the CLIP tower gives no attention; name a DINO tower as second branch")
         hidden = self.vision_tower.pre_layrnorm(self.vision_tower.embeddings(pixels))
         for block in self.blocks_run:
             hidden = block(hidden, attention_mask=None)

@@ -102,7 +102,7 @@ def resample_positions(positions: Tensor, rows: int, columns: int) -> Tensor:
     resampled_1CRQ = F.interpolate(grid_1CMM, scale_factor=scale, mode="bicubic", antialias=False)
     patches_1PC = resampled_1CRQ.flatten(2).transpose(1, 2)
     if patches_1PC.shape[1] != rows * columns:
-        raise ValueError(f"a {native}x{native} position grid cannot be resampled to {rows}x{columns}")
+        raise CheckpointError(f"a {native}x{native} position grid cannot be resampled to {rows}x{columns}")
     return torch.cat((positions[:, :1], patches_1PC.to(positions.dtype)), dim=1)
 
 
@@ -144,13 +144,24 @@ class DinoVisionTower(VisionTower):
             original = read_tensor_file(Path(source).expanduser())
             if "pos_embed" not in original:
                 raise CheckpointError(f"{source} is no DINOv2 weight file: it has no pos_embed")
-            tensors = KeyMap(original_rules("", "vision_tower.")).to_ours(original)
+            tensors = KeyMap(original_rules("", "vision_tower.")).to_native(original)
             return TowerSource(cls.infer_config(tensors), tensors, source)
         folder = resolve_folder(source, "DINOv2 tower")
         tensors = {f"vision_tower.{name}": value for name, value in read_tensors(folder).items()}
         config = cls.infer_config(tensors)
         config["num_attention_heads"] = read_json(folder / "config.json")["num_attention_heads"]
         return TowerSource(config, tensors, str(folder))
+
+    @classmethod
+    def infer(
+        cls, source: str | None, tensors: Mapping[str, TensorLike], facts: Mapping[str, Any]
+    ) -> TowerSource | None:
+        """Returns the tower that the tensors are: their shapes tell all but the number of heads."""
+        try:
+            config = cls.infer_config(tensors, facts.get("num_attention_heads"))
+        except CheckpointError:
+            return None
+        return TowerSource(config, dict(tensors), "the checkpoint")
 
     @classmethod
     def infer_config(cls, tensors: Mapping[str, TensorLike], num_heads: int | None = None) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Ways to join the CLIP and the DINO branch into the image tokens of the language model."""
+"""Ways to join an image's branches into the image tokens of the language model."""

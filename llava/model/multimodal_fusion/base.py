@@ -1,30 +1,16 @@
 """What every fusion takes and gives.
 
-Shapes: B images, P patches, D width of the language model, H heads of the fusion, G heads of the DINO tower.
+Shapes: B images, P patches, D width of the language model, H heads of the fusion, G heads of a tower.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-
-class FusionInput(NamedTuple):
-    """What the two branches saw, projected to the language model's width.
-
-    A tuple, so that a model that is spread over several devices moves all parts to the fusion's.
-
-    Attributes:
-        clip: CLIP patches ``[B, P, D]``, or None where the fusion does not use them.
-        dino: DINO patches ``[B, P, D]``, or None where the fusion does not use them.
-        dino_attention: Softmax attention of the DINO tower's last block between patches ``[B, G, P, P]``, not
-            renormalised after the prefix tokens were dropped; None where the fusion does not use it.
-    """
-
-    clip: Tensor | None = None
-    dino: Tensor | None = None
-    dino_attention: Tensor | None = None
+from llava.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -33,7 +19,8 @@ class FusionOutput:
 
     Attributes:
         tokens: ``[B, P, D]`` (``[B, 2P, D]`` for ``interleave``).
-        attention: The fusion's own attention ``[B, H, P, P]`` from CLIP queries to DINO keys; None unless asked for.
+        attention: The fusion's own attention ``[B, H, P, P]`` from queries of the first branch to keys of the second;
+            None unless asked for.
     """
 
     tokens: Tensor
@@ -41,39 +28,49 @@ class FusionOutput:
 
 
 class Fusion(nn.Module, ABC):
-    """One way to join the branches.
+    """One way to join branches.
 
     Attributes:
-        uses_clip: Whether it takes CLIP patches.
-        uses_dino: Whether it takes DINO patches.
-        uses_dino_attention: Whether it takes the DINO tower's last attention.
-        equal_grids: Whether both branches must have the same number of patches.
+        branches: Names of the branches that it takes, in order.
+        attention_branch: The branch whose tower's last attention it takes as well; None for none.
+        equal_grids: Whether all branches must have the same number of patches.
         has_attention: Whether it can say where it looked.
     """
 
-    uses_clip: ClassVar[bool] = True
-    uses_dino: ClassVar[bool] = True
-    uses_dino_attention: ClassVar[bool] = False
+    branches: ClassVar[tuple[str, ...]]
+    attention_branch: ClassVar[str | None] = None
     equal_grids: ClassVar[bool] = True
     has_attention: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
-    def from_config(cls, hidden_size: int, dino_heads: int, config: dict[str, Any]) -> "Fusion":
-        """Builds the fusion for tokens of width ``hidden_size`` from ``config.mm_fusion_config``."""
+    def from_config(cls, hidden_size: int, heads: Mapping[str, int], config: dict[str, Any]) -> "Fusion":
+        """Builds the fusion.
 
-    def num_tokens(self, clip_patches: int, dino_patches: int) -> int:
-        """Returns how many tokens an image becomes, from the patches of each branch; 0 where there is no branch."""
-        return clip_patches or dino_patches
-
-    @abstractmethod
-    def forward(self, branches: FusionInput, *, return_attention: bool = False) -> FusionOutput:
-        """Joins the branches.
-
-        Raises:
-            ValueError: The attention is asked for, but this fusion has none.
+        Args:
+            hidden_size: Width D of the tokens.
+            heads: Number of attention heads G of each branch's tower.
+            config: ``config.mm_fusion_config``.
         """
 
-    def _refuse_attention(self, return_attention: bool) -> None:
+    def num_tokens(self, patches: Mapping[str, int]) -> int:
+        """Returns how many tokens an image becomes, from the patches of each of its branches."""
+        return patches[self.branches[0]]
+
+    @abstractmethod
+    def forward(self, inputs: Mapping[str, Tensor], *, return_attention: bool = False) -> FusionOutput:
+        """Joins the branches.
+
+        Args:
+            inputs: Projected patches ``[B, P, D]`` of each branch by its name; for ``attention_branch`` also
+                ``<branch>_attention``, the softmax attention of its tower's last block between patches
+                ``[B, G, P, P]``, not renormalised after the prefix tokens were dropped.
+            return_attention: Also give the fusion's own attention.
+
+        Raises:
+            OptionError: The attention is asked for, but this fusion has none.
+        """
+
+    def _check_attention(self, return_attention: bool) -> None:
         if return_attention:
-            raise ValueError(f"{type(self).__name__} has no attention, so it cannot say where the model looked")
+            raise OptionError(f"{type(self).__name__} has no attention, so it cannot say where the model looked")

@@ -1,33 +1,32 @@
 """The registry of fusions."""
 
+from collections.abc import Mapping
 from typing import Any
 
+from llava.model.components import component_class
 from llava.model.multimodal_fusion.base import Fusion
-from llava.model.multimodal_fusion.cross_attention import CrossAttentionFusion
-from llava.model.multimodal_fusion.forgery_aware import ForgeryAwareFusion
-from llava.model.multimodal_fusion.interleave import InterleaveFusion
-from llava.model.multimodal_fusion.single_branch import ClipOnlyFusion, DinoOnlyFusion
 
-FUSIONS: dict[str, type[Fusion]] = {
-    "forgery_aware": ForgeryAwareFusion,
-    "cross_attention": CrossAttentionFusion,
-    "interleave": InterleaveFusion,
-    "clip": ClipOnlyFusion,
-    "dino": DinoOnlyFusion,
+_HERE = "llava.model.multimodal_fusion"
+FUSIONS = {
+    "forgery_aware": f"{_HERE}.forgery_aware:ForgeryAwareFusion",
+    "cross_attention": f"{_HERE}.cross_attention:CrossAttentionFusion",
+    "interleave": f"{_HERE}.interleave:InterleaveFusion",
+    "clip": f"{_HERE}.single_branch:ClipOnlyFusion",
+    "dino": f"{_HERE}.single_branch:DinoOnlyFusion",
 }
+"""Class of each ``mm_fusion_type``; one that only a system has is named ``<system>:<type>``."""
 
 
 def fusion_class(fusion_type: str) -> type[Fusion]:
     """Returns the class behind ``config.mm_fusion_type``.
 
     Raises:
-        ValueError: The name is unknown.
+        CheckpointError: The name is unknown.
     """
-    if fusion_type not in FUSIONS:
-        raise ValueError(f"unknown mm_fusion_type {fusion_type!r}; known: {', '.join(FUSIONS)}")
-    return FUSIONS[fusion_type]
+    found: type[Fusion] = component_class("mm_fusion", FUSIONS, fusion_type)
+    return found
 
 
-def build_fusion(fusion_type: str, hidden_size: int, dino_heads: int, config: dict[str, Any] | None) -> Fusion:
-    """Builds the fusion that ``mm_fusion_type`` and ``mm_fusion_config`` describe."""
-    return fusion_class(fusion_type).from_config(hidden_size, dino_heads, config or {})
+def build_fusion(fusion_type: str, hidden_size: int, heads: Mapping[str, int], config: dict[str, Any] | None) -> Fusion:
+    """Builds the fusion that ``mm_fusion_type`` and ``mm_fusion_config`` describe; ``heads`` are the towers'."""
+    return fusion_class(fusion_type).from_config(hidden_size, heads, config or {})

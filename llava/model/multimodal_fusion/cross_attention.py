@@ -1,11 +1,14 @@
 """Cross-attention from CLIP to DINO: one block in the manner of MCAN (arXiv 1906.10770)."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llava.model.multimodal_fusion.base import Fusion, FusionInput, FusionOutput
+from llava.errors import CheckpointError
+from llava.model.branches import attention_name
+from llava.model.multimodal_fusion.base import Fusion, FusionOutput
 
 
 class CrossAttentionFusion(Fusion):
@@ -22,9 +25,10 @@ class CrossAttentionFusion(Fusion):
         layer_norm_eps: Added to the (population) variance inside the root.
 
     Raises:
-        ValueError: The width is not a multiple of the number of heads.
+        CheckpointError: The width is not a multiple of the number of heads.
     """
 
+    branches: ClassVar[tuple[str, ...]] = ("clip", "dino")
     equal_grids: ClassVar[bool] = False
     has_attention: ClassVar[bool] = True
 
@@ -33,7 +37,7 @@ class CrossAttentionFusion(Fusion):
     ) -> None:
         super().__init__()
         if hidden_size % num_heads:
-            raise ValueError(f"the fusion's width {hidden_size} is no multiple of its {num_heads} heads")
+            raise CheckpointError(f"the fusion's width {hidden_size} is no multiple of its {num_heads} heads")
         self.num_heads = num_heads
         self.dropout = dropout
         self.q_proj = nn.Linear(hidden_size, hidden_size)
@@ -50,22 +54,22 @@ class CrossAttentionFusion(Fusion):
         self.ffn_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
 
     @classmethod
-    def from_config(cls, hidden_size: int, dino_heads: int, config: dict[str, Any]) -> "CrossAttentionFusion":
+    def from_config(cls, hidden_size: int, heads: Mapping[str, int], config: dict[str, Any]) -> "CrossAttentionFusion":
         """Builds it; see ``block_settings`` for the fields and their defaults."""
         return cls(hidden_size, **block_settings(hidden_size, config))
 
-    def attention_bias(self, dino_attention_BGPP: Tensor | None) -> Tensor | None:
+    def attention_bias(self, tower_attention_BGPP: Tensor | None) -> Tensor | None:
         """What is added to the attention scores; nothing here."""
         return None
 
-    def forward(self, branches: FusionInput, *, return_attention: bool = False) -> FusionOutput:
+    def forward(self, inputs: Mapping[str, Tensor], *, return_attention: bool = False) -> FusionOutput:
         """Returns fused tokens ``[B, P, D]``, and the attention ``[B, H, P, P]`` if asked for."""
-        assert branches.clip is not None and branches.dino is not None
-        clip_BPD, dino_BPD = branches.clip, branches.dino
+        clip_BPD, dino_BPD = (inputs[branch] for branch in self.branches)
         q_BHPK = self._split_heads(self.q_proj(clip_BPD))
         k_BHPK = self._split_heads(self.k_proj(dino_BPD))
         v_BHPK = self._split_heads(self.v_proj(dino_BPD))
-        bias_BHPP = self.attention_bias(branches.dino_attention)
+        led_by = self.attention_branch
+        bias_BHPP = self.attention_bias(None if led_by is None else inputs[attention_name(led_by)])
         bias_BHPP = None if bias_BHPP is None else bias_BHPP.to(q_BHPK.dtype)
         attention_BHPP = None
         if return_attention:

@@ -1,5 +1,6 @@
 """Forgery-Aware Feature Fusion (arXiv 2503.21210): cross-attention led by the DINO tower's own attention."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +24,7 @@ class ForgeryAwareFusion(CrossAttentionFusion):
         **block: Settings of ``CrossAttentionFusion``.
     """
 
-    uses_dino_attention: ClassVar[bool] = True
+    attention_branch: ClassVar[str | None] = "dino"
     equal_grids: ClassVar[bool] = True
 
     def __init__(self, hidden_size: int, dino_heads: int, bias_hidden_channels: int, **block: Any) -> None:
@@ -35,13 +36,13 @@ class ForgeryAwareFusion(CrossAttentionFusion):
         )
 
     @classmethod
-    def from_config(cls, hidden_size: int, dino_heads: int, config: dict[str, Any]) -> "ForgeryAwareFusion":
+    def from_config(cls, hidden_size: int, heads: Mapping[str, int], config: dict[str, Any]) -> "ForgeryAwareFusion":
         """Builds it; ``bias_hidden_channels`` (published: 32) beside the fields of ``block_settings``."""
         channels = config.get("bias_hidden_channels", 32)
-        return cls(hidden_size, dino_heads, channels, **block_settings(hidden_size, config))
+        return cls(hidden_size, heads["dino"], channels, **block_settings(hidden_size, config))
 
-    def attention_bias(self, dino_attention_BGPP: Tensor | None) -> Tensor:
+    def attention_bias(self, tower_attention_BGPP: Tensor | None) -> Tensor:
         """Returns the bias ``[B, H, P, P]`` from the DINO tower's attention ``[B, G, P, P]``."""
-        assert dino_attention_BGPP is not None
-        log_attention = torch.log(dino_attention_BGPP.float() + _LOG_FLOOR)
+        assert tower_attention_BGPP is not None
+        log_attention = torch.log(tower_attention_BGPP.float() + _LOG_FLOOR)
         return self.attention_mlp(log_attention.to(next(self.attention_mlp.parameters()).dtype))

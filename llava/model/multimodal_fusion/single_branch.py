@@ -1,39 +1,30 @@
-"""One branch alone, for ablation."""
+"""One branch alone: CLIP for a plain LLaVA, either for ablation."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from llava.model.multimodal_fusion.base import Fusion, FusionInput, FusionOutput
+from torch import Tensor
+
+from llava.model.multimodal_fusion.base import Fusion, FusionOutput
 
 
 class ClipOnlyFusion(Fusion):
-    """The CLIP branch as it is; no DINO tower is built."""
+    """The CLIP branch as it is."""
 
-    uses_dino: ClassVar[bool] = False
+    branches: ClassVar[tuple[str, ...]] = ("clip",)
 
     @classmethod
-    def from_config(cls, hidden_size: int, dino_heads: int, config: dict[str, Any]) -> "ClipOnlyFusion":
+    def from_config(cls, hidden_size: int, heads: Mapping[str, int], config: dict[str, Any]) -> "ClipOnlyFusion":
         """Builds it; there is nothing to configure."""
         return cls()
 
-    def forward(self, branches: FusionInput, *, return_attention: bool = False) -> FusionOutput:
-        """Returns the CLIP patches."""
-        self._refuse_attention(return_attention)
-        assert branches.clip is not None
-        return FusionOutput(branches.clip)
+    def forward(self, inputs: Mapping[str, Tensor], *, return_attention: bool = False) -> FusionOutput:
+        """Returns the branch's patches."""
+        self._check_attention(return_attention)
+        return FusionOutput(inputs[self.branches[0]])
 
 
-class DinoOnlyFusion(Fusion):
+class DinoOnlyFusion(ClipOnlyFusion):
     """The DINO branch as it is."""
 
-    uses_clip: ClassVar[bool] = False
-
-    @classmethod
-    def from_config(cls, hidden_size: int, dino_heads: int, config: dict[str, Any]) -> "DinoOnlyFusion":
-        """Builds it; there is nothing to configure."""
-        return cls()
-
-    def forward(self, branches: FusionInput, *, return_attention: bool = False) -> FusionOutput:
-        """Returns the DINO patches."""
-        self._refuse_attention(return_attention)
-        assert branches.dino is not None
-        return FusionOutput(branches.dino)
+    branches: ClassVar[tuple[str, ...]] = ("dino",)

@@ -20,6 +20,8 @@ SPEC = SystemSpec(
     system=f"{_ROOM}.system:FakeReasoning",
     options=f"{_ROOM}.options:FakeReasoningOptions",
     answer_format=f"{_ROOM}.answer:FORMAT",
+    checkpoint_format=f"{_ROOM}.checkpoint:FORMAT",
+    objective=f"{_ROOM}.training:FakeReasoningObjective",
     protocol=f"{_ROOM}.protocol",
     weights=("AnnaGao/FakeReasoning", "openai/clip-vit-large-patch14-336"),
 )

@@ -59,7 +59,7 @@ AUTHENTIC_ATTRIBUTES = (
 ATTRIBUTES: dict[Label, tuple[str, ...]] = {"real": AUTHENTIC_ATTRIBUTES, "fake": FORGERY_ATTRIBUTES}
 HIGH_LEVEL_ATTRIBUTES = frozenset({"Semantic Irrationality", "Semantic Rationality"})
 
-_CONCLUSION_TAG, _CLOSING_TAG = "<CONCLUSION>", "</CONCLUSION>"
+_CONCLUSION_TAG = "<CONCLUSION>"
 _SPELLING = {name.lower(): name for name in (*FORGERY_ATTRIBUTES, *AUTHENTIC_ATTRIBUTES)}
 _TAG = re.compile(rf"<(/?)({'|'.join(STAGES)})>")
 _ATTRIBUTE_HEADING = re.compile(rf"(?<!\w)({'|'.join(re.escape(name) for name in _SPELLING)})\s*:", flags=re.IGNORECASE)
@@ -254,11 +254,6 @@ def shorten(answer: str) -> str | None:
     return None if verdict is None else write_answer(verdict, form="verdict")
 
 
-def is_complete(text: str) -> bool:
-    """Whether an answer has closed its CONCLUSION."""
-    return _CLOSING_TAG in text
-
-
 class _Format:
     """The words above as an ``AnswerFormat``."""
 
@@ -268,8 +263,8 @@ class _Format:
     attributes: Mapping[Label, tuple[str, ...]] = ATTRIBUTES
     verdict_prefix = VERDICT_PREFIX
     verdict_words: tuple[str, str] = VERDICT_WORDS
+    closing = "</CONCLUSION>"
     parse = staticmethod(parse_answer)
-    is_complete = staticmethod(is_complete)
     complete_to_verdict = staticmethod(complete_to_verdict)
     parse_training = staticmethod(parse_training)
     shorten = staticmethod(shorten)

@@ -1,13 +1,16 @@
 """The authors' evaluation protocol, quirks included, and what they published (arXiv 2503.21210)."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-SETTINGS = {"temperature": 0.2, "max_sample": 10}
-"""Where the authors' defaults differ from ours; a value given on the command line goes before them."""
+from llava.labels import FAKE, REAL
+from llava.systems.base import CompareMeanings, CompareTexts, EvaluatedAnswer
+
+SETTINGS: Mapping[str, Any] = {"temperature": 0.2, "max_sample": 10}
+"""Where the authors' defaults differ from those here; a value given on the command line goes before them."""
 PUBLISHED_SETS = (
     "stablediffusion",
     "dalle3",
@@ -20,10 +23,17 @@ PUBLISHED_SETS = (
     "styleganxl",
     "gigagan",
 )
-PUBLISHED_ACCURACY = dict(
+PUBLISHED_ACCURACY: Mapping[str, float] = dict(
     zip(PUBLISHED_SETS, (0.9920, 0.9128, 0.9910, 0.8768, 0.9690, 0.9349, 0.8716, 0.9780, 0.9000, 0.9800), strict=True)
 )
-PUBLISHED_MEAN = {"accuracy": 0.9406, "bleu_1": 0.37, "rouge_l": 0.29, "css": 0.76, "failure_rate": 0.0}
+PUBLISHED_MEAN: Mapping[str, float] = {
+    "accuracy": 0.9406,
+    "bleu_1": 0.37,
+    "rouge_l": 0.29,
+    "css": 0.76,
+    "failure_rate": 0.0,
+}
+PUBLISHED_OVER = "the ten MMFR sets, of parsed answers"
 
 _REASONING = re.compile(r"<REASONING>(.*?)</REASONING>", flags=re.DOTALL)
 _CONCLUSION = re.compile(r"<CONCLUSION>(.*?)</CONCLUSION>", flags=re.DOTALL)
@@ -41,49 +51,46 @@ def parse(text: str) -> tuple[int, str] | None:
     reasoning, conclusion = _REASONING.search(text), _CONCLUSION.search(text)
     if reasoning is None or conclusion is None:
         return None
-    for label, sentence in ((1, "This image is fake."), (0, "This image is real.")):
+    for label, sentence in ((FAKE, "This image is fake."), (REAL, "This image is real.")):
         if sentence in conclusion[1]:
             return label, reasoning[1].strip()
     return None
 
 
-def figures(
-    labels: Sequence[int],
-    parsed: Sequence[tuple[int, str] | None],
-    text_pairs: Sequence[tuple[float, float]],
-    similarities: Sequence[float] | None,
-) -> dict[str, Any]:
-    """Computes the authors' figures; what they cannot compute is None.
+def metrics(
+    answers: Sequence[EvaluatedAnswer], compare: CompareTexts, similarity: CompareMeanings | None
+) -> dict[str, float | None]:
+    """Computes the authors' metrics of one evaluation set; what they cannot compute is None.
 
     Args:
-        labels: The truth of every image.
-        parsed: What ``parse`` returned for each.
-        text_pairs: BLEU-1 and ROUGE-L of each answer that was parsed.
-        similarities: CSS of each, or None if it was not computed.
+        answers: The answers; those that ``parse`` cannot read are dropped from every metric but the failure rate.
+        compare: Gives BLEU-1 and ROUGE-L of a reasoning.
+        similarity: Gives CSS, or None where it is not asked for.
     """
-    kept = [(label, answer[0]) for label, answer in zip(labels, parsed, strict=True) if answer is not None]
-    accuracies = {
-        "r_acc": _mean([said == 0 for label, said in kept if label == 0]),
-        "f_acc": _mean([said == 1 for label, said in kept if label == 1]),
-        "acc": _mean([said == label for label, said in kept]),
-    }
+    read = [(answer, parsed) for answer in answers if (parsed := parse(answer.text)) is not None]
+    verdicts = [(answer.label, verdict) for answer, (verdict, _) in read]
+    texts = [reasoning for _, (_, reasoning) in read]
+    references = [answer.reference for answer, _ in read]
+    compared = [compare(text, reference) for text, reference in zip(texts, references, strict=True)]
     return {
-        **accuracies,
-        "bleu1": _mean([bleu for bleu, _ in text_pairs]),
-        "rougel": _mean([rouge for _, rouge in text_pairs]),
-        "css": None if similarities is None else _mean(similarities),
-        "pre_failure": 1 - len(kept) / len(labels) if labels else None,
+        "r_acc": _mean([verdict == REAL for label, verdict in verdicts if label == REAL]),
+        "f_acc": _mean([verdict == FAKE for label, verdict in verdicts if label == FAKE]),
+        "acc": _mean([verdict == label for label, verdict in verdicts]),
+        "bleu1": _mean([values["bleu_1"] for values in compared]),
+        "rougel": _mean([values["rouge_l"] for values in compared]),
+        "css": None if similarity is None else _mean(similarity(texts, references)),
+        "pre_failure": 1 - len(read) / len(answers) if answers else None,
     }
 
 
-def metric_line(name: str, values: dict[str, Any]) -> str:
+def metric_line(name: str, values: Mapping[str, float | None]) -> str:
     """Returns a set's line of ``metric.txt``; like the authors', it leaves out the failure rate."""
-    said = (
+    parts = (
         f"{key}: {'nan' if value is None else format(value, '.4f')}"
         for key, value in values.items()
         if key != "pre_failure"
     )
-    return f"{name} {', '.join(said)}\n"
+    return f"{name} {', '.join(parts)}\n"
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -1,4 +1,4 @@
-"""Standing figures on a square or a beach, with long shadows."""
+"""Standing people on a square or a beach, with long shadows."""
 
 import numpy as np
 

@@ -48,9 +48,9 @@ def test_balanced_accuracy_is_the_mean_over_the_classes(baseline):
     records += [{"set": "halo", "split_role": "seen", "strength": 1.0}] * 2
     fake = np.asarray([False] * 6 + [True] * 2)
     images = baseline.Images(np.zeros((8, 64, 64, 3), np.uint8), fake, np.ones(8), records)
-    figures = baseline.report(images, np.asarray([0.1, 0.1, 0.1, 0.9, 0.9, 0.9, 0.9, 0.2]))
-    assert figures["all"] == figures["strength"]["1"] == figures["generator"]["halo"] == 0.5
-    assert figures["strength"]["0.2-0.4"] is None
+    metrics = baseline.report(images, np.asarray([0.1, 0.1, 0.1, 0.9, 0.9, 0.9, 0.9, 0.2]))
+    assert metrics["all"] == metrics["strength"]["1"] == metrics["generator"]["halo"] == 0.5
+    assert metrics["strength"]["0.2-0.4"] is None
     all_fake = baseline.report(images, np.ones(8))
     assert all_fake["all"] == 0.5 and all_fake["reals"] == 0.0
 

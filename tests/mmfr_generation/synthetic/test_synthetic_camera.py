@@ -20,10 +20,10 @@ def flat(*colour: float, size: int = 64) -> np.ndarray:
 @pytest.mark.parametrize("phase", [(0, 0), (0, 1), (1, 0), (1, 1)])
 def test_a_flat_colour_stays_flat_and_keeps_its_colour(phase, directional):
     camera = replace(QUIET, phase=phase, directional=directional)
-    picture = photograph(flat(0.5, 0.2, 0.05), camera, np.random.default_rng(0))
-    assert picture.std(axis=(1, 2)).max() < 0.004
+    image = photograph(flat(0.5, 0.2, 0.05), camera, np.random.default_rng(0))
+    assert image.std(axis=(1, 2)).max() < 0.004
     expected = np.asarray([1.055 * x ** (1 / 2.4) - 0.055 for x in (0.5, 0.2, 0.05)])[:, None, None]
-    assert np.abs(picture - expected).max() < 0.006
+    assert np.abs(image - expected).max() < 0.006
 
 
 def test_noise_grows_with_the_light_and_with_the_gain():
@@ -50,9 +50,9 @@ def test_demosaicing_ties_neighbours_together_and_a_clean_render_does_not():
 
 
 def test_the_lens_keeps_the_mean_brightness_but_darkens_corners():
-    picture = photograph(flat(0.3, 0.3, 0.3), replace(QUIET, vignette=0.3), np.random.default_rng(0))
-    assert picture[:, :4, :4].mean() < picture[:, 28:36, 28:36].mean() - 0.03
-    assert abs(picture.mean() - photograph(flat(0.3, 0.3, 0.3), QUIET, np.random.default_rng(0)).mean()) < 0.01
+    image = photograph(flat(0.3, 0.3, 0.3), replace(QUIET, vignette=0.3), np.random.default_rng(0))
+    assert image[:, :4, :4].mean() < image[:, 28:36, 28:36].mean() - 0.03
+    assert abs(image.mean() - photograph(flat(0.3, 0.3, 0.3), QUIET, np.random.default_rng(0)).mean()) < 0.01
 
 
 def test_both_sources_of_fakes_are_as_noisy_as_photographs():

@@ -1,4 +1,4 @@
-"""Fairness: what is not the picture says nothing about the class."""
+"""Fairness: what is not the image says nothing about the class."""
 
 import json
 from collections.abc import Callable
@@ -87,7 +87,7 @@ CUES: dict[str, Callable[[Path], list[float]]] = {
 
 
 @pytest.mark.parametrize("cue", CUES)
-def test_a_cue_beside_the_picture_carries_nothing(entries, cue):
+def test_a_cue_beside_the_image_carries_nothing(entries, cue):
     carries_nothing([CUES[cue](path) for path, _ in entries], [fake for _, fake in entries])
 
 
@@ -112,7 +112,7 @@ def test_classes_are_equally_many(entries):
 
 
 def jpeg_segments(data: bytes) -> list[int]:
-    """Returns the markers before the picture's data; what follows must end with the picture."""
+    """Returns the markers before the image's data; what follows must end with the image."""
     assert data[:2] == b"\xff\xd8" and data[-2:] == b"\xff\xd9"
     markers, at = [], 2
     while not markers or markers[-1] != 0xDA:
@@ -130,7 +130,7 @@ def png_chunks(data: bytes) -> list[bytes]:
     return names
 
 
-def test_files_hold_nothing_beside_the_picture(entries):
+def test_files_hold_nothing_beside_the_image(entries):
     jfif, tables_, frame, codes, scan = 0xE0, 0xDB, 0xC0, 0xC4, 0xDA
     for path, _ in entries[:200]:
         data = path.read_bytes()

@@ -13,7 +13,7 @@ from mmfr_generation.synthetic.scenes import SCENES
 every = pytest.mark.parametrize("generator", g.GENERATORS.values(), ids=lambda generator: generator.name)
 
 
-def picture(seed: int, size: int = 112) -> np.ndarray:
+def random_image(seed: int, size: int = 112) -> np.ndarray:
     rng = np.random.default_rng(seed)
     scene = draw_scene(SCENES[seed % len(SCENES)], seed, size)
     return photograph(scene.linear_CHW, Camera.draw(rng), rng)
@@ -34,7 +34,7 @@ def test_roles_and_mechanisms_are_what_they_are_called():
 @every
 @pytest.mark.parametrize("size", [64, 99, 224])
 def test_any_size_goes_through_and_stays_a_picture(generator, size):
-    before = picture(4, size)
+    before = random_image(4, size)
     kept = before.copy()
     after = generator.apply(before, 0.7, np.random.default_rng(1))
     assert after.shape == before.shape and after.dtype == np.float32
@@ -48,7 +48,7 @@ def test_the_trace_grows_steadily_with_strength(generator):
     for strength in (0.2, 0.6, 1.0):
         changes = []
         for seed in range(10):
-            before = picture(seed)
+            before = random_image(seed)
             changes.append(np.abs(generator.apply(before, strength, np.random.default_rng(seed)) - before).mean())
         change.append(np.mean(changes))
     assert 0 < change[0] < change[1] < change[2]
@@ -56,19 +56,19 @@ def test_the_trace_grows_steadily_with_strength(generator):
 
 @every
 def test_strength_is_continuous(generator):
-    before = picture(2)
+    before = random_image(2)
     one, other = (generator.apply(before, s, np.random.default_rng(3)) for s in (0.45, 0.451))
     assert 0 < np.abs(one - other).mean() < 0.004
 
 
 @every
-def test_equal_random_numbers_give_equal_pictures(generator):
-    one, other = (generator.apply(picture(1), 0.5, np.random.default_rng(9)) for _ in range(2))
+def test_equal_random_numbers_give_equal_images(generator):
+    one, other = (generator.apply(random_image(1), 0.5, np.random.default_rng(9)) for _ in range(2))
     assert np.array_equal(one, other)
 
 
 def test_nearest_upsampling_repeats_pixels():
-    after = g.nearest_upsampling(picture(0), 1.0, np.random.default_rng(0))
+    after = g.nearest_upsampling(random_image(0), 1.0, np.random.default_rng(0))
     assert np.allclose(after[:, ::2, ::2], after[:, 1::2, 1::2], atol=1e-6)
 
 
@@ -90,7 +90,7 @@ def test_waves_make_peaks_in_the_spectrum(generator):
 
 
 def test_palette_leaves_few_levels_and_blocks_leave_few_coefficients():
-    before = picture(3)
+    before = random_image(3)
     assert len(np.unique(np.round(g.palette(before, 1.0, np.random.default_rng(0))[0], 4))) < 12
     whole = g._along(g._along(g._blocks(before, 8), 2, g._WALSH), 4, g._WALSH)
     back = g._joined(g._along(g._along(whole, 2, g._WALSH.T), 4, g._WALSH.T) / 64, *before.shape[1:])
@@ -118,7 +118,7 @@ def test_halo_and_ringing_overshoot_at_a_step():
 
 
 def test_inpainting_changes_one_region_only():
-    before = picture(5)
+    before = random_image(5)
     after = g.inpainting(before, 0.6, np.random.default_rng(0))
     changed = (after != before).any(0)
     assert 0.03 < changed.mean() < 0.4
@@ -141,7 +141,7 @@ def test_channels_move_apart_and_rows_move_sideways():
 
 
 def test_the_decoder_has_learnt_to_decode():
-    before = picture(6)
+    before = random_image(6)
     after = decode(before)
     error = ((after - before) ** 2).mean()
     blocks = before.reshape(3, 14, 8, 14, 8)

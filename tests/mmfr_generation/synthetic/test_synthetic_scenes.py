@@ -55,7 +55,7 @@ def test_equal_seeds_give_equal_scenes_and_others_do_not(kind):
 
 
 @kinds
-def test_every_declared_fault_can_be_seen_and_its_mask_is_where_the_picture_changed(kind):
+def test_every_declared_fault_can_be_seen_and_its_mask_is_where_the_image_changed(kind):
     for name in kind.faults:
         areas = []
         for seed in range(8):

@@ -1,4 +1,4 @@
-"""Words: true of the picture, varied, and few."""
+"""Words: true of the image, varied, and few."""
 
 import re
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llava.cli import run_cli
 from llava.systems.fakereasoning.answer import QUESTION, parse_answer
 from mmfr_generation.synthetic.__main__ import main
 from mmfr_generation.synthetic.generators import GENERATORS
@@ -68,7 +69,7 @@ def test_two_workers_write_the_same_bytes_as_one(written, tmp_path):
     assert tree(tmp_path / "two") == tree(written)
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(written, tmp_path):
+def test_a_killed_run_is_resumed_to_the_same_bytes(written, tmp_path):
     out = tmp_path / "killed"
     process = subprocess.Popen(command(out, *COUNTS, "--workers", "2"), cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -208,6 +209,10 @@ def test_wrong_flags_stop_with_one_sentence(tmp_path, capsys, arguments, said):
     assert not (tmp_path / "d").exists()
 
 
+def status(arguments: list[str]) -> int:
+    return run_cli(lambda: main(arguments))
+
+
 def only_message(capsys) -> str:
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]
     return line
@@ -216,38 +221,38 @@ def only_message(capsys) -> str:
 def test_another_run_in_the_same_folder_is_refused(tmp_path, capsys):
     assert main(["--out", str(tmp_path), "--train", "2", "--eval", "0", "--size", "64"]) == 0
     before = tree(tmp_path)
-    assert main(["--out", str(tmp_path), "--train", "2", "--eval", "0", "--size", "64", "--seed", "1"]) == 1
+    assert status(["--out", str(tmp_path), "--train", "2", "--eval", "0", "--size", "64", "--seed", "1"]) == 1
     assert "seed 0, not 1" in only_message(capsys)
     assert tree(tmp_path) == before
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("mine")
-    assert main(["--out", str(tmp_path), "--train", "2", "--eval", "0"]) == 1
+    assert status(["--out", str(tmp_path), "--train", "2", "--eval", "0"]) == 1
     assert "not empty" in only_message(capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_a_path_that_cannot_be_a_folder_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
-    assert main(["--out", str(tmp_path / "file" / "d"), "--train", "2", "--eval", "0"]) == 1
-    assert "cannot write to" in only_message(capsys)
+    assert status(["--out", str(tmp_path / "file" / "d"), "--train", "2", "--eval", "0"]) == 1
+    assert "cannot be written" in only_message(capsys)
 
 
-def test_a_full_disk_stops_with_one_sentence_and_the_run_can_go_on(tmp_path, capsys, monkeypatch):
+def test_a_full_disk_stops_with_one_sentence_and_the_run_can_be_resumed(tmp_path, capsys, monkeypatch):
     arguments = ["--out", str(tmp_path / "d"), "--train", "40", "--eval", "0", "--size", "64", "--workers", "1"]
-    whole, written = Path.write_bytes, []
+    fsync, written = os.fsync, []
 
-    def fill(path: Path, data: bytes) -> int:
-        written.append(path)
+    def fill(descriptor: int) -> None:
+        written.append(descriptor)
         if len(written) > 38:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return whole(path, data)
+        fsync(descriptor)
 
-    monkeypatch.setattr(Path, "write_bytes", fill)
-    assert main(arguments) == 1
-    assert "no space is left" in only_message(capsys)
-    monkeypatch.setattr(Path, "write_bytes", whole)
+    monkeypatch.setattr(os, "fsync", fill)
+    assert status(arguments) == 1
+    assert "the disk is full" in only_message(capsys)
+    monkeypatch.setattr(os, "fsync", fsync)
     assert main(arguments) == 0
     assert len(manifest(tmp_path / "d")) == 40
 
@@ -256,5 +261,5 @@ def test_a_damaged_record_is_named(tmp_path, capsys):
     arguments = ["--out", str(tmp_path), "--train", "2", "--eval", "0", "--size", "64"]
     assert main(arguments) == 0
     (tmp_path / "manifest.jsonl").write_text('{"image": ')
-    assert main(arguments) == 1
+    assert status(arguments) == 1
     assert "manifest.jsonl is damaged" in only_message(capsys)

@@ -1,0 +1,273 @@
+"""The report of an evaluation: one HTML file that needs nothing else."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from forgery_eval.masks import read_mask
+from forgery_eval.metrics.scoring import ALL, Scored
+from forgery_eval.pages.base import image_source, render
+from forgery_eval.pages.charts import charts
+from forgery_eval.pages.overlay import draw_grey_mask
+from llava.labels import LABELS
+from llava.systems.base import EvaluationProtocol
+
+WORST = 24
+_THUMBNAIL = 224
+_MOST_FAILURES = 200
+_DETECTION = {
+    "text_accuracy": "accuracy (text)",
+    "score_accuracy": "accuracy (score)",
+    "text_real_accuracy": "real",
+    "text_fake_accuracy": "fake",
+    "text_balanced_accuracy": "balanced",
+    "text_f1_macro": "F1 macro",
+    "auroc": "AUROC",
+    "average_precision": "AP",
+    "tpr_at_1_fpr": "TPR at 1 % FPR",
+    "tpr_at_5_fpr": "TPR at 5 % FPR",
+    "ece": "ECE",
+    "nll": "NLL",
+    "brier": "Brier",
+    "failure_rate": "failures",
+    "disagreement": "text and score differ",
+}
+_REASONING = {
+    "texts": "texts",
+    "bleu_1": "BLEU-1",
+    "bleu_2": "BLEU-2",
+    "bleu_3": "BLEU-3",
+    "bleu_4": "BLEU-4",
+    "rouge_l": "ROUGE-L",
+    "css": "CSS",
+    "css_chunked": "CSS (whole text)",
+    "attribute_precision": "attribute precision",
+    "attribute_recall": "attribute recall",
+    "attribute_f1": "attribute F1",
+    "words": "words",
+}
+_PUBLISHED_MEANS = {"bleu_1": "BLEU-1", "rouge_l": "ROUGE-L", "css": "CSS", "failure_rate": "failures"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table.
+
+    Attributes:
+        text: What it shows.
+        notes: Smaller lines below.
+        reason: Why it shows no value; seen on pointing at it.
+    """
+
+    text: str
+    notes: tuple[str, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with one row of headings."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+
+
+def report_page(
+    metrics: Mapping[str, Any],
+    rows: Sequence[Scored],
+    *,
+    published: EvaluationProtocol | None = None,
+    masks: Path | None = None,
+) -> str:
+    """Returns the page.
+
+    Args:
+        metrics: What ``metrics.json`` holds.
+        rows: The scored samples.
+        published: Has the numbers that the system's authors published.
+        masks: Folder that the predictions' masks are named from.
+    """
+    detection, reasoning = metrics["detection"], metrics["reasoning"]
+    seconds = [row.prediction.seconds for row in rows if row.prediction.seconds]
+    known = [row for row in rows if not np.isnan(row.score)]
+    failures = metrics["failures"]
+    return render(
+        "report.html",
+        data=metrics["data"],
+        protocol=metrics["protocol"],
+        run=metrics["run"],
+        images=len(rows),
+        speed=1 / float(np.mean(seconds)) if seconds else None,
+        calibration=_calibration(metrics["calibration"]),
+        notice=metrics.get("settings", {}).get("notice") or "",
+        paper=_paper_table(metrics["paper"], published) if "paper" in metrics else None,
+        detection=_metrics_table(_named(detection), _DETECTION, _published_accuracy(detection["sets"], published)),
+        groups={name: _metrics_table(values, _DETECTION, {}) for name, values in detection["groups"].items()},
+        confusion=_confusion(detection[ALL]["metrics"]),
+        charts=charts(
+            np.array([row.sample.label for row in known], int), np.array([row.score for row in known], float)
+        ),
+        two_scores=_two_scores(metrics) if "answer_score" in metrics else None,
+        published_means=_published_means(published),
+        reasoning=[
+            (title, _metrics_table(_kind(reasoning, kind), _REASONING, {}))
+            for kind, title in (("all", "All answers; failures count 0"), ("parsed", "Answers with a verdict"))
+        ],
+        worst=[_card(row, masks) for row in worst_mistakes(rows)],
+        failures=[[Cell(failure["id"]), Cell(failure["reason"])] for failure in failures[:_MOST_FAILURES]],
+        more_failures=max(0, len(failures) - _MOST_FAILURES),
+    )
+
+
+def _number(value: float | int | None) -> str:
+    if value is None:
+        return "–"
+    return str(value) if isinstance(value, int) else f"{value:.4f}"
+
+
+def _calibration(found: Mapping[str, Any] | None) -> str:
+    if not found:
+        return "Scores are as the model gives them."
+    where = "on a fifth of these ids; the rest is reported" if found["fitted_here"] else "before, elsewhere"
+    before = ", ".join(f"{name.upper()} {_number(found['before']['metrics'][name])}" for name in ("ece", "nll"))
+    return (
+        f"Scores are calibrated: temperature {found['temperature']:.4g}, bias {found['bias']:.4g}, fitted {where}. "
+        f"Before, over all reported images: {before}."
+    )
+
+
+def _published_accuracy(sets: Iterable[str], published: EvaluationProtocol | None) -> dict[str, float]:
+    """The published accuracies; their mean is comparable only where all published sets are there."""
+    if published is None:
+        return {}
+    accuracy = dict(published.PUBLISHED_ACCURACY)
+    if set(sets) == set(accuracy) and "accuracy" in published.PUBLISHED_MEAN:
+        accuracy["macro"] = published.PUBLISHED_MEAN["accuracy"]
+    return accuracy
+
+
+def _published_means(published: EvaluationProtocol | None) -> str:
+    if published is None:
+        return ""
+    means = [
+        f"{title} {published.PUBLISHED_MEAN[name]:g}"
+        for name, title in _PUBLISHED_MEANS.items()
+        if name in published.PUBLISHED_MEAN
+    ]
+    return f"Published means over {published.PUBLISHED_OVER}: {', '.join(means)}." if means else ""
+
+
+def _named(detection: Mapping[str, Any]) -> dict[str, Any]:
+    return {**detection["sets"], "macro": detection["macro"], ALL: detection[ALL]}
+
+
+def _kind(reasoning: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    return {name: found[kind] for name, found in [*reasoning["sets"].items(), (ALL, reasoning[ALL])]}
+
+
+def _metrics_table(
+    found: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str], published: Mapping[str, float]
+) -> Table:
+    """One row a part; below an accuracy its interval, and the published one of a set of that name."""
+
+    def cell(name: str, part: Mapping[str, Any], metric: str) -> Cell:
+        value = part["metrics"].get(metric)
+        if value is None:
+            return Cell(_number(None), reason=part["undefined"].get(metric) or "")
+        low_high = part["intervals"].get(metric)
+        notes = [f"{low_high[0]:.3f}–{low_high[1]:.3f}"] if low_high else []
+        if metric == "text_accuracy" and name in published:
+            notes.append(f"published {published[name]:.4f}")
+        return Cell(_number(value), tuple(notes))
+
+    counts = {name: part["metrics"].get("images") for name, part in found.items()}
+    with_images = any(count is not None for count in counts.values())
+    head = ["", *(["images"] if with_images else []), *columns.values()]
+    rows = []
+    for name, part in found.items():
+        count = [Cell("" if counts[name] is None else str(counts[name]))] if with_images else []
+        rows.append([Cell(name), *count, *(cell(name, part, metric) for metric in columns)])
+    return Table(head, rows)
+
+
+def _paper_table(found: Mapping[str, Mapping[str, Any]], published: EvaluationProtocol | None) -> Table:
+    names = list(next(iter(found.values()), {}))
+    accuracy = published.PUBLISHED_ACCURACY if published else {}
+    rows = [
+        [Cell(name), *(Cell(_number(values[key])) for key in names), Cell(_number(accuracy.get(name)))]
+        for name, values in found.items()
+    ]
+    return Table(["", *names, "published acc"], rows)
+
+
+def _confusion(metrics: Mapping[str, Any]) -> Table:
+    rows = [
+        [Cell(f"{label}, by {source}"), *(Cell(str(count)) for count in metrics[f"confusion_{source}"][label].values())]
+        for source in ("text", "score")
+        if metrics[f"confusion_{source}"]
+        for label in LABELS
+    ]
+    return Table(["images that are …", "called real", "called fake", "neither"], rows)
+
+
+def _two_scores(metrics: Mapping[str, Any]) -> Table:
+    """The score that is reported beside the one at the answer's verdict, each as read and calibrated."""
+    plain = {"auroc": "AUROC", "score_accuracy": "accuracy", "disagreement": "differs from text"}
+    calibrated = {"ece": "ECE", "nll": "NLL", "brier": "Brier"}
+    rows = []
+    for name, found, calibration in (
+        ("without the answer (the one reported)", metrics["detection"][ALL], metrics["calibration"]),
+        ("at the answer's verdict", metrics["answer_score"], metrics["answer_score"]["calibration"]),
+    ):
+        before, after = (calibration["before"], found) if calibration else (found, {"metrics": {}})
+        values = [before["metrics"][metric] for metric in plain]
+        pairs = [part["metrics"].get(metric) for metric in calibrated for part in (before, after)]
+        rows.append([Cell(name), *(Cell(_number(value)) for value in [*values, *pairs])])
+    head = ["P(fake)", *plain.values()]
+    for title in calibrated.values():
+        head += [title, f"{title}, calibrated"]
+    return Table(head, rows)
+
+
+def worst_mistakes(rows: Sequence[Scored], most: int = WORST) -> list[Scored]:
+    """Returns the images that were called what they are not, the surest first."""
+
+    def predicted(row: Scored) -> str | None:
+        if row.prediction.verdict is not None or np.isnan(row.score):
+            return row.prediction.verdict
+        return LABELS[int(row.score >= 0.5)]
+
+    def sureness(row: Scored) -> float:
+        return 0.0 if np.isnan(row.score) else abs(row.score - row.sample.label)
+
+    wrong = [row for row in rows if predicted(row) not in (None, LABELS[row.sample.label])]
+    return sorted(wrong, key=lambda row: (-sureness(row), row.sample.id))[:most]
+
+
+def _card(row: Scored, masks: Path | None) -> dict[str, str]:
+    """What the page shows of one mistake."""
+    image = _thumbnail(row.sample.image)
+    mask = read_mask(masks, row.prediction.mask) if masks and row.prediction.mask else None
+    return {
+        "image": image_source(image) if image else "",
+        "mask": image_source(draw_grey_mask(image, mask)) if image and mask else "",
+        "id": row.sample.id,
+        "label": LABELS[row.sample.label],
+        "verdict": row.prediction.verdict or "neither",
+        "score": "no score" if np.isnan(row.score) else f"P(fake) {row.score:.4f}",
+        "text": row.explanation or row.prediction.text or "no reasoning",
+    }
+
+
+def _thumbnail(file: Path) -> Image.Image | None:
+    try:
+        with Image.open(file) as image:
+            small = ImageOps.exif_transpose(image).convert("RGB")
+        small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    except Exception:  # Pillow's plugins raise many kinds; an image that cannot be shown is no fault of the report
+        return None
+    return small

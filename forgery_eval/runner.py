@@ -1,0 +1,120 @@
+"""Analyses images in batches; whoever asks stores each batch before the next is analysed."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from tqdm import tqdm
+
+from forgery_eval.benchmarks import Sample
+from forgery_eval.store import Prediction, RunStore
+from llava.cli import log
+from llava.errors import ImageReadError
+from llava.images import load_image
+
+if TYPE_CHECKING:
+    from llava import ForgeryDetector, ForgeryReport
+    from llava.detector import ImageLike
+    from llava.systems.base import AnalyzeOptions
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Batch(Generic[Item]):
+    """What was analysed together.
+
+    Attributes:
+        items: What the images belong to.
+        reports: One an item.
+        seconds: Time an image.
+    """
+
+    items: list[Item]
+    reports: "list[ForgeryReport]"
+    seconds: float
+
+
+def analyze_batches(
+    detector: "ForgeryDetector",
+    items: Iterable[Item],
+    image_of: "Callable[[Item], ImageLike]",
+    options: "AnalyzeOptions",
+    batch_size: int | str,
+) -> Iterator[Batch[Item]]:
+    """Analyses the images of some items and yields batches in order, each before the next is analysed.
+
+    Args:
+        detector: The model.
+        items: Taken as they are needed, two batches ahead at most.
+        image_of: Gives an item's image or its path.
+        options: How images are analysed.
+        batch_size: Images at a time, or ``auto``.
+
+    Raises:
+        OptionError: The options cannot be met.
+    """
+    waiting: deque[Item] = deque()
+
+    def images() -> "Iterator[ImageLike]":
+        for item in items:
+            waiting.append(item)
+            yield image_of(item)
+
+    size = detector.system.batch_size(options) if isinstance(batch_size, str) else batch_size
+    reports = detector.analyze_many(images(), batch_size=size, **vars(options))
+    while True:
+        start = time.perf_counter()
+        batch = list(islice(reports, size))
+        if not batch:
+            return
+        seconds = (time.perf_counter() - start) / len(batch)
+        yield Batch([waiting.popleft() for _ in batch], batch, seconds)
+
+
+def fill_store(
+    detector: "ForgeryDetector",
+    samples: Sequence[Sample],
+    options: "AnalyzeOptions",
+    store: RunStore,
+    *,
+    oriented: bool = True,
+) -> None:
+    """Analyses the samples that the store does not have, and stores each batch before the next is analysed.
+
+    Args:
+        detector: The model.
+        samples: All samples of the run, in order.
+        options: How images are analysed.
+        store: The run's store.
+        oriented: Whether images are turned as their EXIF orientation says.
+    """
+    rest = samples[store.done :]
+
+    def image_of(sample: Sample) -> "ImageLike":
+        return sample.image if oriented else _as_stored(sample.image)
+
+    with tqdm(total=len(samples), initial=store.done, unit=" images") as progress:
+        for batch in analyze_batches(detector, rest, image_of, options, store.batch_size):
+            pairs = list(zip(batch.items, batch.reports, strict=True))
+            for _, report in pairs:
+                if report.error:
+                    with progress.external_write_mode():
+                        log(f"cannot analyse {report.error}")
+            store.write(
+                [Prediction.from_report(s.id, s.label, report, batch.seconds) for s, report in pairs],
+                {sample.id: report.mask for sample, report in pairs if report.mask is not None},
+            )
+            progress.update(len(pairs))
+
+
+def _as_stored(image: Path) -> "ImageLike":
+    """The image without its EXIF orientation; its path where it cannot be read, for the detector to say why."""
+    try:
+        return load_image(image, apply_orientation=False)
+    except ImageReadError:
+        return image

@@ -1,0 +1,311 @@
+"""What was predicted, on disk before the next batch is analysed, so that a killed run resumes.
+
+An evaluation's run is known by a key: a digest of the weights' contents, the settings, the prompt and the images. Its
+file is ``<key>.jsonl``; the first line says what the key stands for, each further line is one prediction, in the order
+of the samples. Batches are formed from the whole list, and only whole batches are kept when a run resumes, so that each
+image is always analysed beside the same others. Masks lie beside the file, see ``masks``.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from forgery_eval.answers import DEFAULT_SYSTEM, AnswerKind
+from forgery_eval.masks import write_mask
+from llava.errors import DataError
+from llava.files import JsonlLog, digest_json, file_errors
+from llava.labels import LABELS
+
+if TYPE_CHECKING:
+    from llava import ForgeryReport
+
+_KEY_LENGTH = 16
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was predicted of one image.
+
+    Attributes:
+        id: The sample's.
+        label: The truth, 0 real, 1 fake.
+        verdict: ``real``, ``fake``, or None where the text says neither.
+        fake_probability: P(fake), None where there is none.
+        score_source: Where the probability was read.
+        answer_probability: P(fake) at the answer's verdict where ``fake_probability`` was read without the answer.
+        text: The answer.
+        stages: Its stages.
+        attributes: Sentence of each attribute that it names.
+        mask: File of the mask, relative to the predictions' folder; None where there is none.
+        tag: Kind of image or forgery that the system named.
+        details: Further values that only this system gives.
+        abstained: Whether the system declined to give a verdict.
+        abstained_because: Why it did.
+        error: Why the image could not be analysed; empty if it was.
+        seconds: Its share of its batch's time.
+    """
+
+    id: str
+    label: int
+    verdict: str | None = None
+    fake_probability: float | None = None
+    score_source: str | None = None
+    answer_probability: float | None = None
+    text: str = ""
+    stages: dict[str, str] = field(default_factory=dict)
+    attributes: dict[str, str] = field(default_factory=dict)
+    mask: str | None = None
+    tag: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+    abstained: bool = False
+    abstained_because: str = ""
+    error: str = ""
+    seconds: float = 0.0
+
+    @classmethod
+    def from_report(cls, id: str, label: int, report: "ForgeryReport", seconds: float) -> "Prediction":
+        """Returns the prediction that a report makes."""
+        shared = {item.name for item in fields(cls)} & set(report.__dataclass_fields__) - {"label", "mask"}
+        values = {name: getattr(report, name) for name in shared}
+        return cls(id=id, label=label, verdict=report.label, seconds=round(seconds, 4), **values)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What predictions depend on.
+
+    Attributes:
+        settings: System, weights, options, prompt, images, as plain JSON values.
+        chosen: Which samples were asked for; they are chosen again when the run is scored again.
+        batch_size: Images at a time.
+    """
+
+    settings: Mapping[str, Any]
+    chosen: Mapping[str, Any]
+    batch_size: int
+
+    @property
+    def key(self) -> str:
+        """Digest of the settings."""
+        return digest_json(self.settings)[:_KEY_LENGTH]
+
+
+class RunStore:
+    """A run's file, open to resume.
+
+    Args:
+        folder: Where runs lie.
+        run: What is run; if its file is there already, the batch size is the file's.
+        ids: Of all samples, in order.
+
+    Attributes:
+        path: The file.
+        done: Number of samples, from the first on, that need not be analysed again.
+        batch_size: Images at a time.
+
+    Raises:
+        DataError: The file does not belong to the run.
+        FileError: Another process writes it, or it cannot be written.
+    """
+
+    def __init__(self, folder: Path, run: Run, ids: Sequence[str]) -> None:
+        self.path = folder / f"{run.key}.jsonl"
+        self.batch_size = run.batch_size
+        self._run, self._ids = run, ids
+        self._lines = 0
+        self._log = JsonlLog(self.path, self._read)
+        if not self._lines:
+            self._log.append(asdict(run))
+        found = max(0, self._lines - 1)
+        self.done = found if found == len(ids) else found // self.batch_size * self.batch_size
+        self._log.keep(1 + self.done)
+
+    def _read(self, number: int, record: dict[str, Any]) -> None:
+        """Checks a line that is there: the header, then a prediction of each sample in order."""
+        index = number - 2
+        if index < 0:
+            size = record.get("batch_size")
+            belongs = record.get("settings") == self._run.settings and isinstance(size, int) and size > 0
+            self.batch_size = size if belongs and isinstance(size, int) else self.batch_size
+        else:
+            belongs = index < len(self._ids) and record.get("id") == self._ids[index]
+        if not belongs:
+            raise DataError(f"{self.path} does not hold this run's predictions in order; remove it to start again")
+        self._lines = number
+
+    def write(self, batch: Sequence[Prediction], masks: Mapping[str, np.ndarray] | None = None) -> None:
+        """Adds a batch, and returns when it is on disk; its masks are there before the lines that name them.
+
+        Args:
+            batch: The predictions.
+            masks: Masks by the predictions' ids.
+        """
+        written = {name: write_mask(self.path.parent, self._run.key, name, m) for name, m in (masks or {}).items()}
+        self._log.append(*(asdict(replace(prediction, mask=written.get(prediction.id))) for prediction in batch))
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._log.close()
+
+
+_ANSWER_START = b'{"image": '
+"""Of every line of answers; what is torn and does not begin like this was not written here."""
+
+
+class AnswersFile:
+    """Answers of inference on disk, one JSON line an image, written as they come.
+
+    Every line names the run that wrote it: a digest of model and settings.
+
+    Args:
+        path: The file; it is made if need be. What is no regular file (a pipe) is only written to, without masks.
+        settings: What the answers depend on.
+
+    Attributes:
+        done: The images that have a line, each with its ``error``.
+
+    Raises:
+        DataError: The file holds answers of another run, or is no such file.
+        FileError: Another process writes it, or it cannot be written.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self.run = digest_json(settings)[:_KEY_LENGTH]
+        self.done: dict[str, str] = {}
+        self._stores_masks = not path.exists() or path.is_file()
+        self._log = JsonlLog(path, self._read, start=_ANSWER_START)
+
+    def _read(self, number: int, record: dict[str, Any]) -> None:
+        run, image, error = record.get("run"), record.get("image"), record.get("error", "")
+        if not (isinstance(run, str) and isinstance(image, str) and isinstance(error, str)):
+            raise DataError(f"{self.path}, line {number}: this is no line of answers; name another file")
+        if run != self.run:
+            raise DataError(
+                f"{self.path} holds answers of another model or other settings (line {number}); "
+                "name another file or remove it"
+            )
+        self.done[image] = error
+
+    def write(self, batch: "Sequence[tuple[str, ForgeryReport]]") -> None:
+        """Adds a line for each image, and returns when they are on disk; masks are there before them."""
+        self._log.append(*[self._record(image, report) for image, report in batch])
+
+    def _record(self, image: str, report: "ForgeryReport") -> dict[str, Any]:
+        mask = None
+        if report.mask is not None and self._stores_masks:
+            mask = write_mask(self.path.parent, self.run, image, report.mask)
+        return {"image": image, **report.to_dict(), "mask": mask, "run": self.run}
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._log.close()
+
+
+# --- reading predictions, of this or any other program
+
+
+def read_run(path: Path, answer_format: str | None = None) -> tuple[dict[str, Any], dict[str, Prediction]]:
+    """Reads predictions, one JSON object a line, of this or any other program.
+
+    Each line must have ``id`` (as in the data set) and one or more of ``fake_probability`` (0 to 1), ``verdict``
+    (real or fake) and ``text`` (an answer, from which a missing verdict and missing stages are read). Further fields
+    are those of ``Prediction``. A torn last line is left out.
+
+    Args:
+        path: The file.
+        answer_format: System in whose words the texts are; by default the run's, see ``system_of``.
+
+    Returns:
+        What the first line says of the run (empty for another program's file), and the predictions by id.
+
+    Raises:
+        DataError: A line is no prediction, or an id stands twice.
+        FileError: The file cannot be read.
+        OptionError: The system is not known here.
+    """
+    header: dict[str, Any] = {}
+    predictions: dict[str, Prediction] = {}
+    kind: AnswerKind | None = None
+    with file_errors(path, "read"):
+        lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        location = f"{path}, line {number}"
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            if number == len(lines):
+                break
+            raise DataError(f"{location}: this is not JSON") from None
+        if number == 1 and isinstance(entry, dict) and "settings" in entry and "id" not in entry:
+            header = entry
+            continue
+        kind = kind or AnswerKind.of(answer_format or system_of(header))
+        prediction = _prediction(entry, kind, location)
+        if prediction.id in predictions:
+            raise DataError(f"{location}: the id {prediction.id!r} stands more than once")
+        predictions[prediction.id] = prediction
+    return header, predictions
+
+
+def system_of(header: Mapping[str, Any]) -> str:
+    """Returns the system that a run's first line names, or the default one."""
+    settings = header.get("settings")
+    name = settings.get("system") if isinstance(settings, Mapping) else None
+    return str(name or DEFAULT_SYSTEM)
+
+
+def _prediction(entry: Any, kind: AnswerKind, location: str) -> Prediction:
+    needed = ("fake_probability", "verdict", "text", "error")
+    if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
+        raise DataError(f"{location}: a prediction needs an id")
+    if not any(name in entry for name in needed):
+        raise DataError(f"{location}: a prediction needs one of {', '.join(needed)}")
+    verdict, text = entry.get("verdict"), entry.get("text") or ""
+    if verdict not in (None, *LABELS):
+        raise DataError(f"{location}: the verdict must be real, fake or null, not {verdict!r}")
+    source, seconds = entry.get("score_source"), entry.get("seconds") or 0
+    if not isinstance(text, str) or not isinstance(source, str | None):
+        raise DataError(f"{location}: text and score_source must be texts")
+    if not isinstance(seconds, int | float):
+        raise DataError(f"{location}: seconds must be a number, not {seconds!r}")
+    parsed = kind.parse(text)
+    details = entry.get("details")
+    return Prediction(
+        id=entry["id"],
+        label=-1,
+        verdict=verdict if "verdict" in entry else parsed.verdict,
+        fake_probability=_probability(entry, "fake_probability", location),
+        score_source=source,
+        answer_probability=_probability(entry, "answer_probability", location),
+        text=text,
+        stages=_texts(entry, "stages", parsed.stages, location),
+        attributes=_texts(entry, "attributes", parsed.attributes, location),
+        mask=str(entry["mask"]) if entry.get("mask") else None,
+        tag=str(entry.get("tag") or ""),
+        details=details if isinstance(details, dict) else {},
+        abstained=bool(entry.get("abstained")),
+        abstained_because=str(entry.get("abstained_because") or ""),
+        error=str(entry.get("error") or ""),
+        seconds=float(seconds),
+    )
+
+
+def _probability(entry: Mapping[str, Any], name: str, location: str) -> float | None:
+    given = entry.get(name)
+    if given is not None and not (isinstance(given, int | float) and 0 <= given <= 1):
+        raise DataError(f"{location}: {name} must be from 0 to 1, not {given!r}")
+    return given
+
+
+def _texts(entry: Mapping[str, Any], name: str, default: dict[str, str], location: str) -> dict[str, str]:
+    given = entry.get(name, default)
+    if not isinstance(given, dict) or not all(isinstance(text, str) for text in given.values()):
+        raise DataError(f"{location}: {name} must be an object of texts")
+    return given

@@ -1,0 +1,319 @@
+"""Prompts with images to answers, and P(fake) where an answer's verdict is predicted: what all language models share.
+
+Suffixes: B images, P tokens of an image, D width, V words.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.errors import OptionError
+from llava.mm_utils import tokenizer_image_token
+from llava.model.decoding import Decoded, PromptCache, Sampler, decode
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.llava_arch import SplicedBatch, splice
+from llava.model.multimodal_fusion.base import FusionOutput
+from llava.report import ScoreSource
+from llava.systems.base import AnalyzeOptions, AnswerFormat
+
+_CLOSING_TAIL = 24
+"""Ids at an answer's end whose text is asked whether the answer is complete."""
+_CPU_BATCH = 16
+_VISION_BATCH_CPU = 2
+"""Images that a CPU's towers see at a time: the activations of more do not stay in its caches."""
+_LARGEST_BATCH = 64
+_PROMPT_POSITIONS = 1280
+"""Length of a prompt with its image in the estimate of what a row takes."""
+_MEMORY_SHARE = 0.6
+"""Share of the free GPU memory that caches may take; the rest is for activations."""
+
+Embeddings = Mapping[int, Tensor]
+"""What takes each placeholder's place, ``[B, n, D]`` by the placeholder's id; one of each for every image."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer.
+
+    Attributes:
+        text: As decoded, a given beginning included.
+        fake_probability: P(fake) at its verdict.
+        source: ``verdict``, or ``forced`` where the answer has none and was brought to it for one forward.
+    """
+
+    text: str
+    fake_probability: float
+    source: ScoreSource
+
+
+@dataclass(frozen=True)
+class ImageAnswers:
+    """What is answered about one image.
+
+    Attributes:
+        answers: As many as ``options.samples``.
+        prompt_probability: P(fake) without an answer; None unless asked for.
+    """
+
+    answers: list[Answer]
+    prompt_probability: float | None = None
+
+
+class Answering:
+    """Asks a language model about images, in batches.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        context_length: Longest sequence in tokens.
+        answer_format: The words of its system.
+        temperature: Of the two verdict words' logits; published for FakeReasoning: 10.
+        tokenize: Gives a prompt's ids, placeholders among them; default: as LLaVA does.
+    """
+
+    def __init__(
+        self,
+        model: LlavaLlamaForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        context_length: int,
+        answer_format: AnswerFormat,
+        *,
+        temperature: float = 1.0,
+        tokenize: Callable[[str], list[int]] | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.context_length = context_length
+        self.answer_format = answer_format
+        self.verdict = model.verdict_tokens
+        self.temperature = temperature
+        self.tokenize = tokenize or (lambda prompt: tokenizer_image_token(prompt, tokenizer))
+
+    def batch_size(self, options: AnalyzeOptions) -> int:
+        """On a GPU as many images as their caches fit into free memory; on a CPU what was fastest."""
+        if self.model.device.type != "cuda":
+            return max(1, _CPU_BATCH // options.samples)
+        config = self.model.config
+        width = config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+        answer = 0 if options.score_only else options.max_new_tokens
+        positions = min(self.context_length, _PROMPT_POSITIONS + answer)
+        row = 2 * width * self.model.dtype.itemsize * positions * options.samples
+        free, _ = torch.cuda.mem_get_info(self.model.device)
+        return max(1, min(_LARGEST_BATCH // options.samples, int(free * _MEMORY_SHARE) // row))
+
+    def encode_images(self, pixels_B3SS: Tensor, *, attention: bool = False) -> FusionOutput:
+        """Returns image tokens, and the fusion's attention if asked for; on a CPU a few images at a time."""
+        size = _VISION_BATCH_CPU if pixels_B3SS.device.type == "cpu" else len(pixels_B3SS)
+        parts = [self.model.encode_images(part, return_attention=attention) for part in pixels_B3SS.split(size)]
+        maps = [part.attention for part in parts if part.attention is not None]
+        return FusionOutput(torch.cat([part.tokens for part in parts]), torch.cat(maps) if maps else None)
+
+    def answer(
+        self,
+        prompt: str,
+        embeddings: Embeddings,
+        digests: Sequence[str],
+        options: AnalyzeOptions,
+        *,
+        prefix: str = "",
+        score_prompt: bool = False,
+    ) -> list[ImageAnswers]:
+        """Decodes answers and reads P(fake) at their verdicts.
+
+        Args:
+            prompt: What is asked, up to where the answer begins; the same for all images.
+            embeddings: Of the placeholders.
+            digests: Digest of each image, B of them; sampling depends on it.
+            options: How answers are decoded.
+            prefix: Beginning of the answer that the model is given.
+            score_prompt: Also read P(fake) without an answer, from the prompts that were run already.
+
+        Raises:
+            OptionError: The prompt is longer than the model's context.
+        """
+        prompt_ids = self.tokenize(prompt)
+        start_ids = self.tokenize(continue_prompt(prompt, prefix).rstrip(" ")) if prefix else prompt_ids
+        prefix_ids = start_ids[len(prompt_ids) :]
+        budget = min(options.max_new_tokens, self._free_context(start_ids, embeddings))
+        decoded, cache = self._decode(start_ids, prefix_ids, embeddings, digests, options, budget)
+        answers_ids = [[*prefix_ids, *one.ids] for one in decoded]
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers_ids]
+        scores, sources = self._scores_while_decoding(prompt, answers_ids, decoded, texts)
+        unread = [row for row, score in enumerate(scores) if score is None]
+        completed = [continue_prompt(prompt, self.answer_format.complete_to_verdict(texts[row])) for row in unread]
+        images = [row // options.samples for row in unread]
+        for row, score in zip(unread, self._score_again(completed, images, start_ids, cache, embeddings), strict=True):
+            scores[row] = score
+        answers = [Answer(*each) for each in zip(texts, map(_known, scores), sources, strict=True)]
+        without: list[float | None] = [None] * len(digests)
+        if score_prompt:
+            opened = [continue_prompt(prompt, self.answer_format.verdict_prefix)] * len(digests)
+            without = [*self._score_again(opened, range(len(digests)), start_ids, cache, embeddings)]
+        size = options.samples
+        return [ImageAnswers(answers[i * size : (i + 1) * size], score) for i, score in enumerate(without)]
+
+    def prompt_scores(self, prompt: str, embeddings: Embeddings, number: int) -> list[float]:
+        """Returns P(fake) of each of B images where the verdict's opening follows the prompt at once.
+
+        Raises:
+            OptionError: The prompt is longer than the model's context.
+        """
+        text = continue_prompt(prompt, self.answer_format.verdict_prefix)
+        self._free_context(self.tokenize(text), embeddings)
+        return self._score_texts([text] * number, embeddings)
+
+    def _free_context(self, prompt_ids: list[int], embeddings: Embeddings) -> int:
+        """Returns how many tokens the context has left after a prompt with its placeholders filled; at least 1."""
+        added = sum((tokens.shape[1] - 1) * prompt_ids.count(index) for index, tokens in embeddings.items())
+        length = len(prompt_ids) + added
+        if length >= self.context_length:
+            raise OptionError(f"the prompt takes {length} tokens, but the model's context has {self.context_length}")
+        return self.context_length - length
+
+    def _decode(
+        self,
+        start_ids: list[int],
+        prefix_ids: list[int],
+        embeddings: Embeddings,
+        digests: Sequence[str],
+        options: AnalyzeOptions,
+        budget: int,
+    ) -> tuple[list[Decoded], PromptCache | None]:
+        embeds_BLD = self._embed([start_ids] * len(digests), embeddings).inputs_embeds
+        if options.num_beams > 1:
+            return self._beam_search(embeds_BLD, options.num_beams, budget), None
+        streams = [f"{options.seed}/{digest}/{sample}" for digest in digests for sample in range(options.samples)]
+        closing_ids = self._closing_ids
+        return decode(
+            self.model,
+            embeds_BLD,
+            sampler=Sampler(options.temperature, options.top_p, streams),
+            max_new_tokens=budget,
+            kept_words=(self.verdict.real, self.verdict.fake),
+            is_complete=lambda ids: self._is_complete(prefix_ids, ids, closing_ids),
+            samples=options.samples,
+        )
+
+    def _beam_search(self, embeds_BLD: Tensor, num_beams: int, budget: int) -> list[Decoded]:
+        """Lets transformers search; no logits are kept, so scores are computed on the finished texts."""
+        answers = self.model.generate(
+            inputs_embeds=embeds_BLD,
+            attention_mask=torch.ones(embeds_BLD.shape[:2], dtype=torch.long, device=embeds_BLD.device),
+            num_beams=num_beams,
+            do_sample=False,
+            max_new_tokens=budget,
+        ).tolist()
+        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        cut = [ids[: ids.index(eos)] if eos in ids else ids for ids in answers]
+        return [Decoded([i for i in ids if i != pad], torch.empty(0, 2)) for ids in cut]
+
+    @cached_property
+    def _closing_ids(self) -> frozenset[int]:
+        """Ids whose piece holds the last character of what completes an answer; only after them its text is read."""
+        closing = self.answer_format.closing
+        pieces = self.tokenizer.get_vocab().items() if closing else ()
+        return frozenset(index for piece, index in pieces if closing[-1] in piece)
+
+    def _is_complete(self, prefix_ids: list[int], ids: list[int], closing_ids: frozenset[int]) -> bool:
+        if ids[-1] == self.tokenizer.eos_token_id:
+            return True
+        if ids[-1] not in closing_ids:
+            return False
+        tail = [*prefix_ids[-_CLOSING_TAIL:], *ids][-_CLOSING_TAIL:]
+        return self.answer_format.closing in self.tokenizer.decode(tail, skip_special_tokens=True)
+
+    def _scores_while_decoding(
+        self, prompt: str, answers_ids: Sequence[list[int]], decoded: Sequence[Decoded], texts: Sequence[str]
+    ) -> tuple[list[float | None], list[ScoreSource]]:
+        """P(fake) of each answer from the logits of its decoding, where its text's verdict is predicted.
+
+        Those logits count where the text's own ids are those that were decoded. Else (rare words are cut in several
+        ways, beam search keeps no logits, there is no verdict) the text must be run once more, so that a score always
+        belongs to its text: its score is None here.
+        """
+        start = len(self.tokenize(prompt))
+        scores: list[float | None] = []
+        sources: list[ScoreSource] = []
+        for ids, one, text in zip(answers_ids, decoded, texts, strict=True):
+            before = self.answer_format.complete_to_verdict(text)
+            # The verdict is the model's own if its text continues where the completed one ends.
+            has_verdict = text.startswith(before) and text[len(before) :].strip() != ""
+            sources.append("verdict" if has_verdict else "forced")
+            own = self.tokenize(continue_prompt(prompt, before))[start:]
+            step = len(own) - (len(ids) - len(one.ids))
+            if has_verdict and ids[: len(own)] == own and 0 <= step < len(one.kept_logits):
+                scores.append(float((one.kept_logits[step] / self.temperature).softmax(dim=-1)[1]))
+            else:
+                scores.append(None)
+        return scores, sources
+
+    def _score_again(
+        self,
+        texts: Sequence[str],
+        images: Sequence[int],
+        start_ids: list[int],
+        cache: PromptCache | None,
+        embeddings: Embeddings,
+    ) -> list[float]:
+        """P(fake) where each text ends; what was run of its prompt, image included, is not run again.
+
+        Args:
+            texts: Prompts with answers.
+            images: Number of each text's image in the batch.
+            start_ids: Ids of what the cache holds.
+            cache: Of the prompts that were run, or None.
+            embeddings: Of the placeholders.
+        """
+        if not texts:
+            return []
+        tails = [self.tokenize(text) for text in texts]
+        start = len(start_ids)
+        if cache is None or any(ids[:start] != start_ids or len(ids) == start for ids in tails):
+            return self._score_texts(texts, {index: tokens[list(images)] for index, tokens in embeddings.items()})
+        device = self.model.device
+        lasts = torch.tensor([len(ids) - start - 1 for ids in tails], device=device)
+        kept, indices = lasts.unique(return_inverse=True)
+        padded = pad_sequence([torch.tensor(ids[start:]) for ids in tails], batch_first=True).to(device)
+        output = self.model(
+            input_ids=padded, past_key_values=cache.of_rows(images), use_cache=True, logits_to_keep=kept
+        )
+        rows = torch.arange(len(tails), device=output.logits.device)
+        at_verdict_RV = output.logits[rows, indices.to(output.logits.device)]
+        return self.verdict.fake_probability(at_verdict_RV, self.temperature).tolist()
+
+    def _score_texts(self, texts: Sequence[str], embeddings: Embeddings) -> list[float]:
+        """P(fake) where each text ends, in one forward."""
+        batch = self._embed([self.tokenize(text) for text in texts], embeddings)
+        output = self.model(
+            inputs_embeds=batch.inputs_embeds,
+            attention_mask=None if bool(batch.attention_mask.all()) else batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            logits_to_keep=1,
+        )
+        return self.verdict.fake_probability(output.logits[:, -1], self.temperature).tolist()
+
+    def _embed(self, rows: Sequence[list[int]], embeddings: Embeddings) -> SplicedBatch:
+        """Prompts with their placeholders filled, padded on the left."""
+        device = self.model.device
+        padded = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_side="left").to(device)
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        mask = torch.arange(padded.shape[1], device=device) >= padded.shape[1] - lengths[:, None]
+        filled = {index: [[own] for own in tokens] for index, tokens in embeddings.items()}
+        return splice(padded, self.model.get_input_embeddings(), filled, attention_mask=mask, padding_side="left")
+
+
+def continue_prompt(prompt: str, answer: str) -> str:
+    """Returns a prompt and an answer; the mark of an image in an answer is only a word and stands for no image."""
+    return f"{prompt} {answer.replace(DEFAULT_IMAGE_TOKEN, '')}"
+
+
+def _known(score: float | None) -> float:
+    assert score is not None
+    return score

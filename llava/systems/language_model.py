@@ -1,0 +1,183 @@
+"""What systems with a LLaVA language model share: opening, pixels, batches, and the way from answers to reports."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.conversation import conv_templates
+from llava.errors import OptionError
+from llava.mm_utils import grid_over_image, process_images
+from llava.model.answering import Answering, ImageAnswers
+from llava.model.builder import load_pretrained_model
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.multimodal_fusion.builder import fusion_class
+from llava.report import ForgeryReport
+from llava.systems.base import AnalyzeOptions, AnswerFormat
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """An image as the model takes it: shared pixels ``[3, S, S]``, own width and height, a digest of the pixels."""
+
+    pixels: Tensor
+    size: tuple[int, int]
+    digest: str
+
+
+class LanguageModelSystem(ABC):
+    """A system whose language model answers about an image, and whose P(fake) is read at the answer's verdict.
+
+    Args:
+        tokenizer: The model's.
+        model: The model.
+        image_processor: The model's.
+        context_length: Longest sequence in tokens.
+    """
+
+    name: str
+    options: ClassVar[type[AnalyzeOptions]] = AnalyzeOptions
+    answer_format: AnswerFormat
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        model: LlavaLlamaForCausalLM,
+        image_processor: Any,
+        context_length: int,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.model = model
+        self.image_processor = image_processor
+        self.context_length = context_length
+        self.notice: str = model.config.notice
+        self.answering = Answering(
+            model, tokenizer, context_length, self.answer_format, temperature=self.verdict_temperature
+        )
+
+    @property
+    def verdict_temperature(self) -> float:
+        """Temperature of the two verdict words' logits."""
+        return 1.0
+
+    @classmethod
+    def load(cls, path: str, **options: Any) -> "LanguageModelSystem":
+        """Opens a checkpoint; ``options`` are those of ``load_pretrained_model``."""
+        return cls(*load_pretrained_model(path, **options))
+
+    @abstractmethod
+    def prompt(self, options: Any) -> str:
+        """Returns what the model is asked, up to where its answer begins."""
+
+    @abstractmethod
+    def report(self, answers: ImageAnswers, options: Any) -> ForgeryReport:
+        """Turns what was answered about one image into a report."""
+
+    def answer_prefix(self, options: Any) -> str:
+        """Returns the beginning of the answer that the model is given."""
+        return ""
+
+    def reports_prompt_score(self, options: Any) -> bool:
+        """Whether P(fake) without an answer is asked for beside the answer."""
+        return False
+
+    def describe(self, options: Any) -> dict[str, Any]:
+        """All that changes an answer beside weights, options and pixels."""
+        return {"prompt": self.prompt(options), "notice": self.notice}
+
+    def prepare(self, image: Image.Image) -> PreparedImage:
+        """Pads or crops, resizes and normalises an image."""
+        return self.prepare_pixels(process_images([image], self.image_processor, self.model.config)[0], image.size)
+
+    def prepare_pixels(self, pixels: Tensor, size: tuple[int, int] | None = None) -> PreparedImage:
+        """Takes shared pixels ``[3, S, S]`` that were made elsewhere, of an image of this width and height."""
+        digest = hashlib.blake2b(pixels.numpy().tobytes(), digest_size=16).hexdigest()
+        return PreparedImage(pixels, size or (pixels.shape[-1], pixels.shape[-2]), digest)
+
+    def batch_size(self, options: AnalyzeOptions) -> int:
+        """A batch that fits and is fast on this device."""
+        return self.answering.batch_size(options)
+
+    @torch.no_grad()
+    def analyze_batch(self, prepared: Sequence[PreparedImage], options: AnalyzeOptions) -> list[ForgeryReport]:
+        """Analyses a batch.
+
+        Raises:
+            OptionError: The options cannot be met, for example an attention that the fusion does not have, or a prompt
+                that is longer than the model's context.
+        """
+        fusion = self.model.config.mm_fusion_type
+        if options.attention and not fusion_class(fusion).has_attention:
+            raise OptionError(f"the fusion {fusion!r} has no attention, so it cannot say where the model looked")
+        pixels = torch.stack([item.pixels for item in prepared]).to(self.model.device, self.model.dtype)
+        encoded = self.answering.encode_images(pixels, attention=options.attention)
+        embeddings = {IMAGE_TOKEN_INDEX: encoded.tokens}
+        if options.score_only:
+            scores = self.answering.prompt_scores(self.prompt(options), embeddings, len(prepared))
+            reports = [self.score_report(score) for score in scores]
+        else:
+            reports = self._answer(embeddings, prepared, options)
+        if encoded.attention is None:
+            return reports
+        maps = self._attention_maps(encoded.attention, prepared)
+        return [replace(report, attention=grid) for report, grid in zip(reports, maps, strict=True)]
+
+    def _answer(
+        self, embeddings: Mapping[int, Tensor], prepared: Sequence[PreparedImage], options: AnalyzeOptions
+    ) -> list[ForgeryReport]:
+        answers = self.answering.answer(
+            self.prompt(options),
+            embeddings,
+            [item.digest for item in prepared],
+            options,
+            prefix=self.answer_prefix(options),
+            score_prompt=self.reports_prompt_score(options),
+        )
+        return [self.report(each, options) for each in answers]
+
+    def score_report(self, score: float) -> ForgeryReport:
+        """Returns the report of an image of which only P(fake) without an answer was asked."""
+        return ForgeryReport(
+            label="fake" if score >= 0.5 else "real",
+            fake_probability=score,
+            score_source="prompt",
+            system=self.name,
+            off_distribution=self.score_is_off_distribution,
+            notice=self.notice,
+        )
+
+    @property
+    def score_is_off_distribution(self) -> bool:
+        """Whether asking for the verdict alone is what the model was not trained for."""
+        return bool(self.model.config.verdict_only_share == 0)
+
+    def _attention_maps(self, attention_BHPP: Tensor, prepared: Sequence[PreparedImage]) -> list[Any]:
+        """Mean over heads and queries, laid over each image; keys are patches of the fusion's second branch."""
+        core = self.model.get_model()
+        keys = core.tower(core.fusion.branches[-1])
+        grids = attention_BHPP.float().mean(dim=(1, 2)).unflatten(1, keys.grid).cpu().numpy()
+        mode = self.model.config.image_aspect_ratio
+        return [grid_over_image(grid, item.size, mode) for grid, item in zip(grids, prepared, strict=True)]
+
+
+def fill_conversation(mode: str, question: str) -> str:
+    """Returns a template's prompt with an image and a question, up to where the answer begins.
+
+    Raises:
+        OptionError: There is no such template, or the question shows an image itself.
+    """
+    if mode not in conv_templates:
+        raise OptionError(f"unknown conv_mode {mode!r}; known: {', '.join(conv_templates)}")
+    if DEFAULT_IMAGE_TOKEN in question:
+        raise OptionError(f"the question must not hold {DEFAULT_IMAGE_TOKEN}: the image's place is before it")
+    conversation = conv_templates[mode].copy()
+    conversation.append_message(conversation.roles[0], f"{DEFAULT_IMAGE_TOKEN}\n{question}")
+    conversation.append_message(conversation.roles[1], None)
+    return conversation.get_prompt()

@@ -1,0 +1,1 @@
+"""Chat API: requests in batches or directly, and their answers on disk."""

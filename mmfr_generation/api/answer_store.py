@@ -1,0 +1,114 @@
+"""Request files and their answers on disk."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from llava.errors import DataError, MissingFileError
+from llava.files import write_jsonl
+from mmfr_generation.api.answers import read_answer, read_lines
+
+
+def request_files(folder: Path) -> list[Path]:
+    """Returns the request files of a folder by name.
+
+    Raises:
+        MissingFileError: There is none.
+    """
+    files = sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise MissingFileError(f"there is no .jsonl file in {folder}; write request files with get_jsonl.py first")
+    return files
+
+
+def request_ids(path: Path) -> list[str]:
+    """Returns the ``custom_id`` of each request in a file, in order.
+
+    Raises:
+        DataError: A line is no request, or an id occurs twice.
+    """
+    ids: dict[str, int] = {}
+    for number, request in read_lines(path):
+        custom_id = (request or {}).get("custom_id")
+        if request is None or not isinstance(custom_id, str) or not isinstance(request.get("body"), dict):
+            raise DataError(f"{path}, line {number}, is not a request with a custom_id and a body")
+        if custom_id in ids:
+            raise DataError(f"{path}, line {number}, asks about {custom_id} again, as line {ids[custom_id]} does")
+        ids[custom_id] = number
+    if not ids:
+        raise DataError(f"{path} holds no request")
+    return list(ids)
+
+
+class AnswerStore:
+    """The answers of a folder of request files on disk.
+
+    Args:
+        input_folder: Folder of request files.
+        output_folder: Folder for the answers; ``.batch_api`` in it holds what is needed to resume.
+    """
+
+    def __init__(self, input_folder: Path | str, output_folder: Path | str) -> None:
+        self.input_folder = Path(input_folder)
+        self.output_folder = Path(output_folder)
+        self.work_folder = self.output_folder / ".batch_api"
+        self.files = request_files(self.input_folder)
+        self._ids: dict[Path, list[str]] = {}
+
+    def ids(self, path: Path) -> list[str]:
+        """Returns the ``custom_id`` of each request in a file, which is read once: request files are large."""
+        if path not in self._ids:
+            self._ids[path] = request_ids(path)
+        return self._ids[path]
+
+    def raw_path(self, path: Path, origin: str) -> Path:
+        """Returns where answers to a request file lie as they came; ``origin`` as in ``raw_answers``."""
+        return self.work_folder / f"{path.stem}.{origin}.jsonl"
+
+    def raw_answers(self, name: str) -> list[Path]:
+        """Returns every file with answers to a request file: ``direct``, then ``batch1.output`` and so on."""
+        stem = re.escape(Path(name).stem)
+        pattern = re.compile(rf"{stem}\.(?:batch(\d+)\.(?:error|output)|direct)\.jsonl")
+        found = [(match, path) for path in self.work_folder.glob("*.jsonl") if (match := pattern.fullmatch(path.name))]
+        return [path for match, path in sorted(found, key=lambda pair: (int(pair[0][1] or 0), pair[1].name))]
+
+    def answers(self, name: str) -> dict[str, dict[str, Any]]:
+        """Returns the best line for each request of a file: its last answer, else its last failure."""
+        best: dict[str, dict[str, Any]] = {}
+        answered: set[str] = set()
+        for path in self.raw_answers(name):
+            for _, line in read_lines(path):
+                if line is None:
+                    continue
+                answer = read_answer(line)
+                if not answer.failure:
+                    answered.add(answer.custom_id)
+                if not answer.failure or answer.custom_id not in answered:
+                    best[answer.custom_id] = line
+        return best
+
+    def unanswered(self, path: Path) -> list[str]:
+        """Returns the requests of a file that have neither an answer nor a failure that would recur."""
+        best = self.answers(path.name)
+        return [
+            custom_id
+            for custom_id in self.ids(path)
+            if custom_id not in best or ((answer := read_answer(best[custom_id])).failure and answer.retryable)
+        ]
+
+    def publish(self, path: Path) -> list[str]:
+        """Writes the answers of a request file in the order of its requests; returns those without an answer."""
+        best = self.answers(path.name)
+        lines, failed = [], []
+        for custom_id in self.ids(path):
+            line = best.get(custom_id) or {
+                "custom_id": custom_id,
+                "response": None,
+                "error": {"code": "no_answer", "message": "the server gave neither an answer nor an error"},
+            }
+            failure = read_answer(line).failure
+            if failure:
+                failed.append(f"{custom_id}: {failure}")
+            lines.append(line)
+        write_jsonl(self.output_folder / path.name, lines)
+        return failed

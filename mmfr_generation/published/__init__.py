@@ -1,0 +1,1 @@
+"""The published MMFR-Dataset: fetching its parts and unpacking them."""
