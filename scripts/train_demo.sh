@@ -69,7 +69,7 @@ train() {
 language_model() {
     train run --model_config scripts/demo_model.json --tokenizer "$out/tokenizer" \
         --vision_tower "$out/towers/vision_tower" --dino_weights "$out/towers/dino_tower" \
-        --group_by_modality_length True --alike_lengths True --learning_rate 1.5e-3 --num_train_epochs 2
+        --group_by_modality_length True --group_by_length True --learning_rate 1.5e-3 --num_train_epochs 2
 }
 
 # Batches of like length weigh the words of short answers more; random order corrects that.

@@ -44,11 +44,13 @@ PAGES_OF_FLAGS = {
     "docs/adding-a-system.md": [["eval"]],
     "docs/architecture.md": [],
     "CONTRIBUTING.md": [["eval"]],
-    "CHANGELOG.md": [["train", "--recipe", "fakereasoning"], ["merge"], ["eval"]],
+    "CHANGELOG.md": [["train"], ["train", "--recipe", "fakereasoning"], ["merge"], ["eval"]],
 }
 """The verbs whose flags each page names in its text."""
 ELSEWHERE = {"--outliers": "llava.demo.towers", "--strangers": "llava.demo.towers"}
 """Flags of commands that are no verbs."""
+OLD_NAMES = {"--alike-lengths"}
+"""Flags that only the changelog names; ``test_old_commands`` reads them."""
 
 
 def test_the_readme_is_short():
@@ -74,7 +76,8 @@ def shell_commands() -> list[list[str]]:
 @pytest.mark.parametrize("words", shell_commands(), ids=" ".join)
 def test_shell_scripts_document_what_is_written_of_them(words):
     index = words.index("bash")
-    done = subprocess.run(["bash", ROOT / words[index + 1], "--help"], capture_output=True, text=True, check=True)
+    command, environment = ["bash", ROOT / words[index + 1], "--help"], {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     named = [
         word.partition("=")[0] for word in [*words[:index], *words[index + 2 :]] if "=" in word or word[:2] == "--"
     ]
@@ -141,12 +144,12 @@ def test_flags_named_in_the_text_exist(page, capsys):
             except SystemExit as end:
                 assert end.code == 0
         known |= names_of(capsys.readouterr().out)
-    old = {"--layout"} if page == "CHANGELOG.md" else set()
+    elsewhere = OLD_NAMES if page == "CHANGELOG.md" else set()
     for flag, module in ELSEWHERE.items():
         if flag in wanted:
             assert flag in importlib.import_module(module).build_parser()._option_string_actions
-            old.add(flag)
-    assert wanted - known - old == set()
+            elsewhere = elsewhere | {flag}
+    assert wanted - known - elsewhere == set()
 
 
 def test_every_python_block_is_valid_and_imports_what_there_is():
@@ -182,7 +185,7 @@ def test_python_runs_on_the_embedded_model(page, folder, capsys):
 
 def test_the_python_of_the_readme_is_six_lines():
     (block,) = python_of("README.md")
-    assert len(block.splitlines()) == 6
+    assert len([line for line in block.splitlines() if line]) == 6
 
 
 def test_the_example_of_a_system_works(folder, capsys, monkeypatch):

@@ -153,7 +153,8 @@ def test_flags_named_in_the_text_are_read(command):
 
 @pytest.mark.parametrize("script", ["demo.sh", "test.sh", "train_demo.sh", "finetune_task_lora.sh"])
 def test_scripts_explain_themselves(script):
-    done = subprocess.run(["bash", ROOT / "scripts" / script, "--help"], capture_output=True, text=True, check=False)
+    command, environment = ["bash", ROOT / "scripts" / script, "--help"], {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
 
 
