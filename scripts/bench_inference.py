@@ -111,8 +111,8 @@ def seconds(work: Callable[[], Any], device: Any) -> float:
     return time.perf_counter() - start
 
 
-def measure_batch(system: Any, pictures: list[Any], size: int, new_tokens: int) -> dict[str, float]:
-    """Measures the stages of one batch size, and images/s over all pictures end to end."""
+def measure_batch(system: Any, images: list[Any], size: int, new_tokens: int) -> dict[str, float]:
+    """Measures the stages of one batch size, and images/s over all images end to end."""
     import torch
 
     from llava.detector import ForgeryDetector
@@ -120,8 +120,8 @@ def measure_batch(system: Any, pictures: list[Any], size: int, new_tokens: int) 
 
     model, device = system.model, system.model.device
     options = system.options(max_new_tokens=new_tokens)
-    many = (pictures * (1 + size // len(pictures)))[: max(len(pictures), size)]
-    prepared = [system.prepare(picture) for picture in many[:size]]
+    many = (images * (1 + size // len(images)))[: max(len(images), size)]
+    prepared = [system.prepare(image) for image in many[:size]]
     pixels = torch.stack([item.pixels for item in prepared]).to(device, model.dtype)
     ids = system.tokenizer(system.prompt(options).replace("<image>", "")).input_ids
     words = (model.verdict_tokens.real, model.verdict_tokens.fake)
@@ -137,15 +137,15 @@ def measure_batch(system: Any, pictures: list[Any], size: int, new_tokens: int) 
         )
 
     with torch.no_grad():
-        tokens = system.look(pixels).tokens
+        tokens = system.answering.encode_images(pixels).tokens
         text = model.get_input_embeddings()(torch.tensor([ids] * size, device=device))
         embeds = torch.cat((text, tokens), dim=1)
         answer(embeds, 2)
-        vision = seconds(lambda: system.look(pixels), device)
+        vision = seconds(lambda: system.answering.encode_images(pixels), device)
         prefill = min(seconds(lambda: answer(embeds, 1), device) for _ in range(2))
         decoding = seconds(lambda: answer(embeds, new_tokens), device) - prefill
     detector = ForgeryDetector(system)
-    judged = seconds(lambda: list(detector.analyze_many(many, batch_size=size, max_new_tokens=new_tokens)), device)
+    answered = seconds(lambda: list(detector.analyze_many(many, batch_size=size, max_new_tokens=new_tokens)), device)
     scored = seconds(lambda: list(detector.analyze_many(many, batch_size=size, score_only=True)), device)
     step = decoding / max(1, new_tokens - 1)
     measured = {
@@ -153,7 +153,7 @@ def measure_batch(system: Any, pictures: list[Any], size: int, new_tokens: int) 
         "prefill_s": prefill,
         "prompt_tokens": embeds.shape[1],
         "decode_tokens_per_s": size / step,
-        "images_per_s": len(many) / judged,
+        "images_per_s": len(many) / answered,
         "score_only_images_per_s": len(many) / scored,
     }
     return {**measured, **shares_of_ceilings(model, size, embeds.shape[1], new_tokens, prefill, step)}
@@ -187,10 +187,11 @@ def bench(arguments: argparse.Namespace) -> None:
     from PIL import Image
     from tqdm import tqdm
 
+    from llava.errors import OptionError
     from llava.model.builder import resolve_device
 
     if min(arguments.batch_sizes) < 1 or arguments.images < 1 or arguments.new_tokens < 2:
-        raise ValueError("batch sizes and images must be at least 1, new tokens at least 2")
+        raise OptionError("batch sizes and images must be at least 1, new tokens at least 2")
     device = resolve_device(arguments.device)
     wanted = ("bfloat16" if device.type == "cuda" else "float32") if arguments.dtype == "auto" else arguments.dtype
     torch.manual_seed(0)
@@ -199,11 +200,11 @@ def bench(arguments: argparse.Namespace) -> None:
     loaded = time.perf_counter() - start
     rng = np.random.default_rng(0)
     noise = [rng.integers(0, 256, (480, 640, 3), dtype=np.uint8) for _ in range(arguments.images)]
-    pictures = [Image.fromarray(values) for values in noise]
-    preprocess = seconds(lambda: [system.prepare(picture) for picture in pictures], device) / len(pictures)
+    images = [Image.fromarray(values) for values in noise]
+    preprocess = seconds(lambda: [system.prepare(image) for image in images], device) / len(images)
     batches = {}
     for size in tqdm(arguments.batch_sizes, unit=" batch sizes"):
-        batches[size] = measure_batch(system, pictures, size, arguments.new_tokens)
+        batches[size] = measure_batch(system, images, size, arguments.new_tokens)
     rates = {size: values["images_per_s"] for size, values in batches.items()}
     best = max(rates, key=lambda size: rates[size])
     gpu = device.type == "cuda"

@@ -176,7 +176,7 @@ def damage(folder: Path) -> None:
 
 FOLDERS = {
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
-    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
+    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "is not JSON"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
     "damaged weights": (damage, "damaged"),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "has no tokenizer"),

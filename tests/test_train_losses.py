@@ -14,6 +14,7 @@ from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint_files import read_tensor_file
 from llava.model.checkpoint_layout import LORA_PREFIX, NON_LORA_FILE, strip_lora_prefix
 from llava.systems.fakereasoning import checkpoint as layout
+from llava.systems.fakereasoning.answer import FORMAT
 from llava.train.arguments import parse_arguments
 from llava.train.checkpointing import complete_checkpoints
 from llava.train.loading import build_model, load_start
@@ -118,6 +119,7 @@ def batches(model, tokenizer, processor, folder):
             template=conv_templates["v1"],
             model_config=model.config,
             image_processor=processor,
+            answer_format=FORMAT,
             placeholder_tokens=model.get_model().placeholder_tokens(),
             max_length=2048,
         )

@@ -19,6 +19,8 @@ from llava.model.configuration import LlavaConfig
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
 DEFAULT_CONTEXT_LENGTH = 2048
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+"""Names of transformers' attentions that a language model here takes."""
 
 
 def load_pretrained_model(
@@ -224,10 +226,13 @@ def resolve_attention(attn_implementation: str, device: torch.device, dtype: tor
     """Returns the attention for ``auto``: flash-attn where it is installed and can run, else SDPA.
 
     Raises:
-        OptionError: flash-attn is asked for but not installed.
+        OptionError: The name is unknown, or flash-attn is asked for but not installed.
     """
     if attn_implementation == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):
         raise OptionError("flash_attention_2 needs flash-attn: pip install 'fakereasoning[flash]' --no-build-isolation")
+    if attn_implementation not in ("auto", *ATTENTIONS):
+        known = ", ".join(("auto", *ATTENTIONS))
+        raise OptionError(f"unknown attn_implementation {attn_implementation!r}; known: {known}")
     if attn_implementation != "auto":
         return attn_implementation
     usable = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
