@@ -51,7 +51,7 @@ def test_what_the_api_can_send(tmp_path):
         refusal,
         {"custom_id": "expired.png", "response": None, "error": {"code": "batch_expired", "message": "late"}},
         result_line({"custom_id": "bad.png"}, 400, {"error": {"message": "bad image", "code": "invalid"}}),
-        {"custom_id": "strange.png", "response": {"status_code": 200, "body": {"choices": "none"}}},
+        {"custom_id": "odd.png", "response": {"status_code": 200, "body": {"choices": "none"}}},
         {"custom_id": "list.png", "response": []},
         "not json",
         "[1, 2]",
@@ -72,7 +72,7 @@ def test_what_the_api_can_send(tmp_path):
         "refused.png": "refused",
         "expired.png": "request_failed",
         "bad.png": "request_failed",
-        "strange.png": "request_failed",
+        "odd.png": "request_failed",
         "list.png": "request_failed",
     }
     assert [r["where"] for r in rejects if r["reason"] == "unreadable_line"] == [

@@ -33,7 +33,7 @@ def test_roles_and_mechanisms_are_what_they_are_called():
 
 @every
 @pytest.mark.parametrize("size", [64, 99, 224])
-def test_any_size_goes_through_and_stays_a_picture(generator, size):
+def test_any_size_goes_through_and_stays_an_image(generator, size):
     before = random_image(4, size)
     kept = before.copy()
     after = generator.apply(before, 0.7, np.random.default_rng(1))
