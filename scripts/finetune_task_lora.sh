@@ -12,8 +12,7 @@ fail() {
 python=${PYTHON:-}
 if [[ -z $python && -x $root/.venv/bin/python ]]; then python=$root/.venv/bin/python; fi
 if [[ -z $python ]]; then python=$(command -v python || command -v python3) || fail "there is no python; PYTHON=… names one"; fi
-"$python" -c 'import sys, yaml; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 ||
-    fail "$python cannot run this project; install it there, or name another interpreter with PYTHON=…"
-
 export PYTHON=$python PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+"$python" -c 'import llava.train.launcher' >/dev/null 2>&1 ||
+    fail "$python cannot run this project; install it there, or name another interpreter with PYTHON=…"
 exec "$python" -m llava.train.launcher --recipe fakereasoning "$@"

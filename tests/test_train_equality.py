@@ -139,7 +139,8 @@ def test_whichever_process_fails_reports_why(trained, data, tmp_path):
     message = process.communicate(timeout=300)[1]
     assert process.returncode != 0
     error = next(line for line in message.splitlines() if "error: " in line)
-    assert error.startswith("error: ") and f"train.json, row {second + 1}" in error and "no picture" in error
+    assert error.startswith("error: ") and f"train.json, row {second + 1}" in error
+    assert "no image in a known format" in error
 
 
 def test_matching_rows_are_counted_with_the_dropout_of_the_step_itself(trained, data, tmp_path, monkeypatch):

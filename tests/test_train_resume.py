@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llava.errors import OptionError
 from llava.train import checkpointing
 from llava.train.checkpointing import COMPLETE_FILE, complete_checkpoints
 from llava.train.train import main
@@ -215,6 +216,13 @@ def test_a_damaged_description_of_the_run_is_named(trained, data, whole, tmp_pat
     os.truncate(output / "run.json", 20)
     assert main(options(output, trained, data, **RUN)) == 1
     assert f"error: {output / 'run.json'} is not JSON" in capsys.readouterr().err
+
+
+def test_options_of_a_run_are_compared_under_their_old_names_too(tmp_path):
+    (tmp_path / "run.json").write_text('{"alike_lengths": true}')
+    checkpointing.check_same_run(tmp_path / "run.json", {"group_by_length": True})
+    with pytest.raises(OptionError, match="group_by_length was True, is False"):
+        checkpointing.check_same_run(tmp_path / "run.json", {"group_by_length": False})
 
 
 def test_a_run_on_other_data_is_not_continued(trained, whole, tmp_path, capsys):
