@@ -114,7 +114,8 @@ def _share_mode(folder: Path) -> None:
     mode = folder.stat().st_mode & 0o666
     for file in folder.rglob("*"):
         with suppress(OSError):  # some file systems keep no modes
-            if file.is_file():
+            # A link's target is somebody else's file, and so is one that has other names.
+            if file.is_file() and not file.is_symlink() and file.stat().st_nlink == 1:
                 file.chmod(mode)
 
 

@@ -35,11 +35,8 @@ def training_record(
     Raises:
         DataError: What the form needs is missing, or an attribute does not belong to the label.
     """
-    try:
-        text = write_reasoning(label, reasoning or {}) if "REASONING" in FORM_STAGES[form] else ""
-        answer = write_answer(label, reasoning=text, caption=caption, form=form)
-    except ValueError as error:
-        raise DataError(str(error)) from error
+    text = write_reasoning(label, reasoning or {}) if "REASONING" in FORM_STAGES[form] else ""
+    answer = write_answer(label, reasoning=text, caption=caption, form=form)
     return {
         "image": image,
         "conversations": [

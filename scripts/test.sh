@@ -26,4 +26,5 @@ installed test || {
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-.venv/bin/python -m pytest "${markers[@]}" "$@"
+# Two workers, each with one thread (tests/conftest.py); the tests of a file share what it trained.
+.venv/bin/python -m pytest -n 2 --dist loadfile "${markers[@]}" "$@"

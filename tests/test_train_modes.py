@@ -78,7 +78,7 @@ def without(folder: Path, source: Path, *parts: str) -> Path:
         ),
         ({**LORA, "mm_projector_lr": 0}, {"language_model", "fusion"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_exactly_the_named_parts_change(trained, data, tmp_path, given, changed):
     final = train_here(tmp_path / "run", trained, data, **given)

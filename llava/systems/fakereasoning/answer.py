@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from llava.errors import DataError
 from llava.labels import LABELS, Label
 from llava.systems.base import AnswerFormat, ParsedAnswer
 
@@ -87,13 +88,11 @@ def write_reasoning(label: Label, sentences: Mapping[str, str | None]) -> str:
         sentences: Sentence of each attribute; None or an empty sentence means that the attribute is not there.
 
     Raises:
-        ValueError: An attribute does not belong to the label, or no sentence is given.
+        DataError: An attribute does not belong to the label, or no sentence is given.
     """
     unknown = sorted(set(sentences) - set(ATTRIBUTES[label]))
     if unknown:
-        raise ValueError(
-            f"no attribute of a {label} image: {', '.join(unknown)}; known: {', '.join(ATTRIBUTES[label])}"
-        )
+        raise DataError(f"no attribute of a {label} image: {', '.join(unknown)}; known: {', '.join(ATTRIBUTES[label])}")
     present = [(name, " ".join((sentences.get(name) or "").split())) for name in ATTRIBUTES[label]]
     parts = []
     for prefix, high_level in ((LOW_LEVEL_PREFIX, False), (HIGH_LEVEL_PREFIX, True)):
@@ -101,7 +100,7 @@ def write_reasoning(label: Label, sentences: Mapping[str, str | None]) -> str:
         if named:
             parts.append(" ".join([prefix, *named]))
     if not parts:
-        raise ValueError("no attribute has a sentence, so there is nothing to reason from")
+        raise DataError("no attribute has a sentence, so there is nothing to reason from")
     return " ".join(parts)
 
 
@@ -118,12 +117,12 @@ def write_answer(label: Label, *, reasoning: str = "", caption: str = "", form: 
         The stages in order, each as ``<TAG> text </TAG>``, separated by an empty line.
 
     Raises:
-        ValueError: An unknown label or form, an empty stage, or a text that itself holds a stage's tag.
+        DataError: An unknown label or form, an empty stage, or a text that itself holds a stage's tag.
     """
     if label not in LABELS:
-        raise ValueError(f"unknown label {label!r}; it must be one of {', '.join(LABELS)}")
+        raise DataError(f"unknown label {label!r}; it must be one of {', '.join(LABELS)}")
     if form not in FORM_STAGES:
-        raise ValueError(f"unknown form {form!r}; it must be one of {', '.join(FORM_STAGES)}")
+        raise DataError(f"unknown form {form!r}; it must be one of {', '.join(FORM_STAGES)}")
     texts = {
         "SUMMARY": SUMMARY,
         "CAPTION": caption.strip(),
@@ -132,9 +131,9 @@ def write_answer(label: Label, *, reasoning: str = "", caption: str = "", form: 
     }
     for stage in FORM_STAGES[form]:
         if not texts[stage]:
-            raise ValueError(f"the {stage} stage is empty")
+            raise DataError(f"the {stage} stage is empty")
         if _TAG.search(texts[stage]):
-            raise ValueError(f"the {stage} stage holds a stage's tag: {texts[stage]!r}")
+            raise DataError(f"the {stage} stage holds a stage's tag: {texts[stage]!r}")
     return "\n\n".join(f"<{stage}> {texts[stage]} </{stage}>" for stage in FORM_STAGES[form])
 
 
