@@ -14,7 +14,7 @@ class Conversation:
         roles: Names of the two speakers.
         sep: What follows the system text and each of the user's turns.
         sep2: What closes each of the assistant's turns.
-        messages: Speaker and text of each turn; a text of None is a turn that is still to be said.
+        messages: Speaker and text of each turn; a text of None is a turn that is still to come.
     """
 
     system: str
@@ -50,7 +50,7 @@ class Conversation:
 
     def get_prompt(self) -> str:
         """Returns the whole prompt."""
-        return "".join(given + said for given, said in self.turns())
+        return "".join(question + answer for question, answer in self.turns())
 
 
 conv_templates: dict[str, Conversation] = {

@@ -120,7 +120,7 @@ def _share_mode(folder: Path) -> None:
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Puts a whole folder in another one's place.
+    """Replaces a folder by another one, whole.
 
     Raises:
         FileError: It cannot be done.

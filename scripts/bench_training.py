@@ -123,7 +123,7 @@ def batch_order(answers: Sequence[int], arguments: argparse.Namespace, *, alike:
 
     width = arguments.batch_size
     lengths = [PROMPT_TOKENS + answer for answer in answers]
-    order = list(ModalityLengthSampler(lengths, width, GPUS * arguments.accumulation, alike=alike))
+    order = list(ModalityLengthSampler(lengths, width, GPUS * arguments.accumulation, by_length=alike))
     batches = [order[start : start + width] for start in range(0, len(order), width)]
     return [batches[index] for index in np.random.default_rng(0).permutation(len(batches))]
 

@@ -22,7 +22,7 @@ def test_the_order_is_the_authors(bundled):
 @pytest.mark.parametrize("sizes", [(1, 1), (2, 3), (3, 2), (16, 4)])
 @pytest.mark.parametrize("alike", [False, True])
 def test_every_sample_comes_once(lengths, sizes, alike):
-    sampler = ModalityLengthSampler(lengths, *sizes, alike=alike)
+    sampler = ModalityLengthSampler(lengths, *sizes, by_length=alike)
     assert sorted(sampler) == list(range(len(lengths)))
     assert len(sampler) == len(lengths)
 
@@ -62,12 +62,12 @@ def test_batches_of_like_length_need_less_padding():
     lengths = [choice.choice((1, 1, -1)) * choice.randint(1, 500) for _ in range(2000)]
 
     def padding(alike):
-        batches = list(BatchSampler(ModalityLengthSampler(lengths, 4, 8, alike=alike), 4, drop_last=False))[:-16]
+        batches = list(BatchSampler(ModalityLengthSampler(lengths, 4, 8, by_length=alike), 4, drop_last=False))[:-16]
         sizes = [[abs(lengths[index]) for index in batch] for batch in batches]
         assert all(len({lengths[index] > 0 for index in batch}) == 1 for batch in batches)
         return sum(max(size) * len(size) - sum(size) for size in sizes) / sum(map(sum, sizes))
 
-    assert padding(alike=True) < 0.3 * padding(alike=False)
+    assert padding(by_length=True) < 0.3 * padding(by_length=False)
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Figures over predictions. Imports no torch."""
+"""Metrics of predictions. Imports no torch."""

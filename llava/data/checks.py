@@ -112,13 +112,13 @@ def find_problem(
     conclusion = record.verdict(answer_format)
     if conclusion.verdict is None:
         return conclusion.problem
-    place = _verdict_place(labels, verdict)
-    if place is None or labels[place] != (verdict.real, verdict.fake)[LABELS.index(conclusion.verdict)]:
+    position = _verdict_position(labels, verdict)
+    if position is None or labels[position] != (verdict.real, verdict.fake)[LABELS.index(conclusion.verdict)]:
         word = answer_format.verdict_words[LABELS.index(conclusion.verdict)]
         spelling = f"{answer_format.verdict_prefix} {word}"
         return f"its answer does not spell its verdict {spelling!r}, so the score cannot be trained on it"
-    if place >= kept:
-        needed = expanded_length(tokenized.input_ids[: place + 1], placeholder_tokens)
+    if position >= kept:
+        needed = expanded_length(tokenized.input_ids[: position + 1], placeholder_tokens)
         return f"its verdict is token {needed}, but all after {max_length} is cut off; raise the length or shorten it"
     return ""
 
@@ -136,7 +136,7 @@ def _check_images_present(records: Sequence[Record]) -> None:
         raise DataError(f"none of the {len(records)} records has an image, so there is nothing to learn from")
 
 
-def _verdict_place(labels: Sequence[int], verdict: VerdictTokens) -> int | None:
+def _verdict_position(labels: Sequence[int], verdict: VerdictTokens) -> int | None:
     """Where the verdict word is looked for: after the first pattern."""
     pattern = list(verdict.pattern)
     for start in range(len(labels) - len(pattern)):

@@ -120,7 +120,7 @@ def expanded_length(input_ids: Sequence[int], placeholder_tokens: Mapping[int, i
 def _growing_prompts(conversation: Conversation) -> list[str]:
     """The prompt up to the end of each question and of each answer; the last one is the whole."""
     turns = conversation.turns()
-    if not all(said for _, said in turns):
+    if not all(answer for _, answer in turns):
         raise DataError("a question has no answer")
     return list(accumulate(piece for turn in turns for piece in turn))
 

@@ -21,7 +21,7 @@ class ModalityLengthSampler(Sampler[int]):
         batch_size: Samples in a micro-batch of one device.
         world_size: Micro-batches in a round: devices times accumulation steps.
         seed: Of the order.
-        alike: Whether samples of like length make a round, so that there is less padding, in the place of batches of
+        by_length: Whether samples of like length make a round, so that there is less padding, instead of batches of
             the same total length, as published. Such rounds come in random order.
 
     Raises:
@@ -29,7 +29,7 @@ class ModalityLengthSampler(Sampler[int]):
     """
 
     def __init__(
-        self, lengths: Sequence[int], batch_size: int, world_size: int, seed: int = 0, *, alike: bool = False
+        self, lengths: Sequence[int], batch_size: int, world_size: int, seed: int = 0, *, by_length: bool = False
     ) -> None:
         if not lengths or 0 in lengths:
             raise ValueError("there are no samples to order" if not lengths else "a sample has the length 0")
@@ -39,7 +39,7 @@ class ModalityLengthSampler(Sampler[int]):
         self.batch_size = batch_size
         self.world_size = world_size
         self.seed = seed
-        self.alike = alike
+        self.by_length = by_length
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -64,16 +64,16 @@ class ModalityLengthSampler(Sampler[int]):
         return iter([index for number in order for index in rounds[number]] + sorted(leftovers))
 
     def _grouped(self, indices: Sequence[int], generator: torch.Generator) -> list[int]:
-        drawn = [indices[place] for place in torch.randperm(len(indices), generator=generator).tolist()]
-        if self.alike:
-            return self._alike(drawn, generator)
+        drawn = [indices[position] for position in torch.randperm(len(indices), generator=generator).tolist()]
+        if self.by_length:
+            return self._by_length(drawn, generator)
         grouped = []
         for members in self._rounds(drawn):
             batches = self._evenly_divided(self._longest_first(members))
             grouped += [index for batch in batches for index in batch]
         return grouped
 
-    def _alike(self, drawn: Sequence[int], generator: torch.Generator) -> list[int]:
+    def _by_length(self, drawn: Sequence[int], generator: torch.Generator) -> list[int]:
         """Sorts many rounds' samples together, cuts them into rounds again, and shuffles the whole ones."""
         together = self.batch_size * self.world_size * _ROUNDS_SORTED_TOGETHER
         rounds = []

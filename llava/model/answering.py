@@ -44,7 +44,7 @@ class Answer:
     Attributes:
         text: As decoded, a given beginning included.
         fake_probability: P(fake) at its verdict.
-        source: ``verdict``, or ``forced`` where the answer has none and was brought to it for one forward.
+        source: ``verdict``, or ``forced`` where the answer has none and was completed up to it for one forward.
     """
 
     text: str

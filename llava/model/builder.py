@@ -1,4 +1,4 @@
-"""``load_pretrained_model``: any published layout to a ready model, judged by its files, never by its folder's name."""
+"""``load_pretrained_model``: any published layout to a ready model, by its files and never by its folder's name."""
 
 import importlib.util
 import os
@@ -155,7 +155,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise CheckpointError(f"{folder} has no tokenizer: neither tokenizer.json nor tokenizer.model")
     options: dict[str, Any] = {}
     if not (folder / "tokenizer.json").is_file():
-        # A bare SentencePiece file is read differently by different versions unless this is said.
+        # A bare SentencePiece file is read differently by different versions unless it is told.
         settings = folder / "tokenizer_config.json"
         options["legacy"] = read_json(settings).get("legacy", True) if settings.is_file() else True
     try:

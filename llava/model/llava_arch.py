@@ -235,12 +235,12 @@ def splice(
         parts: list[Tensor] = []
         part_labels: list[Tensor] = []
         start = 0
-        for place in is_placeholder[row][keep].nonzero().flatten().tolist():
-            feature = waiting[int(ids[place])].pop(0).to(device=embeds.device, dtype=embeds.dtype)
-            parts += [embeds[start:place], feature]
+        for position in is_placeholder[row][keep].nonzero().flatten().tolist():
+            feature = waiting[int(ids[position])].pop(0).to(device=embeds.device, dtype=embeds.dtype)
+            parts += [embeds[start:position], feature]
             if own_labels is not None:
-                part_labels += [own_labels[start:place], own_labels.new_full((len(feature),), IGNORE_INDEX)]
-            start = place + 1
+                part_labels += [own_labels[start:position], own_labels.new_full((len(feature),), IGNORE_INDEX)]
+            start = position + 1
         # An empty slice of an unused image keeps its modules in the graph, which sharded training waits for.
         unused = [feature[:0].to(embeds) for given in waiting.values() for feature in given]
         rows.append(torch.cat([*parts, embeds[start:], *unused])[:max_length])

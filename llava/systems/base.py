@@ -59,7 +59,7 @@ class AnswerFormat(Protocol):
         stages: Names of an answer's parts, in order; the keys of ``ParsedAnswer.stages``.
         explanation: The stage that says why; None if the answers have no explanation.
         attributes: Attribute names of each class that answers name; empty if they name none.
-        verdict_prefix: What stands before the verdict word in an answer that is brought to it.
+        verdict_prefix: What stands before the verdict word in an answer that is completed up to it.
         verdict_words: The words for real and fake that follow the prefix.
         closing: What ends an answer, so that decoding can stop before the end mark; empty if nothing does.
     """
@@ -111,7 +111,7 @@ class AnalyzeOptions:
         top_p: Sample from the smallest set of words that has this probability; None means all.
         num_beams: Above 1, beam search.
         samples: Number of answers an image; above 1 they are sampled and P(fake) is their mean.
-        seed: Of sampling; an image's answer depends on it and on the image, not on its place or batch.
+        seed: Of sampling; an image's answer depends on it and on the image, not on its batch.
         attention: Also say where the model looked.
     """
 
@@ -203,7 +203,7 @@ class CheckpointFormat(Protocol):
     """How a system's published files correspond to the models here; see ``llava.model.checkpoint_layout``.
 
     Attributes:
-        key_map: Names of published tensors and ours, both ways (a ``KeyMap``).
+        key_map: Names of published tensors and native ones, both ways (a ``KeyMap``).
         tower_types: Type of each tower that the published layout can hold, by branch.
         tower_variables: Environment variable that may say where a branch's tower lies, by branch.
     """

@@ -176,7 +176,7 @@ def fill_conversation(mode: str, question: str) -> str:
     if mode not in conv_templates:
         raise OptionError(f"unknown conv_mode {mode!r}; known: {', '.join(conv_templates)}")
     if DEFAULT_IMAGE_TOKEN in question:
-        raise OptionError(f"the question must not hold {DEFAULT_IMAGE_TOKEN}: the image's place is before it")
+        raise OptionError(f"the question must not hold {DEFAULT_IMAGE_TOKEN}: the image stands before it")
     conversation = conv_templates[mode].copy()
     conversation.append_message(conversation.roles[0], f"{DEFAULT_IMAGE_TOKEN}\n{question}")
     conversation.append_message(conversation.roles[1], None)

@@ -340,7 +340,7 @@ def _grouped_order(
 
     def order(dataset: SupervisedDataset, batch_size: int, rounds: int) -> ModalityLengthSampler:
         return ModalityLengthSampler(
-            dataset.modality_lengths, batch_size, rounds, seed, alike=data_args.group_by_length
+            dataset.modality_lengths, batch_size, rounds, seed, by_length=data_args.group_by_length
         )
 
     return order

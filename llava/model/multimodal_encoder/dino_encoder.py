@@ -40,21 +40,21 @@ class DinoConfig(Dinov2Config):
     mlp_ratio: int | float = 4
 
 
-def original_rules(theirs: str, ours: str) -> tuple[Rule, ...]:
+def original_rules(published: str, native: str) -> tuple[Rule, ...]:
     """Returns the rules from the original repository's tensor names to transformers' stored names.
 
     Args:
-        theirs: What stands before every original name.
-        ours: What stands before every name of ours.
+        published: What stands before every original name.
+        native: What stands before every native name.
     """
-    block, layer = f"{theirs}blocks.{{n}}.", f"{ours}encoder.layer.{{n}}."
+    block, layer = f"{published}blocks.{{n}}.", f"{native}encoder.layer.{{n}}."
     attention = f"{layer}attention.attention."
     return (
-        Rename(f"{theirs}cls_token", f"{ours}embeddings.cls_token"),
-        Rename(f"{theirs}mask_token", f"{ours}embeddings.mask_token"),
-        Rename(f"{theirs}pos_embed", f"{ours}embeddings.position_embeddings"),
-        Rename(f"{theirs}patch_embed.proj.{{p}}", f"{ours}embeddings.patch_embeddings.projection.{{p}}"),
-        Rename(f"{theirs}norm.{{p}}", f"{ours}layernorm.{{p}}"),
+        Rename(f"{published}cls_token", f"{native}embeddings.cls_token"),
+        Rename(f"{published}mask_token", f"{native}embeddings.mask_token"),
+        Rename(f"{published}pos_embed", f"{native}embeddings.position_embeddings"),
+        Rename(f"{published}patch_embed.proj.{{p}}", f"{native}embeddings.patch_embeddings.projection.{{p}}"),
+        Rename(f"{published}norm.{{p}}", f"{native}layernorm.{{p}}"),
         Rename(f"{block}norm1.{{p}}", f"{layer}norm1.{{p}}"),
         Rename(f"{block}norm2.{{p}}", f"{layer}norm2.{{p}}"),
         Stacked(

@@ -164,8 +164,8 @@ def complete_to_verdict(answer: str) -> str:
     Returns:
         A text that ends in ``VERDICT_PREFIX``.
     """
-    before, said, _ = answer.partition(VERDICT_PREFIX)
-    if said:
+    before, prefix, _ = answer.partition(VERDICT_PREFIX)
+    if prefix:
         return f"{before}{VERDICT_PREFIX}"
     tag, rest = VERDICT_PREFIX.split(" ", 1)
     before, opened, _ = answer.partition(tag)
@@ -225,15 +225,15 @@ def _read_verdict(
         return None, problems["CONCLUSION"]
     if "CONCLUSION" not in stages:
         return None, "there is no <CONCLUSION>"
-    said = stages["CONCLUSION"]
-    if said in _STRICT_VERDICT:
-        return _STRICT_VERDICT[said], ""
+    text = stages["CONCLUSION"]
+    if text in _STRICT_VERDICT:
+        return _STRICT_VERDICT[text], ""
     if tolerant:
-        match = _TOLERANT_VERDICT.fullmatch(" ".join(said.split()))
+        match = _TOLERANT_VERDICT.fullmatch(" ".join(text.split()))
         if match:
             word = (match["word"] or match["noun"]).lower()
             return LABELS[VERDICT_WORDS.index(word)], ""
-    return None, f"the conclusion is neither 'This image is real.' nor 'This image is fake.': {said[:80]!r}"
+    return None, f"the conclusion is neither 'This image is real.' nor 'This image is fake.': {text[:80]!r}"
 
 
 def parse_training(answers: Sequence[str]) -> ParsedAnswer:
