@@ -226,36 +226,48 @@ def splice(
     for placeholder in features:
         is_placeholder |= input_ids == placeholder
     embeds_BTD = embed_tokens(input_ids.masked_fill(is_placeholder, 0))
-    rows: list[Tensor] = []
-    row_labels: list[Tensor] = []
-    for row, keep in enumerate(valid):
-        ids, embeds = input_ids[row][keep], embeds_BTD[row][keep]
-        own_labels = None if labels is None else labels[row][keep]
-        waiting = {placeholder: list(given[row]) for placeholder, given in features.items()}
-        parts: list[Tensor] = []
-        part_labels: list[Tensor] = []
-        start = 0
-        for position in is_placeholder[row][keep].nonzero().flatten().tolist():
-            feature = waiting[int(ids[position])].pop(0).to(device=embeds.device, dtype=embeds.dtype)
-            parts += [embeds[start:position], feature]
-            if own_labels is not None:
-                part_labels += [own_labels[start:position], own_labels.new_full((len(feature),), IGNORE_INDEX)]
-            start = position + 1
-        # An empty slice of an unused image keeps its modules in the graph, which sharded training waits for.
-        unused = [feature[:0].to(embeds) for given in waiting.values() for feature in given]
-        rows.append(torch.cat([*parts, embeds[start:], *unused])[:max_length])
-        if own_labels is not None:
-            row_labels.append(torch.cat([*part_labels, own_labels[start:]])[:max_length])
+    all_labels = torch.full_like(input_ids, IGNORE_INDEX) if labels is None else labels
+    filled = [
+        _fill_row(
+            input_ids[row][keep],
+            embeds_BTD[row][keep],
+            all_labels[row][keep],
+            is_placeholder[row][keep],
+            {placeholder: given[row] for placeholder, given in features.items()},
+        )
+        for row, keep in enumerate(valid)
+    ]
+    rows = [embeds[:max_length] for embeds, _ in filled]
     lengths = torch.tensor([len(row) for row in rows], device=input_ids.device)
-    places = torch.arange(int(lengths.max()), device=input_ids.device).expand(len(rows), -1)
+    positions = torch.arange(int(lengths.max()), device=input_ids.device).expand(len(rows), -1)
     first = torch.zeros_like(lengths) if padding_side == "right" else lengths.max() - lengths
-    mask = (places >= first[:, None]) & (places < (first + lengths)[:, None])
+    mask = (positions >= first[:, None]) & (positions < (first + lengths)[:, None])
     pad = nn.utils.rnn.pad_sequence
+    padded_labels = None
+    if labels is not None:
+        row_labels = [own[:max_length] for _, own in filled]
+        padded_labels = pad(row_labels, batch_first=True, padding_value=IGNORE_INDEX, padding_side=padding_side)
     return SplicedBatch(
         pad(rows, batch_first=True, padding_side=padding_side),
         mask,
-        (places - first[:, None]).clamp(min=0),
-        pad(row_labels, batch_first=True, padding_value=IGNORE_INDEX, padding_side=padding_side)
-        if row_labels
-        else None,
+        (positions - first[:, None]).clamp(min=0),
+        padded_labels,
     )
+
+
+def _fill_row(
+    ids_T: Tensor, embeds_TD: Tensor, labels_T: Tensor, is_placeholder_T: Tensor, given: Mapping[int, list[Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Returns one row's embeddings and labels with its placeholders filled, in the order of what is given."""
+    waiting = {placeholder: list(features) for placeholder, features in given.items()}
+    parts: list[Tensor] = []
+    labels: list[Tensor] = []
+    start = 0
+    for position in is_placeholder_T.nonzero().flatten().tolist():
+        feature = waiting[int(ids_T[position])].pop(0).to(device=embeds_TD.device, dtype=embeds_TD.dtype)
+        parts += [embeds_TD[start:position], feature]
+        labels += [labels_T[start:position], labels_T.new_full((len(feature),), IGNORE_INDEX)]
+        start = position + 1
+    # An empty slice of an unused image keeps its modules in the graph, which sharded training waits for.
+    unused = [feature[:0].to(embeds_TD) for features in waiting.values() for feature in features]
+    return torch.cat([*parts, embeds_TD[start:], *unused]), torch.cat([*labels, labels_T[start:]])

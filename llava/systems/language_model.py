@@ -70,7 +70,7 @@ class LanguageModelSystem(ABC):
     @classmethod
     def load(cls, path: str, **options: Any) -> "LanguageModelSystem":
         """Opens a checkpoint; ``options`` are those of ``load_pretrained_model``."""
-        return cls(*load_pretrained_model(path, **options))
+        return cls(*load_pretrained_model(path, **{"system": cls.name, **options}))
 
     @abstractmethod
     def prompt(self, options: Any) -> str:
