@@ -3,10 +3,13 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from llava.model.configuration import LlavaConfig
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.multimodal_encoder.base import PixelFormat, TowerOutput, TowerSource, VisionTower
 from llava.model.multimodal_encoder.clip_encoder import image_processor_settings
 
 CLIP_CONFIG = {
@@ -103,3 +106,26 @@ def published_llama_pieces() -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Replace("▁", " ")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+class MeanTower(VisionTower):
+    """Mean colours of four quarters, the smallest tower that there can be."""
+
+    tower_type = "mean"
+    hidden_size, num_heads, grid = 3, 1, (2, 2)
+
+    def __init__(self, config: dict[str, Any], shared: PixelFormat) -> None:
+        super().__init__(config, shared)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    @classmethod
+    def opens(cls, source: str) -> bool:
+        return source == "mean"
+
+    @classmethod
+    def read(cls, source: str) -> TowerSource:
+        return TowerSource({"type": "mean"}, {"scale": torch.ones(1)}, "nowhere")
+
+    def encode(self, pixels: torch.Tensor, *, with_attention: bool) -> TowerOutput:
+        features = F.avg_pool2d(pixels, 14).flatten(2).transpose(1, 2) * self.scale
+        return TowerOutput(features, torch.full((len(pixels), 1, 5, 5), 0.2) if with_attention else None)

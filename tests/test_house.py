@@ -16,7 +16,6 @@ from llava.data.collator import Sample, collate
 from llava.data.prompting import fitting_length
 from llava.errors import CheckpointError
 from llava.mm_utils import tokenize_placeholders
-from llava.model.multimodal_encoder.base import TowerOutput, VisionTower
 from llava.model.multimodal_encoder.builder import VISION_TOWERS
 from llava.model.multimodal_fusion.base import Fusion, FusionOutput
 from llava.model.multimodal_fusion.builder import FUSIONS
@@ -25,33 +24,11 @@ from llava.model.token_sources import TokenSource, VisionContext
 from llava.systems import registry
 from llava.systems.base import SystemSpec
 from tests.conftest import GOLDENS
-from tests.small_models import CLIP_CONFIG, DINO_CONFIG, small_model
+from tests.small_models import CLIP_CONFIG, DINO_CONFIG, MeanTower, small_model
 
 PIXELS = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(3))
 DETECTOR = -300
 PROMPT = torch.tensor([[1, IMAGE_TOKEN_INDEX, 5, DETECTOR, 6], [2, IMAGE_TOKEN_INDEX, 7, DETECTOR, 8]])
-
-
-class MeanTower(VisionTower):
-    """Mean colours of four quarters."""
-
-    tower_type = "mean"
-    hidden_size, num_heads, grid = 3, 1, (2, 2)
-
-    def __init__(self, config, shared):
-        super().__init__(config, shared)
-        self.scale = nn.Parameter(torch.ones(1))
-
-    @classmethod
-    def opens(cls, source):
-        return False
-
-    @classmethod
-    def read(cls, source):
-        raise NotImplementedError
-
-    def encode(self, pixels, *, with_attention):
-        return TowerOutput(F.avg_pool2d(pixels, 14).flatten(2).transpose(1, 2) * self.scale)
 
 
 class AllBranches(Fusion):

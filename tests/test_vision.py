@@ -4,20 +4,19 @@ import importlib.util
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model
 
 from llava import load_pretrained_model
 from llava.errors import CheckpointError
-from llava.model.multimodal_encoder.base import PixelFormat, TowerOutput, TowerSource, VisionTower
+from llava.model.multimodal_encoder.base import PixelFormat
 from llava.model.multimodal_encoder.builder import VISION_TOWERS, build_vision_tower, read_vision_tower
 from llava.model.multimodal_encoder.dino_encoder import resample_positions
 from llava.model.multimodal_fusion.builder import FUSIONS, build_fusion
 from llava.model.multimodal_projector.builder import build_vision_projector
 from tests.conftest import GOLDENS
-from tests.small_models import CLIP_CONFIG, DINO_CONFIG, small_config, small_model
+from tests.small_models import CLIP_CONFIG, DINO_CONFIG, MeanTower, small_config, small_model
 
 SHARED = PixelFormat(28, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
 PIXELS = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
@@ -110,26 +109,6 @@ def test_selected_features_of_clip():
 
 
 def test_a_further_tower_is_one_class(monkeypatch):
-    class MeanTower(VisionTower):
-        tower_type = "mean"
-        hidden_size, num_heads, grid = 3, 1, (2, 2)
-
-        def __init__(self, config, shared):
-            super().__init__(config, shared)
-            self.scale = nn.Parameter(torch.ones(1))
-
-        @classmethod
-        def opens(cls, source):
-            return source == "mean"
-
-        @classmethod
-        def read(cls, source):
-            return TowerSource({"type": "mean"}, {"scale": torch.ones(1)}, "nowhere")
-
-        def encode(self, pixels, *, with_attention):
-            features = F.avg_pool2d(pixels, 14).flatten(2).transpose(1, 2) * self.scale
-            return TowerOutput(features, torch.full((len(pixels), 1, 5, 5), 0.2) if with_attention else None)
-
     monkeypatch.setitem(VISION_TOWERS, "mean", MeanTower)
     model = small_model(dino_tower_config={"type": "mean"})
     assert model.encode_images(PIXELS).tokens.shape == (2, 4, 32)
