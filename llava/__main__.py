@@ -101,7 +101,12 @@ def dispatch(path: Sequence[str], verbs: Mapping[str, Verb], arguments: Sequence
     if verb.verbs is not None:
         return dispatch(path, verb.verbs, rest)
     sys.argv[0] = " ".join(path)  # the name that the command's own usage gives
-    return run_cli(lambda: resolve(verb.command)(verb.adapt(rest)))
+    try:
+        adapted = verb.adapt(rest)
+    except OptionError as error:
+        log(f"error: {error}")
+        return USAGE_ERROR
+    return run_cli(lambda: resolve(verb.command)(adapted))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

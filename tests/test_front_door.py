@@ -129,7 +129,7 @@ def test_an_image_by_position_is_the_option(given, wanted):
     ],
 )
 def test_an_image_that_is_not_clear_is_explained(capsys, given, message):
-    assert front.main(["detect", *given]) == 1
+    assert front.main(["detect", *given]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
 
