@@ -167,7 +167,7 @@ def test_the_mask_is_lit_and_the_rest_darkened():
 def test_the_script_explains_itself():
     for folder in ("/", str(ROOT)):
         done = subprocess.run(["bash", str(SCRIPT), "--help"], capture_output=True, text=True, cwd=folder, check=True)
-        assert "bash scripts/demo.sh [--out PAGE.html] [PICTURE …]" in done.stdout and "PYTHON=" in done.stdout
+        assert "bash scripts/demo.sh [--out PAGE.html] [IMAGE …]" in done.stdout and "PYTHON=" in done.stdout
         assert "#" not in done.stdout and done.stderr == ""
 
 
@@ -255,7 +255,7 @@ def test_the_tests_need_more_and_serve_the_demonstration_too(clone):
     status, asked, _ = clone.run("-x", script="test.sh")
     assert status == 0 and any("pip install" in line and "torchvision" in line for line in asked)
     assert any("install_torchvision_shim.py" in line for line in asked)
-    assert asked[-1] == f"{clone.root}: -m pytest -m not slow -x"
+    assert asked[-1] == f"{clone.root}: -m pytest -n 2 --dist loadfile -m not slow -x"
     assert not any("pip install" in line for line in clone.run("--all", script="test.sh")[1])
     (clone.root / ".venv" / "installed-demo").unlink()
     assert len(clone.run()[1]) == 1

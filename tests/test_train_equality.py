@@ -146,15 +146,15 @@ def test_whichever_process_fails_reports_why(trained, data, tmp_path):
 def test_matching_rows_are_counted_with_the_dropout_of_the_step_itself(trained, data, tmp_path, monkeypatch):
     counted: dict[int, set[float]] = {}
     matched: dict[int, int] = {}
-    count = ForgeryTrainer._count
+    add = ForgeryTrainer._add_to_sums
 
-    def noted(self, inputs, output, *rest):
+    def noted(self, inputs, output):
         step = self.state.global_step
-        counted.setdefault(step, set()).add(self._step_rows)
+        counted.setdefault(step, set()).add(self._step_items["mapper"])
         matched[step] = matched.get(step, 0) + int(output.terms["mapper"].items)
-        return count(self, inputs, output, *rest)
+        return add(self, inputs, output)
 
-    monkeypatch.setattr(ForgeryTrainer, "_count", noted)
+    monkeypatch.setattr(ForgeryTrainer, "_add_to_sums", noted)
     settings = {**LORA, "lora_dropout": 0.5, "cpm_search": "predictions", "learning_rate": 3e-2}
     train_here(tmp_path / "run", trained, data, **settings, max_steps=8, gradient_accumulation_steps=4)
     assert len(set(matched.values())) > 1

@@ -88,7 +88,7 @@ def test_the_published_layout_has_the_authors_files_and_names(kept, tmp_path):
     assert set(ours["target_modules"]) == set(theirs["target_modules"])
     config = json.loads((final / "config.json").read_text())
     assert set(config) <= set(json.loads((GOLDENS / "lora" / "config.json").read_text())) | set(config)
-    assert not set(saving._OUR_FIELDS) & set(config)
+    assert not set(saving._NATIVE_FIELDS) & set(config)
     expected = logits(kept["model"].get_base_model())
     for merge_lora in (True, False):
         _, model, _, _ = load_pretrained_model(final, GOLDENS / "base", **TOWERS, device="cpu", merge_lora=merge_lora)

@@ -259,7 +259,7 @@ def test_kept_features_train_like_images(trained, data, tmp_path, monkeypatch, g
     assert steps(interrupted, "loss") == steps(cached, "loss") and sum(runs) == 3 + 1
 
 
-@pytest.mark.parametrize("cut", ["state.json", "clip_features.npy", "done.npy"])
+@pytest.mark.parametrize("cut", ["state.json", "clip.npy", "done.npy"])
 @pytest.mark.parametrize("kept_bytes", [0, 30])
 def test_damaged_features_are_made_again(trained, data, tmp_path, cut, kept_bytes):
     run = {**LORA, "cache_features": tmp_path / "cache"}

@@ -19,6 +19,8 @@ from llava.model.configuration import LlavaConfig
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
 DEFAULT_CONTEXT_LENGTH = 2048
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Ways to spread a model over several GPUs, by accelerate's names."""
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Names of transformers' attentions that a language model here takes."""
 
@@ -79,7 +81,7 @@ def load_pretrained_model(
         config,
         checkpoint.tensors,
         dtype=tensor_dtype,
-        device_map=device_map if device_map is not None else {"": target},
+        device_map={"": target} if device_map is None else check_device_map(device_map),
         quantization_config=quantization(config, load_8bit, load_4bit, tensor_dtype),
         attn_implementation=resolve_attention(attn_implementation, target, tensor_dtype),
     )
@@ -200,6 +202,17 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if missing_cuda or (found.type == "mps" and not torch.backends.mps.is_available()):
         raise OptionError(f"there is no device {device} on this machine; device='auto' takes what there is")
     return found
+
+
+def check_device_map(device_map: str | dict[str, Any]) -> str | dict[str, Any]:
+    """Returns a device map.
+
+    Raises:
+        OptionError: It is a word that accelerate does not know.
+    """
+    if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
+        raise OptionError(f"unknown device_map {device_map!r}; known: {', '.join(DEVICE_MAPS)}, or a map of modules")
+    return device_map
 
 
 def resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:

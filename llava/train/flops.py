@@ -233,7 +233,7 @@ def _count(run: Callable[..., Any], *inputs: Tensor, repeated: Sequence[nn.Modul
 
 
 def _with_gradient(output: Any) -> list[Tensor]:
-    values = output if isinstance(output, tuple) else (output,)
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else (output,)
     return [value for value in values if isinstance(value, Tensor) and value.requires_grad]
 
 
