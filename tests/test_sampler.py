@@ -20,9 +20,9 @@ def test_the_order_is_the_authors(bundled):
 
 @pytest.mark.parametrize("lengths", [MIXED, [abs(length) for length in MIXED], [-abs(length) for length in MIXED], [4]])
 @pytest.mark.parametrize("sizes", [(1, 1), (2, 3), (3, 2), (16, 4)])
-@pytest.mark.parametrize("alike", [False, True])
-def test_every_sample_comes_once(lengths, sizes, alike):
-    sampler = ModalityLengthSampler(lengths, *sizes, by_length=alike)
+@pytest.mark.parametrize("by_length", [False, True])
+def test_every_sample_comes_once(lengths, sizes, by_length):
+    sampler = ModalityLengthSampler(lengths, *sizes, by_length=by_length)
     assert sorted(sampler) == list(range(len(lengths)))
     assert len(sampler) == len(lengths)
 
@@ -61,8 +61,10 @@ def test_batches_of_like_length_need_less_padding():
     choice = random.Random(0)
     lengths = [choice.choice((1, 1, -1)) * choice.randint(1, 500) for _ in range(2000)]
 
-    def padding(alike):
-        batches = list(BatchSampler(ModalityLengthSampler(lengths, 4, 8, by_length=alike), 4, drop_last=False))[:-16]
+    def padding(by_length):
+        batches = list(BatchSampler(ModalityLengthSampler(lengths, 4, 8, by_length=by_length), 4, drop_last=False))[
+            :-16
+        ]
         sizes = [[abs(lengths[index]) for index in batch] for batch in batches]
         assert all(len({lengths[index] > 0 for index in batch}) == 1 for batch in batches)
         return sum(max(size) * len(size) - sum(size) for size in sizes) / sum(map(sum, sizes))
