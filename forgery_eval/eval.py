@@ -217,7 +217,7 @@ def predict(arguments: argparse.Namespace) -> Predicted:
 
 
 def _weight_locations(arguments: argparse.Namespace) -> list[str | None]:
-    files = registry.read_files(arguments.model_path)
+    files = registry.read_files(arguments.model_path, arguments.model_base)
     return weight_locations(files.folder, [getattr(arguments, name) for name in LOCATIONS])
 
 

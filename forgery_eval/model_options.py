@@ -40,7 +40,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say which model is opened, and how."""
     model = parser.add_argument_group("model")
     _add_which(model)
-    model.add_argument("--model-base", help="base of a LoRA folder, where the folder does not name it")
     model.add_argument("--vision-tower", help="CLIP tower: folder or hub id, where the checkpoint does not hold it")
     model.add_argument("--dino-weights", help="DINOv2 .pth or folder, where the checkpoint does not hold it")
     model.add_argument("--device", default="auto", help="auto (default), cuda, cuda:1, mps, cpu")
@@ -57,6 +56,7 @@ def _add_which(group: Any) -> None:
         default=demo_model_folder(),
         help="folder or hub id of a checkpoint (default: the embedded demonstration model)",
     )
+    group.add_argument("--model-base", help="base of a LoRA folder, where the folder does not name it")
     group.add_argument("--system", help="the checkpoint's system, where its files do not tell it")
 
 
@@ -114,7 +114,7 @@ def _system_at_hand(arguments: Sequence[str]) -> SystemSpec:
     asks_for_help = any(word in ("-h", "--help") for word in arguments)
     if known.model_path and _may_be_there(str(known.model_path), asks_for_help):
         with suppress(CheckpointError):
-            return registry.identify(registry.read_files(known.model_path))
+            return registry.identify(registry.read_files(known.model_path, known.model_base))
     return registry.spec(DEFAULT_SYSTEM)
 
 

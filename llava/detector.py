@@ -54,7 +54,7 @@ class ForgeryDetector:
         path = demo_model_folder() if path is None else path
         if path is None:
             raise CheckpointError(NO_MODEL)
-        files = registry.read_files(path)
+        files = registry.read_files(path, options.get("model_base"))
         found: type[System] = resolve(registry.find(files, system).system)
         return cls(found.load(str(files.folder), **options))
 

@@ -14,7 +14,7 @@ from accelerate import dispatch_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from llava import load_pretrained_model
+from llava import ForgeryDetector, load_pretrained_model
 from llava.errors import CheckpointError
 from llava.files import atomic_folder
 from llava.mm_utils import process_images
@@ -250,6 +250,20 @@ def test_a_lora_folder_finds_its_base_and_leaves_the_towers_alone(bundled, tmp_p
     merged = bundled.load("lora")[1]
     assert (logits(bundled, model) - logits(bundled, merged)).abs().max() < 2e-4
     assert not any("lora_" in name for name, _ in merged.named_parameters())
+
+
+def test_a_given_base_goes_before_the_one_that_a_lora_folder_names(bundled, tmp_path):
+    """As after a move from the machine that trained it, and without a config of its own."""
+    folder = copy_lora(tmp_path)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "/far/away"}))
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="/far/away"):
+        load_pretrained_model(folder, device="cpu")
+    base = tmp_path / "published"
+    _, model, _, _ = load_pretrained_model(folder, base, device="cpu")
+    assert torch.allclose(logits(bundled, model), logits(bundled, bundled.load("lora")[1]), atol=1e-5)
+    assert ForgeryDetector.from_pretrained(folder, model_base=base, device="cpu").system.name == "FakeReasoning"
 
 
 def test_a_lora_folder_without_its_parts_is_explained(tmp_path):

@@ -86,7 +86,7 @@ def open_checkpoint(
     Raises:
         CheckpointError: It is no checkpoint, or a LoRA folder lacks its base or a file.
     """
-    files = registry.read_files(model_path)
+    files = registry.read_files(model_path, model_base)
     folder = files.folder
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file, but a folder with config.json and weights is needed")
@@ -108,8 +108,7 @@ def _open_lora(files: CheckpointFiles, model_base: str | os.PathLike[str] | None
     base = model_base or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if not base:
         raise CheckpointError(f"{folder} is a LoRA folder that does not name its base model; pass model_base")
-    config = files.config or registry.read_files(base).config
-    name, layout = _system_of(CheckpointFiles(folder, config), system)
+    name, layout = _system_of(files, system)
     try:
         # The base may be a plain LLaVA, which by itself belongs to no system.
         opened = open_checkpoint(base, system=name or None)

@@ -5,7 +5,6 @@ A third party adds a system without a line here: an entry point in the group ``l
 """
 
 import os
-from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -115,10 +114,12 @@ def component(name: str, part: str) -> Any:
     return resolve(getattr(spec(name), part))
 
 
-def read_files(path: str | os.PathLike[str], system: str | None = None) -> CheckpointFiles:
+def read_files(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> CheckpointFiles:
     """Looks at a checkpoint's files: a folder, a hub id, or a file for a system whose checkpoint is one.
 
-    The config of a LoRA folder that has none is its base's.
+    Args:
+        path: The checkpoint.
+        base: Base of a LoRA folder instead of the one that it names; a folder without a config has the base's.
 
     Raises:
         CheckpointError: There is nothing at the path, or its config cannot be read.
@@ -131,9 +132,9 @@ def read_files(path: str | os.PathLike[str], system: str | None = None) -> Check
     if (folder / "config.json").is_file():
         return CheckpointFiles(folder, _read_config(folder / "config.json"))
     if (folder / "adapter_config.json").is_file():
-        base = _read_config(folder / "adapter_config.json").get("base_model_name_or_path")
-        if base:
-            return CheckpointFiles(folder, read_files(base).config)
+        named = base or _read_config(folder / "adapter_config.json").get("base_model_name_or_path")
+        if named:
+            return CheckpointFiles(folder, read_files(named).config)
     return CheckpointFiles(folder, {})
 
 
@@ -145,8 +146,3 @@ def _read_config(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds no JSON object")
     return content
-
-
-def names(of: Iterable[SystemSpec] | None = None) -> list[str]:
-    """Returns the short names of systems, for choices and messages."""
-    return sorted(known.name for known in (specs().values() if of is None else of))

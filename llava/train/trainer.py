@@ -142,7 +142,8 @@ class ForgeryTrainer(transformers.Trainer):
         """
         items: dict[str, Any] = {LM: sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches)}
         known = [{} if self.objective is None else self.objective.count(batch) for batch in batches]
-        unknown = {name for counts in known for name, count in counts.items() if count is None}
+        # In one order on all processes, since their counts are summed by position.
+        unknown = sorted({name for counts in known for name, count in counts.items() if count is None})
         items |= {name: sum(counts[name] for counts in known) for name in known[0] if name not in unknown}
         if unknown and self._micro_batches > 1:
             found = self._items_by_forward(batches)
@@ -219,7 +220,7 @@ class ForgeryTrainer(transformers.Trainer):
             self._sums[name] = count.to(device, torch.float32) + self._sums.get(name, 0.0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds to each training log both losses, the verdict's metrics, speeds and utilisation."""
+        """Adds to each training log every loss, the verdict's metrics, speeds and utilisation."""
         if "loss" in logs and self._sums:
             sums = self._reduced(self._sums)
             self._check_sums(sums)
