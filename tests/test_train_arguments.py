@@ -167,7 +167,7 @@ def test_a_config_that_describes_no_model_is_refused(capsys, tmp_path, wrong, wh
 def test_sharded_training_is_not_begun_without_a_launcher(capsys, tmp_path):
     pytest.importorskip("deepspeed")
     message = error_line(capsys, tmp_path / "out", deepspeed=Path(__file__).parents[1] / "scripts" / "zero2.json")
-    assert "torch.distributed.run" in message
+    assert "llava.train.launch" in message
 
 
 def test_towers_that_do_not_fit_are_refused(capsys, tmp_path):

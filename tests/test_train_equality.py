@@ -14,6 +14,7 @@ from tests.training_runs import (
     LORA,
     ROOT,
     adapter_weights,
+    errors_of,
     largest_gap,
     start_on_two,
     steps,
@@ -136,7 +137,7 @@ def test_whichever_process_fails_reports_why(trained, data, tmp_path):
     (folder / "images" / records[second]["image"]).write_bytes(b"no image")
     given = {**LORA, "max_steps": 6, "per_device_train_batch_size": 1, "group_by_modality_length": True, "seed": 42}
     process = start_on_two(tmp_path / "run", trained, folder / "train.json", **given)
-    message = process.communicate(timeout=300)[1]
+    message = errors_of(process)
     assert process.returncode != 0
     error = next(line for line in message.splitlines() if "error: " in line)
     assert error.startswith("error: ") and f"train.json, row {second + 1}" in error

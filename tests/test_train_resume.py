@@ -256,8 +256,9 @@ def test_a_killed_run_of_two_sharding_processes_resumes(trained, data, tmp_path,
     whole = train_on_two(tmp_path / "whole", trained, data, **run)
     output = tmp_path / "run"
     process = start_on_two(output, trained, data, **run)
+    deadline = time.monotonic() + 240
     while not (output / "checkpoint-2" / COMPLETE_FILE).is_file():
-        assert process.poll() is None
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -80,16 +81,28 @@ def environment() -> dict[str, str]:
 
 def start_on_two(*arguments: Any, **changes: Any) -> subprocess.Popen:
     """Starts a training in two processes, in a process group of its own."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    launcher = [sys.executable, "-m", "llava.train.launch", "--standalone", "--nproc_per_node", "2", "-m"]
     command = [*launcher, "llava.train.train", *options(*arguments, **changes)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment(), start_new_session=True, **pipes)
 
 
+def errors_of(process: subprocess.Popen, timeout: float = 240) -> str:
+    """Waits for processes that ``start_on_two`` started and returns what they wrote to standard error.
+
+    Processes that wait for each other for ever are ended, so that a test fails and no other is slowed.
+    """
+    try:
+        return process.communicate(timeout=timeout)[1]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError(f"no end after {timeout} s: {process.communicate()[1][-4000:]}") from None
+
+
 def train_on_two(output: Path, *arguments: Any, **changes: Any) -> Path:
     """Runs a training in two processes; returns its final folder."""
     process = start_on_two(output, *arguments, **changes)
-    _, message = process.communicate(timeout=400)
+    message = errors_of(process)
     assert process.returncode == 0, message[-4000:]
     return output / "final"
 

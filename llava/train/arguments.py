@@ -191,7 +191,7 @@ class TrainingArguments(transformers.TrainingArguments):
                 raise OptionError(f"--deepspeed: there is no file {config}")
         if config and "RANK" not in os.environ:
             raise OptionError(
-                "--deepspeed needs a launcher, also for one process: python -m torch.distributed.run --standalone "
+                "--deepspeed needs a launcher, also for one process: python -m llava.train.launch --standalone "
                 "--nproc_per_node 1 -m llava.train.train …"
             )
         try:

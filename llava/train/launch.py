@@ -17,8 +17,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status of the process that failed first, 128 and the signal's number after a signal, or 0.
     """
     _quiet_loggers()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if "--standalone" in given:
+        # Processes of one machine find each other by a name that need not resolve; its own address always does.
+        given = ["--local-addr", "127.0.0.1", *given]
     try:
-        torchrun(None if arguments is None else list(arguments))
+        torchrun(given)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode >= 0:
