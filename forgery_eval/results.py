@@ -3,8 +3,8 @@
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,12 @@ import numpy as np
 from forgery_eval.answers import AnswerKind
 from forgery_eval.benchmarks import Sample
 from forgery_eval.metrics.calibration import Calibration, fit, is_for_fitting, kind_of_score
+from forgery_eval.metrics.robustness import robustness
 from forgery_eval.metrics.scoring import ALL, Scored, Scoring, Similarity, protocol_metrics, score, with_scores
 from forgery_eval.pages.report import report_page
 from forgery_eval.store import Prediction
+from forgery_eval.verdicts import Evidence, Judgement, given_under, given_verdicts
+from llava.abstention import CALIBRATION, AbstentionRule
 from llava.errors import CheckpointError, DataError
 from llava.files import atomic_write
 from llava.systems import registry
@@ -25,6 +28,19 @@ PROTOCOLS = {
     False: "default: every answer counts, one without a verdict is wrong",
     True: "paper: as the authors evaluate; answers that they cannot read are dropped from every metric",
 }
+
+
+@dataclass(frozen=True)
+class PerturbedRun:
+    """What was predicted after one perturbation, in the order of the samples.
+
+    Attributes:
+        predictions: One a sample.
+        features: Of the perturbed images, shape (N, D); None where there are none.
+    """
+
+    predictions: Sequence[Prediction]
+    features: np.ndarray | None = None
 
 
 def open_similarity(clip_path: str) -> Similarity:
@@ -55,6 +71,8 @@ def write_results(
     fit_calibration: bool = False,
     protocol: EvaluationProtocol | None = None,
     masks: Path | None = None,
+    judgement: Judgement | None = None,
+    perturbed: Mapping[tuple[str, str], PerturbedRun] | None = None,
 ) -> None:
     """Computes every metric, then writes the files.
 
@@ -69,12 +87,17 @@ def write_results(
         fit_calibration: Fit the calibration on the ids of its split, save it, and report on the rest.
         protocol: Also compute the authors' metrics.
         masks: Folder that the predictions' masks are named from.
+        judgement: By which rule verdicts are given.
+        perturbed: What was predicted of the same samples after perturbations, by step and strength.
 
     Raises:
-        DataError: The scores cannot be calibrated, or the calibration is for another score.
+        DataError: The scores cannot be calibrated, or the calibration or the rule is for another score.
         FileError: A file cannot be written.
     """
     _check_score(calibration, predictions)
+    judgement = judgement or Judgement()
+    _check_score(judgement.rule, predictions)
+    indices = list(range(len(samples)))
     reported = list(zip(samples, predictions, strict=True))
     for_fitting: list[tuple[Sample, Prediction]] = []
     if fit_calibration:
@@ -83,6 +106,9 @@ def write_results(
         reported = [pair for pair in reported if not is_for_fitting(pair[0].id)]
         if not reported:
             raise DataError("every id falls in the calibration split, so there is nothing to report on")
+        fitting = [index for index in indices if is_for_fitting(samples[index].id)]
+        indices = [index for index in indices if not is_for_fitting(samples[index].id)]
+        judgement = judgement.fitted(fitting, predictions, [s.label for s in samples], _score_read(predictions))
     kept, kept_predictions = [sample for sample, _ in reported], [prediction for _, prediction in reported]
     rows = score(kept, kept_predictions, answers, similarity=similarity, calibration=calibration)
     scoring = Scoring.of(rows, answers)
@@ -96,10 +122,43 @@ def write_results(
     if any(p.answer_probability is not None for p in kept_predictions):
         own = _fit(for_fitting, "answer_probability", "answer") if for_fitting else None
         metrics["answer_score"] = _answer_score(rows, scoring, own)
+    rule = judgement.rule
+    if rule:
+        given = given_verdicts(rule, rows, judgement.evidence.of(indices))
+        metrics["abstention"] = {**given, "fitted_here": judgement.fit is not None}
+    if perturbed:
+        metrics["robustness"] = _robustness(rows, perturbed, indices, samples, answers, calibration, scoring, rule)
     page = report_page(metrics, rows, published=registry.component(answers.system, "protocol"), masks=masks)
     if calibration and fit_calibration:
-        calibration.save(folder / "calibration.json")
+        calibration.save(folder / CALIBRATION)
+        if rule:
+            rule.save(folder / CALIBRATION)
     _write(folder, metrics, page, protocol)
+
+
+def _robustness(
+    clean: Sequence[Scored],
+    perturbed: Mapping[tuple[str, str], PerturbedRun],
+    indices: Sequence[int],
+    samples: Sequence[Sample],
+    answers: AnswerKind,
+    calibration: Calibration | None,
+    scoring: Scoring,
+    rule: AbstentionRule | None,
+) -> dict[str, Any]:
+    """Metrics of each perturbation, and of the verdicts that are given under it."""
+    kept = [samples[index] for index in indices]
+    rows = {
+        cell: score(kept, [run.predictions[index] for index in indices], answers, calibration=calibration)
+        for cell, run in perturbed.items()
+    }
+    found = robustness(clean, rows, scoring)
+    if rule:
+        for condition in found["conditions"]:
+            cell = (condition["step"], condition["strength"])
+            evidence = Evidence(perturbed[cell].features).of(indices)
+            condition["abstention"] = given_under(rule, rows[cell], evidence)
+    return found
 
 
 def _write(folder: Path, metrics: dict[str, Any], page: str, protocol: EvaluationProtocol | None) -> None:
@@ -115,7 +174,7 @@ def _score_read(predictions: Sequence[Prediction]) -> str | None:
     return kind_of_score(p.score_source for p in predictions if p.fake_probability is not None)
 
 
-def _check_score(calibration: Calibration | None, predictions: Sequence[Prediction]) -> None:
+def _check_score(calibration: Calibration | AbstentionRule | None, predictions: Sequence[Prediction]) -> None:
     read = _score_read(predictions)
     if calibration and calibration.score and read and calibration.score != read:
         raise DataError(
@@ -150,10 +209,24 @@ def _csv(metrics: dict[str, Any]) -> str:
             if not isinstance(value, dict):
                 low, high = found["intervals"].get(metric) or (None, None)
                 writer.writerow((part, name, metric, value, low, high, found["undefined"].get(metric)))
+    for name, values in _given_parts(metrics):
+        for metric, value in values.items():
+            if not isinstance(value, dict | list):
+                writer.writerow(("abstention", name, metric, value, None, None, None))
     for name, values in metrics.get("paper", {}).items():
         for metric, value in values.items():
             writer.writerow(("paper", name, metric, value, None, None, None))
     return text.getvalue()
+
+
+def _given_parts(metrics: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Measures of given verdicts: of all images, of each set, and under each perturbation."""
+    if "abstention" in metrics:
+        yield ALL, metrics["abstention"]["all"]
+        yield from metrics["abstention"]["sets"].items()
+    for condition in metrics.get("robustness", {}).get("conditions", []):
+        if "abstention" in condition:
+            yield f"{condition['step']} {condition['strength']}", condition["abstention"]
 
 
 def _parts(metrics: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load, save
 
-from llava.errors import DataError
+from llava.errors import DataError, UserError
 from llava.files import atomic_write, file_errors, read_json, write_json
 from llava.image_operations import Step
 
@@ -24,9 +24,9 @@ CALIBRATION = "calibration.json"
 """Name of the calibration file in a model's folder; a rule in it is applied unless that is switched off."""
 UNLIKE, INCONCLUSIVE, UNSTABLE = "unlike", "inconclusive", "unstable"
 REASONS = {
-    UNLIKE: "no verdict: unlike anything this model knows",
-    INCONCLUSIVE: "no verdict: inconclusive",
-    UNSTABLE: "no verdict: it does not last when the image is sent on",
+    UNLIKE: "unlike anything this model knows",
+    INCONCLUSIVE: "inconclusive",
+    UNSTABLE: "the verdict does not last when the image is sent on",
 }
 LIGHT_DELIVERIES: tuple[Step, ...] = (
     Step("jpeg", {"quality": 90}),
@@ -101,7 +101,7 @@ class AbstentionRule:
         high: An image is called fake from here on; None likewise.
         error_level: Error among given verdicts that the band was chosen for.
         confidence: With which that holds, over the draw of the calibration data.
-        score: The score that the band is for, see ``ForgeryReport.score_source``; None where that was not known.
+        score: Kind of score that the band is for, see ``llava.report.SCORE_KIND``; None where that was not known.
         known: Statistics of known images; None for a system that has no features.
         known_share: Share of known images that the limit lets through.
         deliveries: Light deliveries of each image whose scores must agree; 0 for none.
@@ -191,6 +191,8 @@ class AbstentionRule:
                 known_share=float(found["known_share"]),
                 deliveries=int(found["deliveries"]),
             )
+        except UserError:
+            raise
         except (KeyError, TypeError, ValueError, AttributeError):
             raise DataError(f"{path}: its part {KEY!r} is no rule of abstention") from None
         bounds = [bound for bound in (rule.low, rule.high) if bound is not None]
@@ -212,7 +214,7 @@ def _optional(value: Any) -> float | None:
 
 
 def _pack(known: KnownImages) -> bytes:
-    tensors = {
+    tensors: dict[str, np.ndarray] = {
         "mean": known.mean_D.astype(np.float32),
         "directions": np.ascontiguousarray(known.directions_KD, np.float32),
         "variances": known.variances_K.astype(np.float32),

@@ -14,6 +14,13 @@ SCORE_SOURCES: dict[ScoreSource, str] = {
     "detector": "from the system's own head",
 }
 """Where a probability was read, in words."""
+SCORE_KIND: dict[ScoreSource, str] = {
+    "verdict": "answer",
+    "forced": "answer",
+    "prompt": "prompt",
+    "detector": "detector",
+}
+"""Scores of one kind are comparable; calibrations are for one kind."""
 
 
 @dataclass

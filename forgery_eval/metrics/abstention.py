@@ -197,7 +197,9 @@ def abstention_metrics(labels: Array, scores: Array, reasons: Sequence[str], cal
         "given": int(given.sum()),
         "coverage": _share(given, np.ones(len(labels), bool)),
         "error_among_given": _share(wrong, given),
-        "balanced_accuracy_of_given": None if None in recalls else float(np.mean([r for r in recalls if r is not None])),
+        "balanced_accuracy_of_given": None
+        if None in recalls
+        else float(np.mean([r for r in recalls if r is not None])),
         "reals_called_fake": _share(wrong, real),
         "fakes_called_real": _share(wrong, fake),
         "ece_of_given": ece,

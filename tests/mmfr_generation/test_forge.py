@@ -279,7 +279,7 @@ def test_what_is_not_the_image_says_nothing_about_the_class(found):
 
     training, evaluation = split_photographs(found, 0.25, 0)
     job = ForgeJob(tuple(training), tuple(evaluation), 1600, 0, 72, 9, "mixed", 0.25)
-    samples = [(key, job.make(key)) for key in job.keys()]
+    samples = [(key, job.make(key)) for key in job.keys()]  # noqa: SIM118 - no mapping
     fake = [key.label == FAKE for key, _ in samples]
     cues = {
         "size": [[float(side) for side in sample.pixels_HWC.shape[:2]] for _, sample in samples],
