@@ -56,6 +56,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parsed = parse_with_system(parser, arguments)
     if parsed.answer_format and not parsed.rescore:
         parser.error("--answer-format says how to read predictions that exist already; it needs --rescore")
+    _check_reliability(parser, parsed)
     if parsed.paper_protocol:
         settings = dict(_protocol(AnswerKind.of(parsed.options_of)).SETTINGS)
         parser.set_defaults(**settings)
@@ -101,23 +102,31 @@ def _add_reliability(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--error-level",
         type=_share,
-        default=0.1,
         help="with --calibrate: error among given verdicts that is permitted (default: 0.1)",
     )
     group.add_argument(
         "--known-share",
         type=_share,
-        default=0.95,
         help="with --calibrate: share of known images that are let through (default: 0.95)",
     )
     group.add_argument(
         "--stability",
         type=int,
         choices=range(len(LIGHT_DELIVERIES) + 1),
-        default=0,
         metavar="K",
         help=f"with --calibrate: a verdict must last under K light deliveries, at most {len(LIGHT_DELIVERIES)}",
     )
+
+
+def _check_reliability(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> None:
+    """Refuses options that would do nothing."""
+    fits = parsed.calibrate and not parsed.no_abstain
+    for name in ("error_level", "known_share", "stability"):
+        if getattr(parsed, name) is not None and not fits:
+            option = f"--{name.replace('_', '-')}"
+            parser.error(f"{option} says how a rule of abstention is fitted; it needs --calibrate without --no-abstain")
+    if parsed.perturbed_images and (parsed.perturb is None or parsed.rescore):
+        parser.error("--perturbed-images needs --perturb, and images that are analysed now")
 
 
 def _share(text: str) -> float:
@@ -182,7 +191,9 @@ def main(arguments: argparse.Namespace) -> int:
     )
     found = read_predicted(arguments, plan) if arguments.rescore else predict(arguments, plan)
     fits = arguments.calibrate and not arguments.no_abstain
-    fit = FitSettings(arguments.error_level, arguments.known_share, arguments.stability) if fits else None
+    fit = None
+    if fits:
+        fit = FitSettings(arguments.error_level or 0.1, arguments.known_share or 0.95, arguments.stability or 0)
     results.write_results(
         arguments.result_folder,
         found.samples,
@@ -213,13 +224,15 @@ def _rule(arguments: argparse.Namespace) -> AbstentionRule | None:
         return None
     if arguments.calibration:
         return AbstentionRule.load(arguments.calibration)
-    return AbstentionRule.beside(arguments.model_path) if arguments.model_path and not arguments.rescore else None
+    if not arguments.model_path or arguments.rescore:
+        return None
+    return AbstentionRule.beside(registry.read_files(arguments.model_path, arguments.model_base).folder)
 
 
 def _deliveries(arguments: argparse.Namespace, rule: AbstentionRule | None) -> int:
     if arguments.no_abstain:
         return 0
-    return int(arguments.stability) if arguments.calibrate else rule.deliveries if rule else 0
+    return (arguments.stability or 0) if arguments.calibrate else rule.deliveries if rule else 0
 
 
 def _results() -> ModuleType:

@@ -17,7 +17,7 @@ from forgery_eval.metrics.robustness import robustness
 from forgery_eval.metrics.scoring import ALL, Scored, Scoring, Similarity, protocol_metrics, score, with_scores
 from forgery_eval.pages.report import report_page
 from forgery_eval.store import Prediction
-from forgery_eval.verdicts import Evidence, Judgement, given_under, given_verdicts
+from forgery_eval.verdicts import Evidence, Judgement, given_under
 from llava.abstention import CALIBRATION, AbstentionRule
 from llava.errors import CheckpointError, DataError
 from llava.files import atomic_write
@@ -41,6 +41,11 @@ class PerturbedRun:
 
     predictions: Sequence[Prediction]
     features: np.ndarray | None = None
+
+    def of(self, indices: Sequence[int]) -> "PerturbedRun":
+        """Returns that of some of the samples."""
+        features = None if self.features is None else self.features[list(indices)]
+        return PerturbedRun([self.predictions[index] for index in indices], features)
 
 
 def open_similarity(clip_path: str) -> Similarity:
@@ -97,7 +102,6 @@ def write_results(
     _check_score(calibration, predictions)
     judgement = judgement or Judgement()
     _check_score(judgement.rule, predictions)
-    indices = list(range(len(samples)))
     reported = list(zip(samples, predictions, strict=True))
     for_fitting: list[tuple[Sample, Prediction]] = []
     if fit_calibration:
@@ -106,9 +110,7 @@ def write_results(
         reported = [pair for pair in reported if not is_for_fitting(pair[0].id)]
         if not reported:
             raise DataError("every id falls in the calibration split, so there is nothing to report on")
-        fitting = [index for index in indices if is_for_fitting(samples[index].id)]
-        indices = [index for index in indices if not is_for_fitting(samples[index].id)]
-        judgement = judgement.fitted(fitting, predictions, [s.label for s in samples], _score_read(predictions))
+        judgement = judgement.fitted(samples, predictions, _score_read(predictions))
     kept, kept_predictions = [sample for sample, _ in reported], [prediction for _, prediction in reported]
     rows = score(kept, kept_predictions, answers, similarity=similarity, calibration=calibration)
     scoring = Scoring.of(rows, answers)
@@ -122,42 +124,34 @@ def write_results(
     if any(p.answer_probability is not None for p in kept_predictions):
         own = _fit(for_fitting, "answer_probability", "answer") if for_fitting else None
         metrics["answer_score"] = _answer_score(rows, scoring, own)
-    rule = judgement.rule
-    if rule:
-        given = given_verdicts(rule, rows, judgement.evidence.of(indices))
-        metrics["abstention"] = {**given, "fitted_here": judgement.fit is not None}
+    reporting = [k for k, sample in enumerate(samples) if not (fit_calibration and is_for_fitting(sample.id))]
+    if judgement.rule:
+        metrics["abstention"] = judgement.measured(rows, reporting)
     if perturbed:
-        metrics["robustness"] = _robustness(rows, perturbed, indices, samples, answers, calibration, scoring, rule)
+        runs = {cell: run.of(reporting) for cell, run in perturbed.items()}
+        under = {cell: score(kept, run.predictions, answers, calibration=calibration) for cell, run in runs.items()}
+        metrics["robustness"] = _robustness(rows, under, runs, scoring, judgement.rule)
     page = report_page(metrics, rows, published=registry.component(answers.system, "protocol"), masks=masks)
     if calibration and fit_calibration:
         calibration.save(folder / CALIBRATION)
-        if rule:
-            rule.save(folder / CALIBRATION)
+        if judgement.rule:
+            judgement.rule.save(folder / CALIBRATION)
     _write(folder, metrics, page, protocol)
 
 
 def _robustness(
     clean: Sequence[Scored],
-    perturbed: Mapping[tuple[str, str], PerturbedRun],
-    indices: Sequence[int],
-    samples: Sequence[Sample],
-    answers: AnswerKind,
-    calibration: Calibration | None,
+    rows: Mapping[tuple[str, str], Sequence[Scored]],
+    runs: Mapping[tuple[str, str], PerturbedRun],
     scoring: Scoring,
     rule: AbstentionRule | None,
 ) -> dict[str, Any]:
     """Metrics of each perturbation, and of the verdicts that are given under it."""
-    kept = [samples[index] for index in indices]
-    rows = {
-        cell: score(kept, [run.predictions[index] for index in indices], answers, calibration=calibration)
-        for cell, run in perturbed.items()
-    }
     found = robustness(clean, rows, scoring)
-    if rule:
-        for condition in found["conditions"]:
-            cell = (condition["step"], condition["strength"])
-            evidence = Evidence(perturbed[cell].features).of(indices)
-            condition["abstention"] = given_under(rule, rows[cell], evidence)
+    for condition in found["conditions"] if rule else ():
+        cell = (condition["step"], condition["strength"])
+        assert rule is not None
+        condition["abstention"] = given_under(rule, rows[cell], Evidence(runs[cell].features))
     return found
 
 
@@ -209,24 +203,26 @@ def _csv(metrics: dict[str, Any]) -> str:
             if not isinstance(value, dict):
                 low, high = found["intervals"].get(metric) or (None, None)
                 writer.writerow((part, name, metric, value, low, high, found["undefined"].get(metric)))
-    for name, values in _given_parts(metrics):
+    for part, name, values in _plain_parts(metrics):
         for metric, value in values.items():
-            if not isinstance(value, dict | list):
-                writer.writerow(("abstention", name, metric, value, None, None, None))
+            if not isinstance(value, dict | list | str):
+                writer.writerow((part, name, metric, value, None, None, None))
     for name, values in metrics.get("paper", {}).items():
         for metric, value in values.items():
             writer.writerow(("paper", name, metric, value, None, None, None))
     return text.getvalue()
 
 
-def _given_parts(metrics: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Measures of given verdicts: of all images, of each set, and under each perturbation."""
+def _plain_parts(metrics: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Measures without intervals: of given verdicts (all, each set, each perturbation), and errors by perturbation."""
     if "abstention" in metrics:
-        yield ALL, metrics["abstention"]["all"]
-        yield from metrics["abstention"]["sets"].items()
+        yield "abstention", ALL, metrics["abstention"]["all"]
+        yield from (("abstention", name, part) for name, part in metrics["abstention"]["sets"].items())
     for condition in metrics.get("robustness", {}).get("conditions", []):
+        name = f"{condition['step']} {condition['strength']}"
+        yield "robustness", name, condition
         if "abstention" in condition:
-            yield f"{condition['step']} {condition['strength']}", condition["abstention"]
+            yield "abstention", name, condition["abstention"]
 
 
 def _parts(metrics: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -235,6 +231,8 @@ def _parts(metrics: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]
     yield from (("detection", name, found[name]) for name in ("macro", ALL))
     if "answer_score" in metrics:
         yield "detection", "all, score of the answer", metrics["answer_score"]
+    for condition in metrics.get("robustness", {}).get("conditions", []):
+        yield "robustness", f"{condition['step']} {condition['strength']}", condition
     for group, values in found["groups"].items():
         yield from (("detection", f"{group}={value}", part) for value, part in values.items())
     for name, kinds in [*metrics["reasoning"]["sets"].items(), (ALL, metrics["reasoning"][ALL])]:

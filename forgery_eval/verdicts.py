@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from forgery_eval.benchmarks import Sample
 from forgery_eval.metrics.abstention import about_rule, abstention_metrics, agreements, decide_all, fit_rule
+from forgery_eval.metrics.calibration import is_for_fitting
 from forgery_eval.metrics.scoring import Scored
 from forgery_eval.store import Prediction
 from llava.abstention import AbstentionRule
@@ -60,16 +62,21 @@ class Judgement:
     fit: FitSettings | None = None
     evidence: Evidence = field(default_factory=Evidence)
 
-    def fitted(
-        self, indices: Sequence[int], predictions: Sequence[Prediction], labels: Sequence[int], score: str | None
-    ) -> "Judgement":
-        """Returns the judgement with a rule fitted on some of the images, if it is to be fitted and has scores."""
-        chosen = [predictions[index] for index in indices]
+    def fitted(self, samples: Sequence[Sample], predictions: Sequence[Prediction], score: str | None) -> "Judgement":
+        """Returns the judgement with a rule fitted on the calibration split, if one is to be fitted.
+
+        Args:
+            samples: All samples; those of the split are chosen by their ids.
+            predictions: One a sample.
+            score: Kind of score that they have.
+        """
         if self.fit is None:
             return self
+        indices = [index for index, sample in enumerate(samples) if is_for_fitting(sample.id)]
+        chosen = [predictions[index] for index in indices]
         rule = fit_rule(
             [prediction.id for prediction in chosen],
-            [labels[index] for index in indices],
+            [samples[index].label for index in indices],
             raw_scores(chosen).tolist(),
             self.evidence.of(indices).features,
             level=self.fit.level,
@@ -77,15 +84,30 @@ class Judgement:
             deliveries=self.fit.deliveries,
             score=score,
         )
+        self._warn(rule, self.fit)
+        return replace(self, rule=rule)
+
+    def _warn(self, rule: AbstentionRule, fit: FitSettings) -> None:
+        """Says what a fitted rule cannot do."""
         if rule.low is None or rule.high is None:
             missing = " and ".join(name for name, bound in (("real", rule.low), ("fake", rule.high)) if bound is None)
             log(
                 f"note: on these calibration data no verdict {missing} can be given with an error of at most "
-                f"{self.fit.level:g}: calibrate on more images or permit more (--error-level), or --no-abstain"
+                f"{fit.level:g}: calibrate on more images or permit more (--error-level), or --no-abstain"
             )
         if self.evidence.features is not None and rule.known is None:
             log("note: too few calibration images to say which images are known; only the band of scores is used")
-        return replace(self, rule=rule)
+
+    def measured(self, rows: Sequence[Scored], indices: Sequence[int]) -> dict[str, Any]:
+        """Measures the verdicts that the rule gives on some of the images.
+
+        Args:
+            rows: Their scored samples.
+            indices: Their numbers among all images.
+        """
+        assert self.rule is not None
+        found = given_verdicts(self.rule, rows, self.evidence.of(indices))
+        return {**found, "fitted_here": self.fit is not None}
 
 
 def raw_scores(predictions: Iterable[Prediction]) -> np.ndarray:

@@ -190,11 +190,12 @@ def _gaussian(values_HWC: np.ndarray, sigma: float) -> np.ndarray:
     weights = np.exp(-0.5 * (positions / sigma) ** 2)
     weights = (weights / weights.sum()).astype(np.float32)
     for axis in (0, 1):
-        margins = [(reach, reach) if k == axis else (0, 0) for k in range(3)]
-        padded, side = np.pad(values_HWC, margins, mode="edge"), values_HWC.shape[axis]
-        values_HWC = sum(
-            (w * np.take(padded, range(k, k + side), axis) for k, w in enumerate(weights)), np.zeros_like(values_HWC)
-        )
+        moved = np.moveaxis(values_HWC, axis, 0)
+        padded = np.pad(moved, [(reach, reach), (0, 0), (0, 0)], mode="edge")
+        blurred = np.zeros_like(moved)
+        for offset, weight in enumerate(weights):
+            blurred += weight * padded[offset : offset + len(moved)]
+        values_HWC = np.moveaxis(blurred, 0, axis)
     return values_HWC
 
 

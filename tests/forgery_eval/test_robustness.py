@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,7 @@ def test_each_condition_is_measured_and_the_worst_comes_first(evaluated):
         assert set(condition["at_clean_threshold"]) == {"reals_called_fake", "fakes_called_real"}
     rows = list(csv.DictReader((evaluated / "metrics.csv").read_text("utf-8").splitlines()))
     assert {row["name"] for row in rows if row["part"] == "robustness"} == {" ".join(cell) for cell in cells}
+    assert {"auroc", "reals_called_fake"} <= {row["metric"] for row in rows if row["part"] == "robustness"}
 
 
 def test_the_predictions_are_those_of_the_perturbed_images(evaluated, model, data, tmp_path):
@@ -246,6 +248,68 @@ def test_detection_gives_no_verdict_on_another_world(calibrated, model, data, tm
     assert line["details"]["withheld"]["label"] in ("real", "fake")
     assert detect([*given, "--calibration", str(file), "--no-abstain"]) == 0
     assert "P(fake)" in capsys.readouterr().out
+
+
+def test_a_rule_in_the_models_folder_is_found_by_itself(calibrated, trained, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(trained, folder)
+    for name in ("calibration.json", "calibration.safetensors"):
+        shutil.copy(calibrated[1] / name, folder / name)
+    noise = np.random.default_rng(0).integers(0, 2, (40, 40, 1)).repeat(3, axis=2) * 255
+    Image.fromarray(noise.astype(np.uint8)).save(tmp_path / "noise.png")
+    given = ["--img_path", str(tmp_path / "noise.png"), "--model-path", str(folder), "--device", "cpu", "--score-only"]
+    assert detect(given) == 0
+    assert "no verdict: unlike" in capsys.readouterr().out
+    assert detect([*given, "--no-abstain"]) == 0
+    assert "no verdict" not in capsys.readouterr().out
+    plain = ["--model-path", str(trained), *given[4:]]
+    assert detect([*given[:2], *plain]) == 0
+    assert "no verdict" not in capsys.readouterr().out
+    data = ["--dataset_path", str(calibrated[0]), "--max_sample", "4", "--result_folder", str(tmp_path / "r")]
+    assert run([*data, *given[2:]]) == 0
+    assert metrics_of(tmp_path / "r")["abstention"]["fitted_here"] is False
+
+
+def test_any_programs_predictions_get_a_band(tmp_path, data, capsys):
+    rng = np.random.default_rng(0)
+    lines = []
+    for file in sorted(data.rglob("*.png")):
+        fake = file.parent.name == "fake"
+        name = f"{data.name}/{file.parent.name}/{file.name}"
+        lines.append({"id": name, "fake_probability": float(np.clip(fake * 0.9 + rng.random() * 0.1, 0, 1))})
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given = [
+        "--dataset_path",
+        str(data),
+        "--result_folder",
+        str(tmp_path / "r"),
+        "--rescore",
+        str(tmp_path / "p.jsonl"),
+    ]
+    assert run([*given, "--calibrate", "--error-level", "0.5"]) == 0
+    assert "no features of these images" in capsys.readouterr().err
+    found = metrics_of(tmp_path / "r")["abstention"]
+    assert not found["rule"]["has_statistics"] and found["all"]["coverage"] == 1.0
+    assert run([*given, "--calibrate", "--error-level", "0.01"]) == 0
+    assert "no verdict real and fake can be given with an error of at most 0.01" in capsys.readouterr().err
+    assert metrics_of(tmp_path / "r")["abstention"]["all"]["given"] == 0
+    assert "Given verdicts" in (tmp_path / "r" / "report.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--stability", "2"], "--stability says how a rule of abstention is fitted; it needs --calibrate"),
+        (["--error-level", "0.1", "--calibrate", "--no-abstain"], "--error-level says how"),
+        (["--known-share", "2", "--calibrate"], "must be between 0 and 1"),
+        (["--stability", "9", "--calibrate"], "invalid choice"),
+        (["--perturbed-images", "f"], "--perturbed-images needs --perturb"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(model, data, tmp_path, capsys, given, message):
+    with pytest.raises(SystemExit) as ended:
+        run(["--dataset_path", str(data), "--result_folder", str(tmp_path), *model, *given])
+    assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_calibration_without_a_rule_is_named(model, data, tmp_path, capsys):
