@@ -110,6 +110,11 @@ def _add_reliability(parser: argparse.ArgumentParser) -> None:
         help="with --calibrate: share of known images that are let through (default: 0.95)",
     )
     group.add_argument(
+        "--calibrate-perturbed",
+        action="store_true",
+        help="with --calibrate and --perturb: fit the rule on images under one condition each, drawn from their ids",
+    )
+    group.add_argument(
         "--stability",
         type=int,
         choices=range(len(LIGHT_DELIVERIES) + 1),
@@ -121,10 +126,12 @@ def _add_reliability(parser: argparse.ArgumentParser) -> None:
 def _check_reliability(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> None:
     """Refuses options that would do nothing."""
     fits = parsed.calibrate and not parsed.no_abstain
-    for name in ("error_level", "known_share", "stability"):
-        if getattr(parsed, name) is not None and not fits:
+    for name in ("error_level", "known_share", "stability", "calibrate_perturbed"):
+        if getattr(parsed, name) not in (None, False) and not fits:
             option = f"--{name.replace('_', '-')}"
             parser.error(f"{option} says how a rule of abstention is fitted; it needs --calibrate without --no-abstain")
+    if parsed.calibrate_perturbed and parsed.perturb is None:
+        parser.error("--calibrate-perturbed needs --perturb")
     if parsed.perturbed_images and (parsed.perturb is None or parsed.rescore):
         parser.error("--perturbed-images needs --perturb, and images that are analysed now")
 
@@ -193,7 +200,8 @@ def main(arguments: argparse.Namespace) -> int:
     fits = arguments.calibrate and not arguments.no_abstain
     fit = None
     if fits:
-        fit = FitSettings(arguments.error_level or 0.1, arguments.known_share or 0.95, arguments.stability or 0)
+        level, share = arguments.error_level or 0.1, arguments.known_share or 0.95
+        fit = FitSettings(level, share, arguments.stability or 0, arguments.calibrate_perturbed)
     results.write_results(
         arguments.result_folder,
         found.samples,
@@ -207,7 +215,7 @@ def main(arguments: argparse.Namespace) -> int:
         masks=found.folder,
         judgement=Judgement(rule, fit, Evidence(found.evidence.features, found.evidence.delivered)),
         perturbed={
-            (cell.step, cell.strength): results.PerturbedRun(run.predictions, run.features)
+            (cell.step, cell.strength): Evidence(run.features, predictions=run.predictions)
             for cell, run in found.perturbed.items()
         },
     )

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +28,6 @@ PROTOCOLS = {
     False: "default: every answer counts, one without a verdict is wrong",
     True: "paper: as the authors evaluate; answers that they cannot read are dropped from every metric",
 }
-
-
-@dataclass(frozen=True)
-class PerturbedRun:
-    """What was predicted after one perturbation, in the order of the samples.
-
-    Attributes:
-        predictions: One a sample.
-        features: Of the perturbed images, shape (N, D); None where there are none.
-    """
-
-    predictions: Sequence[Prediction]
-    features: np.ndarray | None = None
-
-    def of(self, indices: Sequence[int]) -> "PerturbedRun":
-        """Returns that of some of the samples."""
-        features = None if self.features is None else self.features[list(indices)]
-        return PerturbedRun([self.predictions[index] for index in indices], features)
 
 
 def open_similarity(clip_path: str) -> Similarity:
@@ -77,7 +59,7 @@ def write_results(
     protocol: EvaluationProtocol | None = None,
     masks: Path | None = None,
     judgement: Judgement | None = None,
-    perturbed: Mapping[tuple[str, str], PerturbedRun] | None = None,
+    perturbed: Mapping[tuple[str, str], Evidence] | None = None,
 ) -> None:
     """Computes every metric, then writes the files.
 
@@ -110,7 +92,7 @@ def write_results(
         reported = [pair for pair in reported if not is_for_fitting(pair[0].id)]
         if not reported:
             raise DataError("every id falls in the calibration split, so there is nothing to report on")
-        judgement = judgement.fitted(samples, predictions, _score_read(predictions))
+        judgement = judgement.fitted(samples, predictions, _score_read(predictions), list((perturbed or {}).values()))
     kept, kept_predictions = [sample for sample, _ in reported], [prediction for _, prediction in reported]
     rows = score(kept, kept_predictions, answers, similarity=similarity, calibration=calibration)
     scoring = Scoring.of(rows, answers)
@@ -142,7 +124,7 @@ def write_results(
 def _robustness(
     clean: Sequence[Scored],
     rows: Mapping[tuple[str, str], Sequence[Scored]],
-    runs: Mapping[tuple[str, str], PerturbedRun],
+    runs: Mapping[tuple[str, str], Evidence],
     scoring: Scoring,
     rule: AbstentionRule | None,
 ) -> dict[str, Any]:
@@ -151,7 +133,7 @@ def _robustness(
     for condition in found["conditions"] if rule else ():
         cell = (condition["step"], condition["strength"])
         assert rule is not None
-        condition["abstention"] = given_under(rule, rows[cell], Evidence(runs[cell].features))
+        condition["abstention"] = given_under(rule, rows[cell], runs[cell])
     return found
 
 

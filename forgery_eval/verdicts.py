@@ -1,5 +1,6 @@
 """Which verdicts of an evaluation are given: what the rule needs, its fit, and its measures. Imports no torch."""
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,15 +23,18 @@ class Evidence:
     Attributes:
         features: Tower features, shape (N, D), NaN where there are none; None for a system without them.
         delivered: Predictions after each light delivery, one list a delivery.
+        predictions: Of perturbed images; empty for the clean ones.
     """
 
     features: np.ndarray | None = None
     delivered: Sequence[Sequence[Prediction]] = ()
+    predictions: Sequence[Prediction] = ()
 
     def of(self, indices: Sequence[int]) -> "Evidence":
         """Returns that of some of the images."""
         features = None if self.features is None else self.features[list(indices)]
-        return Evidence(features, [[run[index] for index in indices] for run in self.delivered])
+        delivered = [[run[index] for index in indices] for run in self.delivered]
+        return Evidence(features, delivered, [self.predictions[index] for index in indices] if self.predictions else ())
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,13 @@ class FitSettings:
         level: Error among given verdicts that is permitted.
         share: Share of known images that are let through.
         deliveries: Light deliveries of each image.
+        perturbed: Whether each image is taken under one of the conditions, drawn from its id, instead of clean.
     """
 
     level: float
     share: float
     deliveries: int
+    perturbed: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,23 +68,37 @@ class Judgement:
     fit: FitSettings | None = None
     evidence: Evidence = field(default_factory=Evidence)
 
-    def fitted(self, samples: Sequence[Sample], predictions: Sequence[Prediction], score: str | None) -> "Judgement":
+    def fitted(
+        self,
+        samples: Sequence[Sample],
+        predictions: Sequence[Prediction],
+        score: str | None,
+        perturbed: Sequence[Evidence] = (),
+    ) -> "Judgement":
         """Returns the judgement with a rule fitted on the calibration split, if one is to be fitted.
 
         Args:
             samples: All samples; those of the split are chosen by their ids.
             predictions: One a sample.
             score: Kind of score that they have.
+            perturbed: Predictions and features of the same samples under each perturbation.
         """
         if self.fit is None:
             return self
+        conditions = [Evidence(self.evidence.features, predictions=predictions)]
+        conditions += perturbed if self.fit.perturbed else []
         indices = [index for index, sample in enumerate(samples) if is_for_fitting(sample.id)]
-        chosen = [predictions[index] for index in indices]
+        drawn = [conditions[_draw(samples[index].id, len(conditions))] for index in indices]
+        chosen = [condition.predictions[index] for condition, index in zip(drawn, indices, strict=True)]
+        features = None
+        if all(condition.features is not None for condition in conditions):
+            rows = [c.features[index] for c, index in zip(drawn, indices, strict=True) if c.features is not None]
+            features = np.array(rows)
         rule = fit_rule(
             [prediction.id for prediction in chosen],
             [samples[index].label for index in indices],
             raw_scores(chosen).tolist(),
-            self.evidence.of(indices).features,
+            features,
             level=self.fit.level,
             share=self.fit.share,
             deliveries=self.fit.deliveries,
@@ -108,6 +128,12 @@ class Judgement:
         assert self.rule is not None
         found = given_verdicts(self.rule, rows, self.evidence.of(indices))
         return {**found, "fitted_here": self.fit is not None}
+
+
+def _draw(sample_id: str, count: int) -> int:
+    """Draws one of some conditions for an image, from nothing but its id."""
+    digest = hashlib.sha256(f"condition {sample_id}".encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") % count
 
 
 def raw_scores(predictions: Iterable[Prediction]) -> np.ndarray:

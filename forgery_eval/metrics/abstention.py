@@ -1,13 +1,15 @@
 """Fits the rule by which no verdict is given, and measures what it costs and gains. Imports no torch.
 
-Two bounds choose the band, each side by itself, from a fixed list of thresholds on the logit:
+Two bounds choose the band, each side by itself:
 
 - Conformal risk control (Angelopoulos et al. 2024, Theorem 1) on a monotone loss, the share of a class that gets the
   other's verdict: with k such among n images of the class, (k + 1) / (n + 1) must not exceed the level. Then its
   expectation on new images does not.
-- The error among given verdicts is no monotone loss, so it is tested (learn then test, Angelopoulos et al. 2021): a
-  threshold passes if as few errors among so many given verdicts have a binomial probability of at most the share of
-  the permitted doubt that falls on one of all tests (Bonferroni), were the true error above the level.
+- The error among given verdicts is no monotone loss, so it is tested (learn then test, Angelopoulos et al. 2021) in a
+  fixed sequence, from the surest verdicts to all: a threshold passes if as few errors among so many given verdicts
+  have a binomial probability of at most the permitted doubt, were the true error at the level; the first that fails
+  ends the sequence. The thresholds are ranks of the scores, chosen without looking at labels: above the r-th score
+  lie independent images of the distribution that lies above it.
 
 The least strict threshold that passes both is taken.
 """
@@ -29,8 +31,10 @@ CONFIDENCE = 0.9
 DIRECTIONS = 64
 LEAST_KNOWN = 40
 """Fewest images whose features say what is known."""
-LOGITS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 15.0)
-"""Thresholds on the distance of a score's logit from 0; fixed, so that the data choose only among them."""
+STEPS = 20
+"""Thresholds of the sequence on each side."""
+SUREST = 0.3
+"""Share of a side's verdicts that the sequence begins with; more if so few could not pass."""
 
 
 def fit_band(scores: Sequence[float], labels: Sequence[int], level: float) -> tuple[float | None, float | None]:
@@ -46,22 +50,38 @@ def fit_band(scores: Sequence[float], labels: Sequence[int], level: float) -> tu
     """
     values, truth = np.asarray(scores, float), np.asarray(labels, int)
     values, truth = values[~np.isnan(values)], truth[~np.isnan(values)]
-    doubt = (1 - CONFIDENCE) / (2 * len(LOGITS))
-    bounds: dict[int, float | None] = {REAL: None, FAKE: None}
-    for verdict in bounds:
-        for logit in LOGITS:
-            threshold = float(1 / (1 + np.exp(-logit)))
-            given = values >= threshold if verdict == FAKE else values <= 1 - threshold
-            wrong = int((given & (truth != verdict)).sum())
-            others = int((truth != verdict).sum())
-            tested = binom.cdf(wrong, int(given.sum()), level) <= doubt
-            if tested and (wrong + 1) / (others + 1) <= level:
-                bounds[verdict] = threshold if verdict == FAKE else 1 - threshold
-                break
-    low, high = bounds[REAL], bounds[FAKE]
-    if low is not None and low == high:  # both begin at 0.5: fake from 0.5 on, as everywhere
-        low = float(np.nextafter(0.5, 0))
-    return low, high
+    called = values >= 0.5
+    high = _least_strict(values[called], truth[called] == REAL, int((truth == REAL).sum()), level)
+    low = _least_strict(1 - values[~called], truth[~called] == FAKE, int((truth == FAKE).sum()), level)
+    return None if low is None else min(1 - low, float(np.nextafter(0.5, 0))), high
+
+
+def _least_strict(sureness: Array, wrong: Array, others: int, level: float) -> float | None:
+    """Returns from which probability of its own class on a verdict is given; None if no threshold passes.
+
+    Args:
+        sureness: Probability of the class that each image is called, of those called so, from 0.5 on.
+        wrong: Whether it is of the other class.
+        others: Number of all images of the other class.
+        level: The permitted error.
+    """
+    doubt = (1 - CONFIDENCE) / 2
+    least = int(np.ceil(np.log(doubt) / np.log(1 - level)))  # so many without an error just pass
+    count = len(sureness)
+    if count < least:
+        return None
+    ordered = np.sort(sureness)[::-1]
+    ranks = np.linspace(min(count, max(least, SUREST * count)), count, STEPS).round().astype(int)
+    passed: float | None = None
+    for rank in np.unique(ranks):
+        threshold = 0.5 if rank == count else float(ordered[rank - 1])
+        given = sureness >= threshold
+        errors = int(wrong[given].sum())
+        if binom.cdf(errors, int(given.sum()), level) > doubt:
+            break
+        if (errors + 1) / (others + 1) <= level:
+            passed = threshold
+    return passed
 
 
 def fit_known(features_ND: Array, ids: Sequence[str], share: float) -> KnownImages | None:

@@ -15,6 +15,8 @@ from forgery_eval.eval import run
 from forgery_eval.inference import run as detect
 from forgery_eval.metrics.robustness import clean_threshold, error_rates
 from forgery_eval.perturbations import GRID, Perturbation, choose_perturbations
+from forgery_eval.store import Prediction
+from forgery_eval.verdicts import Evidence, FitSettings, Judgement
 from llava.cli import SOME_FAILED
 from llava.errors import OptionError
 from llava.image_operations import Step
@@ -304,12 +306,40 @@ def test_any_programs_predictions_get_a_band(tmp_path, data, capsys):
         (["--known-share", "2", "--calibrate"], "must be between 0 and 1"),
         (["--stability", "9", "--calibrate"], "invalid choice"),
         (["--perturbed-images", "f"], "--perturbed-images needs --perturb"),
+        (["--calibrate-perturbed", "--calibrate"], "--calibrate-perturbed needs --perturb"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(model, data, tmp_path, capsys, given, message):
     with pytest.raises(SystemExit) as ended:
         run(["--dataset_path", str(data), "--result_folder", str(tmp_path), *model, *given])
     assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def scores_of(samples: list[Sample], shift: float, seed: int) -> list[Prediction]:
+    """Predictions whose logits are moved towards fake."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 1, len(samples)) + 3 * np.array([2 * sample.label - 1 for sample in samples]) + shift
+    return [
+        Prediction(s.id, s.label, fake_probability=float(1 / (1 + np.exp(-x))))
+        for s, x in zip(samples, logits, strict=True)
+    ]
+
+
+def test_a_rule_that_knew_the_conditions_holds_under_them():
+    """Half of the images call all reals fake after the perturbation: only the rule that saw it says nothing then."""
+    samples = [Sample(f"s/{number}", Path("x"), number % 2, "s") for number in range(6000)]
+    clean, under = scores_of(samples, 0.0, 1), Evidence(predictions=scores_of(samples, 4.0, 2))
+    fresh = [Sample(f"f/{number}", Path("x"), number % 2, "f") for number in range(4000)]
+    errors = {}
+    for mixed in (False, True):
+        rule = Judgement(fit=FitSettings(0.1, 0.95, 0, mixed)).fitted(samples, clean, None, [under]).rule
+        wrong, given = 0, 0
+        for sample, prediction in zip(fresh * 2, [*scores_of(fresh, 0, 3), *scores_of(fresh, 4, 4)], strict=True):
+            if not rule.decide(prediction.fake_probability).abstains:
+                given += 1
+                wrong += (prediction.fake_probability >= 0.5) != sample.label
+        errors[mixed] = wrong / max(1, given)
+    assert errors[False] > 0.15 and errors[True] <= 0.1
 
 
 def test_a_calibration_without_a_rule_is_named(model, data, tmp_path, capsys):
