@@ -8,9 +8,8 @@ Exit status: 0 all images were analysed, 1 nothing could be done, 3 some images 
 
 import argparse
 import sys
-from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from forgery_eval.answers import AnswerKind
 from forgery_eval.benchmarks import Sample, open_benchmark
+from forgery_eval.conditions import Conditions, Plan, RunEvidence, read_evidence
 from forgery_eval.fingerprints import images_digest, weight_locations, weights_digest
 from forgery_eval.model_options import (
     LOCATIONS,
@@ -29,8 +29,9 @@ from forgery_eval.model_options import (
     open_detector,
     parse_with_system,
 )
-from forgery_eval.runner import fill_store
-from forgery_eval.store import Prediction, Run, RunStore, read_run, system_of
+from forgery_eval.perturbations import Perturbation, choose_perturbations
+from forgery_eval.store import Prediction, Run, read_run, system_of
+from llava.abstention import LIGHT_DELIVERIES, AbstentionRule
 from llava.cli import SOME_FAILED, OptionParser, log, positive_int, run_cli
 from llava.errors import DataError, MissingFileError, OptionError
 from llava.systems import registry
@@ -50,10 +51,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--max_sample", type=positive_int, metavar="N", help="the first N of each class and set")
     add_batch_size(data)
     _add_metrics(parser)
+    _add_reliability(parser)
     add_model_options(parser)
     parsed = parse_with_system(parser, arguments)
     if parsed.answer_format and not parsed.rescore:
         parser.error("--answer-format says how to read predictions that exist already; it needs --rescore")
+    _check_reliability(parser, parsed)
     if parsed.paper_protocol:
         settings = dict(_protocol(AnswerKind.of(parsed.options_of)).SETTINGS)
         parser.set_defaults(**settings)
@@ -84,6 +87,65 @@ def _add_metrics(parser: argparse.ArgumentParser) -> None:
     scores.add_argument("--calibration", type=Path, metavar="FILE", help="apply what --calibrate has saved")
 
 
+def _add_reliability(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("robustness and abstention")
+    group.add_argument(
+        "--perturb",
+        nargs="*",
+        metavar="STEP",
+        help="also under perturbations: STEP or STEP:STRENGTH (jpeg, blur:1.0, chain:3, …); by default the whole grid",
+    )
+    group.add_argument(
+        "--perturbed-images", type=Path, metavar="FOLDER", help="also write the perturbed images, as PNG"
+    )
+    group.add_argument("--no-abstain", action="store_true", help="fit and apply no rule of abstention")
+    group.add_argument(
+        "--error-level",
+        type=_share,
+        help="with --calibrate: error among given verdicts that is permitted (default: 0.1)",
+    )
+    group.add_argument(
+        "--known-share",
+        type=_share,
+        help="with --calibrate: share of known images that are let through (default: 0.95)",
+    )
+    group.add_argument(
+        "--calibrate-perturbed",
+        action="store_true",
+        help="with --calibrate and --perturb: fit the rule on images under one condition each, drawn from their ids",
+    )
+    group.add_argument(
+        "--stability",
+        type=int,
+        choices=range(len(LIGHT_DELIVERIES) + 1),
+        metavar="K",
+        help=f"with --calibrate: a verdict must last under K light deliveries, at most {len(LIGHT_DELIVERIES)}",
+    )
+
+
+def _check_reliability(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> None:
+    """Refuses options that would do nothing."""
+    fits = parsed.calibrate and not parsed.no_abstain
+    for name in ("error_level", "known_share", "stability", "calibrate_perturbed"):
+        if getattr(parsed, name) not in (None, False) and not fits:
+            option = f"--{name.replace('_', '-')}"
+            parser.error(f"{option} says how a rule of abstention is fitted; it needs --calibrate without --no-abstain")
+    if parsed.calibrate_perturbed and parsed.perturb is None:
+        parser.error("--calibrate-perturbed needs --perturb")
+    if parsed.perturbed_images and (parsed.perturb is None or parsed.rescore):
+        parser.error("--perturbed-images needs --perturb, and images that are analysed now")
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text!r}")
+    return share
+
+
 def _protocol(answers: AnswerKind) -> EvaluationProtocol:
     protocol: EvaluationProtocol | None = registry.component(answers.system, "protocol")
     if protocol is None:
@@ -101,6 +163,8 @@ class Predicted:
         answers: What the answers of their system can have.
         folder: Where the predictions lie, and their masks.
         about: What was run; stands in ``metrics.json``.
+        evidence: What a rule of abstention needs beside the predictions.
+        perturbed: What was predicted after perturbations.
     """
 
     samples: Sequence[Sample]
@@ -108,6 +172,8 @@ class Predicted:
     answers: AnswerKind
     folder: Path
     about: dict[str, Any]
+    evidence: RunEvidence = field(default_factory=RunEvidence)
+    perturbed: Mapping[Perturbation, RunEvidence] = field(default_factory=dict)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -117,10 +183,25 @@ def main(arguments: argparse.Namespace) -> int:
         UserError: Nothing could be done: wrong options, data, model or files.
     """
     results = _results()
+    from forgery_eval.verdicts import Evidence, FitSettings, Judgement
+
     # Opened first, so that what is wrong with them is known before hours of analysis.
     calibration = results.Calibration.load(arguments.calibration) if arguments.calibration else None
     similarity = results.open_similarity(arguments.clip_path) if arguments.clip_path else None
-    found = read_predicted(arguments) if arguments.rescore else predict(arguments)
+    perturbations = choose_perturbations(arguments.perturb)
+    rule = _rule(arguments)
+    plan = Plan(
+        perturbations,
+        features=not arguments.no_abstain and (arguments.calibrate or (rule is not None and rule.known is not None)),
+        deliveries=_deliveries(arguments, rule),
+        images=arguments.perturbed_images,
+    )
+    found = read_predicted(arguments, plan) if arguments.rescore else predict(arguments, plan)
+    fits = arguments.calibrate and not arguments.no_abstain
+    fit = None
+    if fits:
+        level, share = arguments.error_level or 0.1, arguments.known_share or 0.95
+        fit = FitSettings(level, share, arguments.stability or 0, arguments.calibrate_perturbed)
     results.write_results(
         arguments.result_folder,
         found.samples,
@@ -132,12 +213,34 @@ def main(arguments: argparse.Namespace) -> int:
         fit_calibration=arguments.calibrate,
         protocol=_protocol(found.answers) if arguments.paper_protocol else None,
         masks=found.folder,
+        judgement=Judgement(rule, fit, Evidence(found.evidence.features, found.evidence.delivered)),
+        perturbed={
+            (cell.step, cell.strength): Evidence(run.features, predictions=run.predictions)
+            for cell, run in found.perturbed.items()
+        },
     )
     print(f"written: {arguments.result_folder / 'metrics.json'} and {arguments.result_folder / 'report.html'}")
     failed = sum(1 for prediction in found.predictions if prediction.error)
     if failed:
         log(f"{failed} images could not be analysed; metrics.json names them")
     return SOME_FAILED if failed else 0
+
+
+def _rule(arguments: argparse.Namespace) -> AbstentionRule | None:
+    """The rule of a calibration file, or of the model's folder; None if there is none or one is fitted."""
+    if arguments.no_abstain or arguments.calibrate:
+        return None
+    if arguments.calibration:
+        return AbstentionRule.load(arguments.calibration)
+    if not arguments.model_path or arguments.rescore:
+        return None
+    return AbstentionRule.beside(registry.read_files(arguments.model_path, arguments.model_base).folder)
+
+
+def _deliveries(arguments: argparse.Namespace, rule: AbstentionRule | None) -> int:
+    if arguments.no_abstain:
+        return 0
+    return (arguments.stability or 0) if arguments.calibrate else rule.deliveries if rule else 0
 
 
 def _results() -> ModuleType:
@@ -149,8 +252,8 @@ def _results() -> ModuleType:
         raise OptionError(f"{error.name} is not installed; it comes with: pip install 'fakereasoning[eval]'") from None
 
 
-def read_predicted(arguments: argparse.Namespace) -> Predicted:
-    """Reads predictions that exist already.
+def read_predicted(arguments: argparse.Namespace, plan: Plan) -> Predicted:
+    """Reads predictions that exist already, those of perturbed images among them.
 
     Raises:
         UserError: There are none, they cannot be read, or they are of other data.
@@ -167,7 +270,8 @@ def read_predicted(arguments: argparse.Namespace) -> Predicted:
     )
     answers = AnswerKind.of(arguments.answer_format or system_of(header))
     about = {"run": file.stem, "settings": header.get("settings", {})}
-    return Predicted(samples, match(samples, predictions), answers, file.parent, about)
+    evidence, perturbed = read_evidence(file, samples, plan, arguments.answer_format)
+    return Predicted(samples, match(samples, predictions), answers, file.parent, about, evidence, perturbed)
 
 
 def _predictions_file(arguments: argparse.Namespace) -> Path:
@@ -184,7 +288,7 @@ def _predictions_file(arguments: argparse.Namespace) -> Path:
     return files[0]
 
 
-def predict(arguments: argparse.Namespace) -> Predicted:
+def predict(arguments: argparse.Namespace, plan: Plan) -> Predicted:
     """Analyses what is not analysed yet, batch by batch, and returns every sample's prediction.
 
     Raises:
@@ -204,16 +308,19 @@ def predict(arguments: argparse.Namespace) -> Predicted:
         "images": images_digest([s.id for s in samples], [s.image for s in samples]),
         "versions": {name: known for name in _VERSIONS if (known := _version(name))},
     }
-    detector = open_detector(arguments)
+    # Every prediction is kept whole; which verdicts are given is decided afterwards.
+    detector = open_detector(arguments, abstain=False)
     settings |= detector.system.describe(options)
     size = detector.system.batch_size(options) if arguments.batch_size == "auto" else arguments.batch_size
     run = Run(settings, {"sets": arguments.sets, "max_sample": arguments.max_sample}, size)
-    with closing(RunStore(arguments.result_folder / _PREDICTIONS, run, [s.id for s in samples])) as store:
-        fill_store(detector, samples, options, store, oriented=not arguments.paper_protocol)
-    _, found = read_run(store.path)
+    conditions = Conditions(
+        detector, samples, options, run, arguments.result_folder / _PREDICTIONS, not arguments.paper_protocol
+    )
+    path, predictions = conditions.predictions()
+    evidence, perturbed = conditions.evidence(path, plan)
     about = {"run": run.key, "settings": settings}
     answers = AnswerKind.of(arguments.options_of)
-    return Predicted(samples, [found[sample.id] for sample in samples], answers, store.path.parent, about)
+    return Predicted(samples, predictions, answers, path.parent, about, evidence, perturbed)
 
 
 def _weight_locations(arguments: argparse.Namespace) -> list[str | None]:

@@ -25,9 +25,10 @@ from forgery_eval.model_options import (
 from forgery_eval.pages.overlay import draw_overlay
 from forgery_eval.runner import Batch, analyze_batches
 from forgery_eval.store import AnswersFile
+from llava.abstention import CALIBRATION
 from llava.cli import SOME_FAILED, OptionParser, log, run_cli
 from llava.errors import DataError, FileError, ImageReadError
-from llava.files import atomic_file, file_errors
+from llava.files import atomic_file, digest_file, file_errors
 from llava.images import list_images, load_image
 from llava.report import SCORE_SOURCES
 from llava.systems.base import AnalyzeOptions
@@ -47,6 +48,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     images.add_argument("--img_path", required=True, type=Path, help="image, folder (with subfolders) or .txt list")
     images.add_argument("--json", type=Path, metavar="OUT.jsonl", help="write one line an image; run again to resume")
     images.add_argument("--attention-map", type=Path, metavar="FOLDER", help="draw where the model looked")
+    images.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="calibration with a rule of abstention, from forgery eval --calibrate (default: the model's own, if any)",
+    )
+    images.add_argument("--no-abstain", action="store_true", help="give every verdict, however unsure")
     add_batch_size(images)
     add_model_options(parser)
     return parse_with_system(parser, arguments)
@@ -69,12 +77,22 @@ def main(arguments: argparse.Namespace) -> int:
             "system": arguments.options_of,
             **loading_options(arguments),
             **vars(options),
+            **_rule_settings(arguments),
         }
         with closing(AnswersFile(arguments.json, settings)) as answers:
             failed = _Inference(arguments, options, answers).run(total)
     if failed:
         log(f"{failed} images could not be analysed; they are named above")
     return SOME_FAILED if failed else 0
+
+
+def _rule_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What answers depend on beside model and options: the rule, if there is one."""
+    if arguments.no_abstain:
+        return {"abstain": False}
+    own = Path(arguments.model_path or "") / CALIBRATION
+    file = arguments.calibration or (own if own.is_file() else None)
+    return {} if file is None else {"calibration": digest_file(file)}
 
 
 class _Inference:
@@ -94,7 +112,9 @@ class _Inference:
 
     def run(self, total: int) -> int:
         """Analyses what has no answer yet; returns how many images failed, in earlier runs too."""
-        detector = open_detector(self._arguments)
+        detector = open_detector(
+            self._arguments, calibration=self._arguments.calibration, abstain=not self._arguments.no_abstain
+        )
         done = len(self._answers.done) if self._answers else 0
         batches = analyze_batches(
             detector, self._remaining(), lambda file: file, self._options, self._arguments.batch_size
@@ -160,7 +180,7 @@ def describe(file: Path, report: "ForgeryReport") -> str:
 
 def _verdict(report: "ForgeryReport") -> str:
     if report.abstained:
-        return f"none: {report.abstained_because or 'the system declines to give one'}"
+        return f"no verdict: {report.abstained_because or 'the system declines to give one'}"
     return report.label or "none: the answer gives no verdict"
 
 

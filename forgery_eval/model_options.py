@@ -153,8 +153,12 @@ def analyze_options(arguments: argparse.Namespace, *, attention: bool = False) -
     return read_options(resolve(registry.spec(arguments.options_of).options), arguments, attention=attention)
 
 
-def open_detector(arguments: argparse.Namespace) -> "ForgeryDetector":
+def open_detector(arguments: argparse.Namespace, **rule: Any) -> "ForgeryDetector":
     """Opens the model, and says what must be known of it.
+
+    Args:
+        arguments: The command line.
+        **rule: ``calibration`` and ``abstain`` of ``ForgeryDetector.from_pretrained``.
 
     Raises:
         CheckpointError: No model is named, or it cannot be opened.
@@ -163,7 +167,7 @@ def open_detector(arguments: argparse.Namespace) -> "ForgeryDetector":
     from llava import ForgeryDetector
 
     detector = ForgeryDetector.from_pretrained(
-        arguments.model_path, system=arguments.system, **loading_options(arguments)
+        arguments.model_path, system=arguments.system, **rule, **loading_options(arguments)
     )
     if detector.notice:
         log(f"note: {detector.notice}")

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,12 @@ import numpy as np
 from forgery_eval.answers import AnswerKind
 from forgery_eval.benchmarks import Sample
 from forgery_eval.metrics.calibration import Calibration, fit, is_for_fitting, kind_of_score
+from forgery_eval.metrics.robustness import robustness
 from forgery_eval.metrics.scoring import ALL, Scored, Scoring, Similarity, protocol_metrics, score, with_scores
 from forgery_eval.pages.report import report_page
 from forgery_eval.store import Prediction
+from forgery_eval.verdicts import Evidence, Judgement, given_under
+from llava.abstention import CALIBRATION, AbstentionRule
 from llava.errors import CheckpointError, DataError
 from llava.files import atomic_write
 from llava.systems import registry
@@ -55,6 +58,8 @@ def write_results(
     fit_calibration: bool = False,
     protocol: EvaluationProtocol | None = None,
     masks: Path | None = None,
+    judgement: Judgement | None = None,
+    perturbed: Mapping[tuple[str, str], Evidence] | None = None,
 ) -> None:
     """Computes every metric, then writes the files.
 
@@ -69,12 +74,16 @@ def write_results(
         fit_calibration: Fit the calibration on the ids of its split, save it, and report on the rest.
         protocol: Also compute the authors' metrics.
         masks: Folder that the predictions' masks are named from.
+        judgement: By which rule verdicts are given.
+        perturbed: What was predicted of the same samples after perturbations, by step and strength.
 
     Raises:
-        DataError: The scores cannot be calibrated, or the calibration is for another score.
+        DataError: The scores cannot be calibrated, or the calibration or the rule is for another score.
         FileError: A file cannot be written.
     """
     _check_score(calibration, predictions)
+    judgement = judgement or Judgement()
+    _check_score(judgement.rule, predictions)
     reported = list(zip(samples, predictions, strict=True))
     for_fitting: list[tuple[Sample, Prediction]] = []
     if fit_calibration:
@@ -83,6 +92,7 @@ def write_results(
         reported = [pair for pair in reported if not is_for_fitting(pair[0].id)]
         if not reported:
             raise DataError("every id falls in the calibration split, so there is nothing to report on")
+        judgement = judgement.fitted(samples, predictions, _score_read(predictions), list((perturbed or {}).values()))
     kept, kept_predictions = [sample for sample, _ in reported], [prediction for _, prediction in reported]
     rows = score(kept, kept_predictions, answers, similarity=similarity, calibration=calibration)
     scoring = Scoring.of(rows, answers)
@@ -96,10 +106,35 @@ def write_results(
     if any(p.answer_probability is not None for p in kept_predictions):
         own = _fit(for_fitting, "answer_probability", "answer") if for_fitting else None
         metrics["answer_score"] = _answer_score(rows, scoring, own)
+    reporting = [k for k, sample in enumerate(samples) if not (fit_calibration and is_for_fitting(sample.id))]
+    if judgement.rule:
+        metrics["abstention"] = judgement.measured(rows, reporting)
+    if perturbed:
+        runs = {cell: run.of(reporting) for cell, run in perturbed.items()}
+        under = {cell: score(kept, run.predictions, answers, calibration=calibration) for cell, run in runs.items()}
+        metrics["robustness"] = _robustness(rows, under, runs, scoring, judgement.rule)
     page = report_page(metrics, rows, published=registry.component(answers.system, "protocol"), masks=masks)
     if calibration and fit_calibration:
-        calibration.save(folder / "calibration.json")
+        calibration.save(folder / CALIBRATION)
+        if judgement.rule:
+            judgement.rule.save(folder / CALIBRATION)
     _write(folder, metrics, page, protocol)
+
+
+def _robustness(
+    clean: Sequence[Scored],
+    rows: Mapping[tuple[str, str], Sequence[Scored]],
+    runs: Mapping[tuple[str, str], Evidence],
+    scoring: Scoring,
+    rule: AbstentionRule | None,
+) -> dict[str, Any]:
+    """Metrics of each perturbation, and of the verdicts that are given under it."""
+    found = robustness(clean, rows, scoring)
+    for condition in found["conditions"] if rule else ():
+        cell = (condition["step"], condition["strength"])
+        assert rule is not None
+        condition["abstention"] = given_under(rule, rows[cell], runs[cell])
+    return found
 
 
 def _write(folder: Path, metrics: dict[str, Any], page: str, protocol: EvaluationProtocol | None) -> None:
@@ -115,7 +150,7 @@ def _score_read(predictions: Sequence[Prediction]) -> str | None:
     return kind_of_score(p.score_source for p in predictions if p.fake_probability is not None)
 
 
-def _check_score(calibration: Calibration | None, predictions: Sequence[Prediction]) -> None:
+def _check_score(calibration: Calibration | AbstentionRule | None, predictions: Sequence[Prediction]) -> None:
     read = _score_read(predictions)
     if calibration and calibration.score and read and calibration.score != read:
         raise DataError(
@@ -150,10 +185,26 @@ def _csv(metrics: dict[str, Any]) -> str:
             if not isinstance(value, dict):
                 low, high = found["intervals"].get(metric) or (None, None)
                 writer.writerow((part, name, metric, value, low, high, found["undefined"].get(metric)))
+    for part, name, values in _plain_parts(metrics):
+        for metric, value in values.items():
+            if not isinstance(value, dict | list | str):
+                writer.writerow((part, name, metric, value, None, None, None))
     for name, values in metrics.get("paper", {}).items():
         for metric, value in values.items():
             writer.writerow(("paper", name, metric, value, None, None, None))
     return text.getvalue()
+
+
+def _plain_parts(metrics: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Measures without intervals: of given verdicts (all, each set, each perturbation), and errors by perturbation."""
+    if "abstention" in metrics:
+        yield "abstention", ALL, metrics["abstention"]["all"]
+        yield from (("abstention", name, part) for name, part in metrics["abstention"]["sets"].items())
+    for condition in metrics.get("robustness", {}).get("conditions", []):
+        name = f"{condition['step']} {condition['strength']}"
+        yield "robustness", name, condition
+        if "abstention" in condition:
+            yield "abstention", name, condition["abstention"]
 
 
 def _parts(metrics: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -162,6 +213,8 @@ def _parts(metrics: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]
     yield from (("detection", name, found[name]) for name in ("macro", ALL))
     if "answer_score" in metrics:
         yield "detection", "all, score of the answer", metrics["answer_score"]
+    for condition in metrics.get("robustness", {}).get("conditions", []):
+        yield "robustness", f"{condition['step']} {condition['strength']}", condition
     for group, values in found["groups"].items():
         yield from (("detection", f"{group}={value}", part) for value, part in values.items())
     for name, kinds in [*metrics["reasoning"]["sets"].items(), (ALL, metrics["reasoning"][ALL])]:

@@ -5,9 +5,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from PIL import Image
 from tqdm import tqdm
 
 from forgery_eval.benchmarks import Sample
@@ -83,6 +83,7 @@ def fill_store(
     store: RunStore,
     *,
     oriented: bool = True,
+    change: Callable[[Sample, Image.Image], Image.Image] | None = None,
 ) -> None:
     """Analyses the samples that the store does not have, and stores each batch before the next is analysed.
 
@@ -92,11 +93,10 @@ def fill_store(
         options: How images are analysed.
         store: The run's store.
         oriented: Whether images are turned as their EXIF orientation says.
+        change: Gives another image instead of a sample's, in memory.
     """
     rest = samples[store.done :]
-
-    def image_of(sample: Sample) -> "ImageLike":
-        return sample.image if oriented else _as_stored(sample.image)
+    image_of = image_source(oriented, change)
 
     with tqdm(total=len(samples), initial=store.done, unit=" images") as progress:
         for batch in analyze_batches(detector, rest, image_of, options, store.batch_size):
@@ -112,9 +112,18 @@ def fill_store(
             progress.update(len(pairs))
 
 
-def _as_stored(image: Path) -> "ImageLike":
-    """The image without its EXIF orientation; its path where it cannot be read, for the detector to say why."""
-    try:
-        return load_image(image, apply_orientation=False)
-    except ImageReadError:
-        return image
+def image_source(
+    oriented: bool = True, change: Callable[[Sample, Image.Image], Image.Image] | None = None
+) -> "Callable[[Sample], ImageLike]":
+    """Returns what gives a sample's image; its path where it cannot be read, for the detector to say why."""
+
+    def image_of(sample: Sample) -> "ImageLike":
+        if oriented and change is None:
+            return sample.image
+        try:
+            image = load_image(sample.image, apply_orientation=oriented)
+        except ImageReadError:
+            return sample.image
+        return image if change is None else change(sample, image)
+
+    return image_of

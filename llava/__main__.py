@@ -59,6 +59,7 @@ DATA = {
     "cot": Verb("build a training file from reasoning and captions", "mmfr_generation.build_cot:main"),
     "from-folder": Verb("turn any folder or table into a data set", "mmfr_generation.from_folder:main"),
     "synthetic": Verb("render the MMFR-Synthetic benchmark", "mmfr_generation.synthetic.__main__:main"),
+    "forge": Verb("turn photographs into real and forged crops", "mmfr_generation.forge.__main__:main"),
     "tokenizer": Verb("train a small tokenizer for a model from scratch", "llava.demo.tokenizer:main"),
 }
 VERBS = {

@@ -4,17 +4,21 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
+from llava.abstention import LIGHT_DELIVERIES, AbstentionRule, Decision
 from llava.assets import demo_model_folder
-from llava.errors import CheckpointError, OptionError, UserError
+from llava.errors import CheckpointError, DataError, OptionError, UserError
 from llava.images import load_image, to_rgb
-from llava.report import ForgeryReport
+from llava.report import SCORE_KIND, ForgeryReport
 from llava.systems import registry
-from llava.systems.base import AnalyzeOptions, System, resolve
+from llava.systems.base import AnalyzeOptions, FeatureSource, System, resolve
 
 ImageLike = str | os.PathLike[str] | Image.Image
 
@@ -26,37 +30,58 @@ NO_MODEL = (
 )
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """An image as the system takes it, and what becomes of it by light deliveries."""
+
+    image: Any
+    delivered: tuple[Any, ...] = ()
+
+
 class ForgeryDetector:
     """Tells real images from generated and manipulated ones with one of the systems.
 
     Args:
         system: The opened system.
+        rule: When no verdict is given; None gives every verdict that the system gives.
     """
 
-    def __init__(self, system: System) -> None:
+    def __init__(self, system: System, rule: AbstentionRule | None = None) -> None:
         self.system = system
+        self.rule = rule
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike[str] | None = None, system: str | None = None, **options: Any
+        cls,
+        path: str | os.PathLike[str] | None = None,
+        system: str | None = None,
+        *,
+        calibration: str | os.PathLike[str] | None = None,
+        abstain: bool = True,
+        **options: Any,
     ) -> "ForgeryDetector":
         """Opens a checkpoint.
 
         Args:
             path: Folder, hub id, or file; None for the embedded demonstration model.
             system: Name of the system, where the files do not tell it.
+            calibration: Calibration file with the rule by which no verdict is given; by default the one in the
+                checkpoint's folder, if any.
+            abstain: Whether such a rule is applied.
             **options: As for ``load_pretrained_model``: ``model_base``, ``device``, ``dtype``, ``load_4bit``, …
 
         Raises:
             CheckpointError: No system opens it, it is broken, or there is no embedded model.
             OptionError: There is no system of that name, or an option cannot be met.
+            DataError: The calibration file is damaged, or is named and holds no such rule.
         """
         path = demo_model_folder() if path is None else path
         if path is None:
             raise CheckpointError(NO_MODEL)
         files = registry.read_files(path, options.get("model_base"))
         found: type[System] = resolve(registry.find(files, system).system)
-        return cls(found.load(str(files.folder), **options))
+        rule = _read_rule(files.folder, calibration) if abstain else None
+        return cls(found.load(str(files.folder), **options), rule)
 
     @property
     def notice(self) -> str:
@@ -90,7 +115,7 @@ class ForgeryDetector:
             OptionError: The options cannot be met.
         """
         wanted = self.options(**options)
-        return self.system.analyze_batch([self._prepare(image)], wanted)[0]
+        return self._analyze_batch([self._prepare(image)], wanted)[0]
 
     def analyze_many(
         self, images: Iterable[ImageLike], *, batch_size: int | str = "auto", **options: Any
@@ -141,7 +166,53 @@ class ForgeryDetector:
         for index in range(len(batch)):
             yield self._failed(errors[index]) if index in errors else next(reports)
 
-    def _analyze_batch(self, prepared: Sequence[Any], options: AnalyzeOptions) -> list[ForgeryReport]:
+    @property
+    def has_features(self) -> bool:
+        """Whether the system can give features of images."""
+        return isinstance(self.system, FeatureSource)
+
+    def features_many(self, images: Iterable[ImageLike], batch_size: int = 8) -> Iterator[np.ndarray | None]:
+        """Yields the features of each image in order, float32, shape (D,); None for one that cannot be read.
+
+        Raises:
+            OptionError: The system gives no features.
+        """
+        if not isinstance(self.system, FeatureSource):
+            raise OptionError(f"{self.system.name} gives no features of images")
+        rest = iter(images)
+        while batch := list(islice(rest, batch_size)):
+            prepared: list[Any] = []
+            for image in batch:
+                try:
+                    prepared.append(self.system.prepare(_as_rgb(image)))
+                except UserError:
+                    prepared.append(None)
+            readable = [item for item in prepared if item is not None]
+            found = iter(self.system.image_features(readable) if readable else ())
+            yield from (None if item is None else next(found) for item in prepared)
+
+    def _analyze_batch(self, prepared: Sequence[_Prepared], options: AnalyzeOptions) -> list[ForgeryReport]:
+        """Analyses a batch, and gives no verdict where the rule says so."""
+        reports = self._analyze_images([item.image for item in prepared], options)
+        if self.rule is None or not prepared:
+            return reports
+        distances: Sequence[float | None] = [None] * len(prepared)
+        if self.rule.known is not None and isinstance(self.system, FeatureSource):
+            distances = list(self.rule.known.distances(self.system.image_features([item.image for item in prepared])))
+        decided = []
+        for item, report, distance in zip(prepared, reports, distances, strict=True):
+            agree = self._agreement(item, report, options)
+            decided.append(_decided(self.rule, report, None if distance is None else float(distance), agree))
+        return decided
+
+    def _agreement(self, item: _Prepared, report: ForgeryReport, options: AnalyzeOptions) -> int | None:
+        """How many light deliveries of an image get the verdict that it gets; None if none are made."""
+        if not item.delivered:
+            return None
+        others = self._analyze_images(item.delivered, replace(options, attention=False))
+        return sum(_side(other) == _side(report) for other in others)
+
+    def _analyze_images(self, prepared: Sequence[Any], options: AnalyzeOptions) -> list[ForgeryReport]:
         """Analyses a batch, in halves if it does not fit into the GPU's memory."""
         if not prepared:
             return []
@@ -152,10 +223,68 @@ class ForgeryDetector:
             if type(error).__name__ != "OutOfMemoryError" or len(prepared) == 1:
                 raise
         half = len(prepared) // 2
-        return self._analyze_batch(prepared[:half], options) + self._analyze_batch(prepared[half:], options)
+        return self._analyze_images(prepared[:half], options) + self._analyze_images(prepared[half:], options)
 
-    def _prepare(self, image: ImageLike) -> Any:
-        return self.system.prepare(to_rgb(image) if isinstance(image, Image.Image) else load_image(image))
+    def _prepare(self, image: ImageLike) -> _Prepared:
+        pixels = _as_rgb(image)
+        steps = LIGHT_DELIVERIES[: self.rule.deliveries] if self.rule else ()
+        return _Prepared(self.system.prepare(pixels), tuple(self.system.prepare(step(pixels)) for step in steps))
 
     def _failed(self, error: str) -> ForgeryReport:
         return ForgeryReport(label=None, fake_probability=None, score_source=None, system=self.system.name, error=error)
+
+
+def _as_rgb(image: ImageLike) -> Image.Image:
+    return to_rgb(image) if isinstance(image, Image.Image) else load_image(image)
+
+
+def _read_rule(folder: Path, calibration: str | os.PathLike[str] | None) -> AbstentionRule | None:
+    if calibration is None:
+        return AbstentionRule.beside(folder)
+    rule = AbstentionRule.load(Path(calibration))
+    if rule is None:
+        raise DataError(
+            f"{calibration} says nothing of when no verdict is given; make it with forgery eval --calibrate"
+        )
+    return rule
+
+
+def _side(report: ForgeryReport) -> bool | None:
+    """Whether an image is called fake: by its score, or by its text where it has no score."""
+    if report.fake_probability is not None:
+        return report.fake_probability >= 0.5
+    return None if report.label is None else report.label == "fake"
+
+
+def _decided(rule: AbstentionRule, report: ForgeryReport, distance: float | None, agree: int | None) -> ForgeryReport:
+    """Returns a report after the rule; a verdict that is not given lies in its details, apart from what is said."""
+    if report.error or report.abstained:
+        return report
+    kind = SCORE_KIND.get(report.score_source) if report.score_source else None
+    comparable = rule.score is None or kind == rule.score
+    decision: Decision = rule.decide(report.fake_probability if comparable else None, distance, agree)
+    told: dict[str, Any] = {} if distance is None else {"distance": round(distance, 4)}
+    if agree is not None:
+        told["agreeing"] = f"{agree} of {rule.deliveries}"
+    if not comparable:
+        told["band"] = f"not applied: it is for the {rule.score!r} score"
+    details = {**report.details, **({"abstention": told} if told else {})}
+    if not decision.abstains:
+        return replace(report, details=details)
+    withheld = {"label": report.label, "fake_probability": report.fake_probability, "text": report.text}
+    return replace(
+        report,
+        label=None,
+        fake_probability=None,
+        answer_probability=None,
+        stages={},
+        attributes={},
+        text="",
+        tag="",
+        attention=None,
+        mask=None,
+        probabilities=[],
+        details={**details, "withheld": withheld},
+        abstained=True,
+        abstained_because=decision.words,
+    )

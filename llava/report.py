@@ -14,6 +14,13 @@ SCORE_SOURCES: dict[ScoreSource, str] = {
     "detector": "from the system's own head",
 }
 """Where a probability was read, in words."""
+SCORE_KIND: dict[ScoreSource, str] = {
+    "verdict": "answer",
+    "forced": "answer",
+    "prompt": "prompt",
+    "detector": "detector",
+}
+"""Scores of one kind are comparable; calibrations are for one kind."""
 
 
 @dataclass
@@ -40,8 +47,9 @@ class ForgeryReport:
         tag: Kind of image or forgery that the system named before it answered; empty for most systems.
         details: Further values that only this system gives, as plain JSON values.
         off_distribution: Whether the score was asked for in a way that the model was not trained for.
-        abstained: Whether the system declined to give a verdict.
-        abstained_because: Why it did; empty if it did not.
+        abstained: Whether no verdict is given: the system declined to, or a rule (``llava.abstention``) withheld it. A
+            withheld verdict with its score lies in ``details``, and label, score, stages and text are empty.
+        abstained_because: Why; empty if a verdict is given.
         notice: What whoever reads this must know of the model; empty for most.
         error: Why the image could not be analysed; empty if it was.
     """

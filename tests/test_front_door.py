@@ -210,6 +210,7 @@ MISTAKES = {
     "data cot": ["data", "cot", "--reasoning", "{world}/absent", "--form", "verdict", "--output", "{world}/o"],
     "data from-folder": ["data", "from-folder", "--input", "{world}/absent", "--to", "train", "--output", "{world}/o"],
     "data synthetic": ["data", "synthetic", "--out", "{world}/s", "--train", "-1", "--eval", "1"],
+    "data forge": ["data", "forge", "--images", "{world}/absent", "--out", "{world}/f"],
     "data tokenizer": ["data", "tokenizer", "{world}/absent.json", "--output_dir", "{world}/own"],
     "doctor": ["doctor", "--jsn"],
 }

@@ -11,16 +11,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("llava", "forgery_eval", "mmfr_generation", "scripts")
 
-GROUND = {f"llava.{name}" for name in ("labels", "errors", "cli", "files", "images")}
+GROUND = {f"llava.{name}" for name in ("labels", "errors", "cli", "files", "images", "image_operations")}
 VOCABULARY = {f"llava.{name}" for name in ("constants", "conversation", "mm_utils")}
 ASK = {"llava.systems", "llava.systems.base", "llava.systems.registry"}
-BELOW = GROUND | {"llava.report", "llava.assets"}
+BELOW = GROUND | {"llava.report", "llava.assets", "llava.abstention"}
 ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(GROUND, GROUND),
     "llava.constants": set(),
     "llava.conversation": GROUND,
     "llava.mm_utils": GROUND | VOCABULARY,
     "llava.report": GROUND,
+    "llava.abstention": GROUND,
     "llava.assets": GROUND,
     # The registry looks at a checkpoint's files, and resolves a hub id, when it is asked to.
     "llava.systems": BELOW | ASK | {"llava.model.checkpoint_files"},
@@ -49,6 +50,7 @@ TORCH_FREE = [
     *sorted(GROUND),
     "llava",
     "llava.report",
+    "llava.abstention",
     "llava.detector",
     "llava.systems.base",
     "llava.systems.registry",

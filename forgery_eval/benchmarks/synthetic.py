@@ -34,7 +34,17 @@ def read(path: Path) -> Iterator[Sample]:
         strength = entry.get("strength")
         if isinstance(strength, int | float):
             groups["strength"] = next((name for end, name in _STRENGTHS if strength < end), "1")
+        steps = entry.get("delivery")
+        if isinstance(steps, list):
+            groups |= _delivery_groups(steps)
         yield replace(sample, groups=groups)
+
+
+def _delivery_groups(steps: list[Any]) -> dict[str, str]:
+    """How many steps an image went through, and which was the last."""
+    names = [str(step.get("step")) for step in steps if isinstance(step, dict)]
+    count = "untouched" if not names else f"{len(names)} step" + ("s" if len(names) > 1 else "")
+    return {"delivery": count, "last_delivery": names[-1] if names else "untouched"}
 
 
 def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -10,12 +10,13 @@ from sklearn.linear_model import LogisticRegression
 
 from llava.errors import DataError
 from llava.files import read_json, write_json
+from llava.report import SCORE_KIND
 
 SHARE = 5
 """One id of so many is for fitting."""
 _NEAREST = 1e-7
 """Distance that a probability keeps from 0 and 1, so that its logit is finite."""
-_KINDS: dict[str | None, str] = {"verdict": "answer", "forced": "answer", "prompt": "prompt", "detector": "detector"}
+_KINDS: dict[str | None, str] = {str(source): kind for source, kind in SCORE_KIND.items()}
 """Which score is read where."""
 
 

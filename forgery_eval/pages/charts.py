@@ -1,7 +1,10 @@
 """Curves of a report, as SVG."""
 
 import io
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -32,14 +35,81 @@ def charts(labels: np.ndarray, scores: np.ndarray) -> list[Markup]:
     return [_svg(drawing, labels, scores) for drawing in drawings]
 
 
+def robustness_charts(found: Mapping[str, Any]) -> list[Markup]:
+    """Returns a chart a step: metrics against strength, beginning with the clean images.
+
+    Args:
+        found: What ``robustness`` of ``metrics.json`` holds.
+    """
+    by_step: dict[str, list[Mapping[str, Any]]] = {}
+    for condition in found["conditions"]:
+        by_step.setdefault(condition["step"], []).append(condition)
+    charts = []
+    for step, conditions in sorted(by_step.items()):
+        ordered = sorted(conditions, key=lambda condition: _severity(step, condition["strength"]))
+        points = [("clean", found["clean"]), *((condition["strength"], condition) for condition in ordered)]
+        charts.append(_figure(partial(_against_strength, step=step, points=points), f"robustness {step}"))
+    return charts
+
+
+def _severity(step: str, strength: str) -> float:
+    """Order of strengths from mild to strong; lower numbers are stronger where they are a quality or a size."""
+    numbers = re.findall(r"[0-9.]+", strength)
+    value = float(numbers[0]) if numbers else 0.0
+    return -value if step in ("jpeg", "webp", "avif", "resize", "same-format") else value
+
+
+def _against_strength(axes: Axes, *, step: str, points: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    positions = range(len(points))
+    lines = {
+        "balanced accuracy": [_balanced(part["metrics"]) for _, part in points],
+        "AUROC": [part["metrics"].get("auroc") for _, part in points],
+        "reals called fake": [part["reals_called_fake"] for _, part in points],
+    }
+    for (name, values), colour in zip(lines.items(), (COLOURS["fake"], "grey", COLOURS["real"]), strict=True):
+        axes.plot(positions, [np.nan if v is None else v for v in values], "o-", label=name, color=colour)
+    axes.set(title=step, ylim=(-0.02, 1.02))
+    axes.set_xticks(list(positions), [name for name, _ in points])
+    axes.legend()
+
+
+def _balanced(metrics: Mapping[str, Any]) -> float | None:
+    of_score: float | None = metrics.get("score_balanced_accuracy")
+    return metrics.get("text_balanced_accuracy") if of_score is None else of_score
+
+
+def risk_coverage_chart(curve: Sequence[Sequence[float]], given: Mapping[str, Any]) -> Markup:
+    """Returns the error among the surest images against their share, and where the rule stands.
+
+    Args:
+        curve: Points of coverage and error.
+        given: Measures of given verdicts.
+    """
+    return _figure(partial(_risk_coverage, curve=curve, given=given), "risk coverage")
+
+
+def _risk_coverage(axes: Axes, *, curve: Sequence[Sequence[float]], given: Mapping[str, Any]) -> None:
+    axes.plot([point[0] for point in curve], [point[1] for point in curve], color=COLOURS["fake"])
+    if given["error_among_given"] is not None:
+        axes.plot([given["coverage"]], [given["error_among_given"]], "o", color=COLOURS["real"], label="by the rule")
+        axes.legend()
+    axes.set(title="Risk and coverage", xlabel="share of images, the surest first", ylabel="error among them")
+    axes.set_xlim(0, 1.02)
+    axes.set_ylim(bottom=0)
+
+
 def _svg(draw: Draw, labels: np.ndarray, scores: np.ndarray) -> Markup:
+    return _figure(lambda axes: draw(axes, labels, scores), draw.__name__)
+
+
+def _figure(draw: Callable[[Axes], None], name: str) -> Markup:
     figure = Figure(figsize=(4.6, 3.8), layout="constrained")
     axes = figure.subplots()
-    draw(axes, labels, scores)
+    draw(axes)
     axes.grid(alpha=0.25)
     stream = io.StringIO()
     # A fixed salt and no date: equal results give equal pages.
-    with matplotlib.rc_context({"svg.hashsalt": draw.__name__}):
+    with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(stream, format="svg", metadata={"Date": None})
     text = stream.getvalue()
     return Markup(text[text.index("<svg") :])  # drawn here from numbers and the words of this module alone

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from forgery_eval.masks import read_mask
 from forgery_eval.metrics.scoring import ALL, Scored
 from forgery_eval.pages.base import image_source, render
-from forgery_eval.pages.charts import charts
+from forgery_eval.pages.charts import charts, risk_coverage_chart, robustness_charts
 from forgery_eval.pages.overlay import draw_grey_mask
 from llava.labels import LABELS
 from llava.systems.base import EvaluationProtocol
@@ -35,6 +35,15 @@ _DETECTION = {
     "brier": "Brier",
     "failure_rate": "failures",
     "disagreement": "text and score differ",
+}
+_ROBUSTNESS = ("text_balanced_accuracy", "score_accuracy", "auroc", "average_precision", "ece", "failure_rate")
+_GIVEN = {
+    "coverage": "coverage",
+    "error_among_given": "error among given",
+    "balanced_accuracy_of_given": "balanced, given",
+    "reals_called_fake": "reals called fake",
+    "fakes_called_real": "fakes called real",
+    "ece_of_given": "ECE, given",
 }
 _REASONING = {
     "texts": "texts",
@@ -111,6 +120,8 @@ def report_page(
         charts=charts(
             np.array([row.sample.label for row in known], int), np.array([row.score for row in known], float)
         ),
+        given=_given(metrics["abstention"]) if "abstention" in metrics else None,
+        robustness=_robustness(metrics["robustness"]) if "robustness" in metrics else None,
         two_scores=_two_scores(metrics) if "answer_score" in metrics else None,
         published_means=_published_means(published),
         reasoning=[
@@ -212,6 +223,56 @@ def _confusion(metrics: Mapping[str, Any]) -> Table:
         for label in LABELS
     ]
     return Table(["images that are …", "called real", "called fake", "neither"], rows)
+
+
+def _given(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Given verdicts: the rule in words, a table of all images, sets and groups, and the curve."""
+    rule, everything = found["rule"], found["all"]
+    bounds = [
+        f"{name} {'never' if rule[end] is None else f'{word} P(fake) {rule[end]:.4g}'}"
+        for name, end, word in (("real", "low", "up to"), ("fake", "high", "from"))
+    ]
+    limit = "" if rule["known_limit"] is None else f"; known up to a distance of {rule['known_limit']:.4g}"
+    steps = f"; lasting under {rule['deliveries']} light deliveries" if rule["deliveries"] else ""
+    parts = {ALL: everything, **found["sets"]}
+    for name, values in found["groups"].items():
+        parts |= {f"{name} {value}": part for value, part in values.items()}
+    rows = [
+        [
+            Cell(name),
+            Cell(str(part["images"])),
+            *(Cell(_number(part[key])) for key in _GIVEN),
+            *(Cell(str(count)) for count in part["no_verdict"].values()),
+        ]
+        for name, part in parts.items()
+    ]
+    return {
+        "rule": f"Called {', '.join(bounds)}{limit}{steps}. Chosen for an error of {rule['error_level']:g} among given "
+        f"verdicts{', on a fifth of these ids' if found['fitted_here'] else ', elsewhere'}. "
+        f"Area under the curve of risk against coverage: {_number(everything['risk_coverage_area'])}.",
+        "table": Table(["", "images", *_GIVEN.values(), *everything["no_verdict"]], rows),
+        "chart": risk_coverage_chart(everything["risk_coverage"], everything),
+    }
+
+
+def _robustness(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The table of all conditions, the worst first and the clean images above them, and the curves."""
+    columns = {name: _DETECTION[name] for name in _ROBUSTNESS}
+    conditions = {f"{part['step']} {part['strength']}": part for part in found["conditions"]}
+    parts = {"clean": found["clean"], **conditions}
+    table = _metrics_table(parts, columns, {})
+    head = [*table.head, "reals called fake", "fakes called real", f"reals, clean {found['clean_rate']:.0%}"]
+    with_rule = any("abstention" in part for part in conditions.values())
+    head += ["coverage", "error among given", "reals called fake, given"] if with_rule else []
+    rows = []
+    for row, part in zip(table.rows, parts.values(), strict=True):
+        at_clean = part["at_clean_threshold"] or {}
+        values = [part["reals_called_fake"], part["fakes_called_real"], at_clean.get("reals_called_fake")]
+        if with_rule:
+            given = part.get("abstention", {})
+            values += [given.get(name) for name in ("coverage", "error_among_given", "reals_called_fake")]
+        rows.append([*row, *(Cell(_number(value)) for value in values)])
+    return {"table": Table(head, rows), "charts": robustness_charts(found)}
 
 
 def _two_scores(metrics: Mapping[str, Any]) -> Table:

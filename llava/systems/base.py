@@ -20,6 +20,7 @@ from llava.files import read_json
 from llava.labels import Label
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
 
     from llava.report import ForgeryReport
@@ -346,6 +347,15 @@ class System(Protocol):
 
     def analyze_batch(self, prepared: Sequence[Any], options: AnalyzeOptions) -> "list[ForgeryReport]":
         """Analyses a batch; one report an image, in order."""
+        ...
+
+
+@runtime_checkable
+class FeatureSource(Protocol):
+    """What a system offers besides, if it can tell images unlike all known ones: features of its towers."""
+
+    def image_features(self, prepared: Sequence[Any]) -> "np.ndarray":
+        """Returns features of a batch of prepared images, float32, shape (B, D), each by its image alone."""
         ...
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -128,6 +129,19 @@ class LanguageModelSystem(ABC):
             return reports
         maps = self._attention_maps(encoded.attention, prepared)
         return [replace(report, attention=grid) for report, grid in zip(reports, maps, strict=True)]
+
+    @torch.no_grad()
+    def image_features(self, prepared: Sequence[PreparedImage]) -> np.ndarray:
+        """Returns mean and deviation over the patches of each tower's output, one tower after the other."""
+        core = self.model.get_model()
+        pixels_B3SS = torch.stack([item.pixels for item in prepared]).to(self.model.device, self.model.dtype)
+        outputs = core.run_towers(pixels_B3SS)
+        parts = []
+        for branch in core.fusion.branches:
+            patches_BPD = outputs[branch].float()
+            parts += [patches_BPD.mean(dim=1), patches_BPD.std(dim=1, correction=0)]
+        features: np.ndarray = torch.cat(parts, dim=1).cpu().numpy()
+        return features
 
     def _answer(
         self, embeddings: Mapping[int, Tensor], prepared: Sequence[PreparedImage], options: AnalyzeOptions

@@ -9,6 +9,7 @@ from llava.cli import DefaultsHelpFormatter, OptionParser, positive_int, run_cli
 from llava.errors import OptionError
 
 try:
+    from mmfr_generation.synthetic.delivery import DELIVERIES
     from mmfr_generation.synthetic.sample import MAX_SIZE, MIN_SIZE
     from mmfr_generation.synthetic.writer import Run, write_dataset
 except ModuleNotFoundError as error:
@@ -29,6 +30,12 @@ def build_parser() -> OptionParser:
     )
     parser.add_argument("--size", type=int, default=112, help=f"side in pixels, {MIN_SIZE} to {MAX_SIZE}")
     parser.add_argument("--seed", type=int, default=0, help="decides every image")
+    parser.add_argument(
+        "--delivery",
+        choices=DELIVERIES,
+        default="none",
+        help="none: as made; mixed: many shapes, and half of the images resized, recompressed, blurred, framed, ...",
+    )
     parser.add_argument("--workers", type=positive_int, default=os.cpu_count() or 1, help="processes")
     return parser
 
@@ -38,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     arguments = parser.parse_args(argv)
     try:
-        run = Run(arguments.train, arguments.eval, arguments.size, arguments.seed)
+        run = Run(arguments.train, arguments.eval, arguments.size, arguments.seed, arguments.delivery)
     except OptionError as error:
         parser.error(str(error))
     # Workers inherit this: their small matrix products only lose by more threads.

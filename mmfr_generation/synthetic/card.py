@@ -45,9 +45,9 @@ It is a world of its own: a detector that is good here says nothing yet about ph
 | training | {train_real} | {train_fake} |
 | each of {sets} evaluation sets | {per_set} | {per_set} |
 
-Images are {size} x {size} pixels; the seed is {seed}. The same images come again, byte for byte, from
+Images are {made}{size} x {size} pixels; the seed is {seed}. The same images come again, byte for byte, from
 
-    python -m mmfr_generation.synthetic --out D --train {train} --eval {per_set} --size {size} --seed {seed}
+    python -m mmfr_generation.synthetic --out D --train {train} --eval {per_set} --size {size} --seed {seed}{option}
 
 with the same versions of Pillow (JPEG, PNG and its font), numpy and scipy.
 
@@ -58,12 +58,12 @@ with the same versions of Pillow (JPEG, PNG and its font), numpy and scipy.
 - Strength: {full:.0%} of the fakes have strength 1, the others are uniform from {weakest} to 1.
 - Faults: {fault:.0%} of the fakes also get a high-level fault, drawn among those of their scene. A mask is with every
   such fault and with every local trace: {masks}.
-- Both classes end in a JPEG of quality {quality[0]} to {quality[1]}; {png:.0%} are then stored as PNG.
+- Both classes {end} in a JPEG of quality {quality[0]} to {quality[1]}; {png:.0%} are then stored as PNG.
 - `manifest.jsonl` has for each image its label, generator, mechanism, strength, source, faults, masks, caption and
   attributes; `split_role` tells generators of training (`seen`) from those that only evaluation sees: of a mechanism
   that training knows (`unseen-known-mechanism`) or of their own (`unseen-own-mechanism`).
 - Masks are 255 where the fault is, and have the size of their image.
-
+{delivered}
 ## Generators, and what the size of a file gives away
 
 File type, pixel size, tables, names, order, metadata and mean colour carry nothing. The size of a file does,
@@ -76,7 +76,9 @@ real's of its set, with a 95 % interval (0.5: nothing is given away).
 """
 
 
-def write_card(seed: int, size: int, records: Sequence[Mapping[str, Any]], out: Path) -> dict[str, bytes]:
+def write_card(
+    seed: int, size: int, records: Sequence[Mapping[str, Any]], out: Path, delivery: str = "none"
+) -> dict[str, bytes]:
     """Makes the data card and the contact sheet of a benchmark whose images are written.
 
     Args:
@@ -84,13 +86,14 @@ def write_card(seed: int, size: int, records: Sequence[Mapping[str, Any]], out: 
         size: Side of the images in pixels.
         records: The manifest's lines.
         out: The benchmark's folder; file sizes are read from it.
+        delivery: What happened to the images.
 
     Returns:
         Bytes of each file by its name.
     """
     buffer = io.BytesIO()
     contact_sheet(seed, min(size, _TILE_LIMIT)).save(buffer, "PNG", compress_level=9)
-    return {CARD: _card(seed, size, records, out).encode(), SHEET: buffer.getvalue()}
+    return {CARD: _card(seed, size, records, out, delivery).encode(), SHEET: buffer.getvalue()}
 
 
 def auc(negative: Sequence[float], positive: Sequence[float]) -> tuple[float, float]:
@@ -160,12 +163,12 @@ def _first(seed: int, size: int, label: int, names: list[str], has: Callable[[Sa
     return {name: samples[name] for name in names if name in samples}
 
 
-def _card(seed: int, size: int, records: Sequence[Mapping[str, Any]], out: Path) -> str:
+def _card(seed: int, size: int, records: Sequence[Mapping[str, Any]], out: Path, delivery: str) -> str:
     counts = Counter((r["split"], r["label"]) for r in records)
     masks = Counter(name for r in records for name in r["masks"])
     rows = []
     for g in GENERATORS.values():
-        leak = _size_leak([r for r in records if r["set"] == g.name], out)
+        leak = size_leak([r for r in records if r["set"] == g.name], out)
         rows.append(f"| {g.name} | {g.mechanism} | {g.role} | {g.attribute} | {g.description} | {leak} |")
     return _CARD.format(
         sheet=SHEET,
@@ -176,6 +179,8 @@ def _card(seed: int, size: int, records: Sequence[Mapping[str, Any]], out: Path)
         per_set=counts["evaluation", "real"] // len(GENERATORS),
         size=size,
         seed=seed,
+        made="" if delivery == "none" else "rendered at ",
+        end="end" if delivery == "none" else "begin",
         scenes=", ".join(kind.name for kind in SCENES),
         camera=CAMERA_SHARE,
         full=FULL_SHARE,
@@ -184,11 +189,30 @@ def _card(seed: int, size: int, records: Sequence[Mapping[str, Any]], out: Path)
         masks=", ".join(f"{name} {count}" for name, count in sorted(masks.items())) or "none",
         quality=JPEG_QUALITY,
         png=PNG_SHARE,
+        option="" if delivery == "none" else f" --delivery {delivery}",
+        delivered=delivered_words(records),
         rows="\n".join(rows),
     )
 
 
-def _size_leak(records: Sequence[Mapping[str, Any]], out: Path) -> str:
+def delivered_words(records: Sequence[Mapping[str, Any]]) -> str:
+    """Returns a line of a card about what happened to the images; an empty text if nothing can have."""
+    chains = [record["delivery"] for record in records if "delivery" in record]
+    if not chains:
+        return ""
+    steps = Counter(step["step"] for chain in chains for step in chain)
+    counted = ", ".join(f"{name} {count}" for name, count in sorted(steps.items())) or "none"
+    untouched = sum(1 for chain in chains if not chain)
+    return (
+        f"- Delivery, drawn for both classes alike: {len(chains) - untouched} of {len(chains)} images go through a "
+        "chain of one to four steps\n  and another file (JPEG, PNG, WebP, AVIF). Before it, a frame gives rendered "
+        "images their shape. Steps:\n  {counted}.\n  The manifest has them in `frame` and `delivery`; what is said of "
+        "an image that was cut names no thing that may be gone.\n".replace("{counted}", counted)
+    )
+
+
+def size_leak(records: Sequence[Mapping[str, Any]], out: Path) -> str:
+    """Returns how often a fake's file is larger than a real's, with its 95 % interval, in words."""
     sizes: dict[str, list[float]] = {"real": [], "fake": []}
     for record in records:
         sizes[record["label"]].append((out / record["image"]).stat().st_size)

@@ -1,18 +1,20 @@
 """One image of the benchmark with everything that is true of it: a pure function of its key."""
 
-import io
 import uuid
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
+from llava.image_operations import Step, apply_steps, decode, encode
 from llava.labels import FAKE, LABELS, REAL
 from llava.systems.fakereasoning.answer import ATTRIBUTES
 from mmfr_generation.synthetic import wording
 from mmfr_generation.synthetic.camera import Camera, photograph, render_clean
+from mmfr_generation.synthetic.delivery import Delivered, Delivery, deliver, draw_frame, is_cut, unsure_attributes
 from mmfr_generation.synthetic.faults import FAULTS, DrawnScene, draw_faulty_scene, draw_scene
 from mmfr_generation.synthetic.generators import GENERATORS, SEEN
 from mmfr_generation.synthetic.numerics import Array, Generator
@@ -30,6 +32,8 @@ PNG_SHARE = 0.2
 CAMERA_SHARE = 0.5
 """Share of the fakes that start from a photograph; the others start from a clean render."""
 JPEG_QUALITY = (72, 97)
+KEPT_FAULT = 0.5
+"""A high-level fault is no longer spoken of where cuts left less than this share of its part of the image."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Key:
         set: Name of the evaluation set, which is that of its generator; empty in training.
         label: 0 for real, 1 for fake.
         index: Number within split, set and label.
+        delivery: What happens to the image after it was made; the scene and its trace do not depend on it.
     """
 
     seed: int
@@ -51,6 +56,7 @@ class Key:
     set: str
     label: int
     index: int
+    delivery: Delivery = "none"
 
     @property
     def generator(self) -> str:
@@ -64,7 +70,7 @@ class Sample:
 
     Attributes:
         stem: Random file name without its ending.
-        suffix: ``.jpg`` or ``.png``.
+        suffix: ``.jpg`` or ``.png``; after a delivery also ``.webp`` or ``.avif``.
         data: The file's bytes.
         pixels_HWC: The decoded image, uint8.
         masks: For the high-level fault and for a local trace a mask each, bool, shape (H, W).
@@ -87,29 +93,32 @@ def make_sample(key: Key, *, strength: float | None = None) -> Sample:
         strength: Strength of the trace in place of the one that the key gives; for contact sheets.
     """
     entropy = (SPLITS.index(key.split), zlib.crc32(key.set.encode()), key.label, key.index)
-    streams = np.random.SeedSequence(entropy=key.seed, spawn_key=entropy).spawn(5)
-    scene_rng, camera_rng, forge_rng, file_rng, text_rng = map(np.random.default_rng, streams)
+    streams = np.random.SeedSequence(entropy=key.seed, spawn_key=entropy).spawn(6)
+    scene_rng, camera_rng, forge_rng, file_rng, text_rng, way_rng = map(np.random.default_rng, streams)
     kind = SCENES[int(scene_rng.integers(len(SCENES)))]
     scene_seed = int(scene_rng.integers(1 << 62))
     camera = Camera.draw(camera_rng)
     stem = str(uuid.UUID(bytes=file_rng.bytes(16), version=4))
     quality = int(file_rng.integers(JPEG_QUALITY[0], JPEG_QUALITY[1] + 1))
     common = {"scene": kind.name, "jpeg_quality": quality}
+    masks: dict[str, Array] = {}
     if key.label == REAL:
         scene = draw_scene(kind, scene_seed, key.size)
         image = photograph(scene.linear_CHW, camera, camera_rng)
-        clear = quality >= 85 and camera.read_noise < 0.0028
         forged: dict[str, Any] = {"source": "camera", "generator": None, "mechanism": None, "strength": None}
-        sentences: dict[str, str | None] = wording.authentic(scene, clear=clear, rng=text_rng)
-        masks: dict[str, Array] = {}
     else:
         if forge_rng.random() < FAULT_SHARE:
             scene = draw_faulty_scene(kind, scene_seed, key.size, forge_rng)
         else:
             scene = draw_scene(kind, scene_seed, key.size)
         image, forged, masks = _forge(scene, camera, key.generator, strength, camera_rng, forge_rng)
-        sentences = _explain(scene, forged, masks, text_rng)
-    data, suffix, pixels = _file(image, quality, file_rng)
+    arrived, way = _send(image, masks, quality, key.delivery, file_rng, way_rng)
+    shown, arrived = _still_true(scene, masks, arrived, way)
+    if key.label == REAL:
+        clear = quality >= 85 and camera.read_noise < 0.0028
+        sentences = wording.authentic(shown, clear=clear, rng=text_rng, unsure=unsure_attributes(way))
+    else:
+        sentences = _explain(shown, forged, arrived.masks, text_rng)
     truth = {
         "label": LABELS[key.label],
         "split": key.split,
@@ -117,15 +126,45 @@ def make_sample(key: Key, *, strength: float | None = None) -> Sample:
         **forged,
         "split_role": GENERATORS[key.set].role if key.set else "seen",
         **common,
-        "faults": [scene.fault] if scene.fault else [],
+        "faults": [shown.fault] if shown.fault else [],
         "light": scene.light.name,
-        "caption": wording.caption(scene, text_rng),
+        "caption": wording.part_caption(shown, text_rng) if is_cut(way) else wording.caption(shown, text_rng),
         "attributes": sentences,
         "seed": key.seed,
         "size": key.size,
         "index": key.index,
     }
-    return Sample(stem, suffix, data, pixels, masks, truth)
+    if key.delivery != "none":
+        framed = way[: len(way) - len(arrived.steps)]
+        truth |= {"frame": [step.to_json() for step in framed], "delivery": [step.to_json() for step in arrived.steps]}
+    return Sample(stem, arrived.suffix, arrived.data, arrived.pixels_HWC, arrived.masks, truth)
+
+
+def _send(
+    image_CHW: Array, masks: dict[str, Array], quality: int, delivery: Delivery, file_rng: Generator, rng: Generator
+) -> tuple[Delivered, tuple[Step, ...]]:
+    """Saves an image, delivers it if that is asked for, and returns all that happened to it, its frame first."""
+    if delivery == "none":
+        data, suffix, pixels = save_first(_as_pixels(image_CHW), quality, file_rng)
+        return Delivered(data, suffix, pixels, masks, ()), ()
+    frame = draw_frame(rng)
+    way = (frame,) if frame else ()
+    framed, masks = apply_steps(Image.fromarray(_as_pixels(image_CHW)), way, masks)
+    data, suffix, pixels = save_first(np.asarray(framed), quality, file_rng)
+    arrived = deliver(pixels, data, suffix, masks, rng)
+    return arrived, (*way, *arrived.steps)
+
+
+def _still_true(
+    scene: DrawnScene, masks: dict[str, Array], arrived: Delivered, way: Sequence[Step]
+) -> tuple[DrawnScene, Delivered]:
+    """Returns what of a scene's facts and of its masks still holds after what happened to the image."""
+    shown = wording.without_things(scene) if is_cut(way) else scene
+    fault = scene.fault
+    if fault is not None and arrived.masks[fault].mean() < KEPT_FAULT * masks[fault].mean():
+        shown = replace(shown, fault=None, mask_HW=None)
+        arrived = replace(arrived, masks={name: mask for name, mask in arrived.masks.items() if name != fault})
+    return shown, arrived
 
 
 def _forge(
@@ -159,23 +198,26 @@ def _explain(
         scene, generator.mechanism, forged["strength"], rng, masks.get(generator.name)
     )
     if scene.fault is not None:
-        sentences[FAULTS[scene.fault]] = wording.fault(scene, rng)
+        sentences[FAULTS[scene.fault]] = wording.fault(replace(scene, mask_HW=masks[scene.fault]), rng)
     return sentences
 
 
-def _file(image_CHW: Array, quality: int, rng: Generator) -> tuple[bytes, str, Array]:
+def _as_pixels(image_CHW: Array) -> Array:
+    pixels: Array = np.rint(np.clip(image_CHW, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
+    return pixels
+
+
+def save_first(pixels_HWC: Array, quality: int, rng: Generator) -> tuple[bytes, str, Array]:
     """Compresses an image as JPEG; a share is then stored as PNG, with the JPEG's pixels.
 
     Both classes come through here, so that type, tables and quality say nothing about the class.
+
+    Returns:
+        The file's bytes, its ending, and the decoded image.
     """
-    pixels = np.rint(np.clip(image_CHW, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
     subsampling, as_png = int(rng.integers(2)) * 2, rng.random() < PNG_SHARE
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=subsampling)
-    with Image.open(buffer) as stored:
-        decoded = stored.convert("RGB")
+    data = encode(Image.fromarray(pixels_HWC), "JPEG", quality=quality, subsampling=subsampling)
+    decoded = decode(data)
     if not as_png:
-        return buffer.getvalue(), ".jpg", np.asarray(decoded)
-    buffer = io.BytesIO()
-    decoded.save(buffer, "PNG", compress_level=3)
-    return buffer.getvalue(), ".png", np.asarray(decoded)
+        return data, ".jpg", np.asarray(decoded)
+    return encode(decoded, "PNG", compress_level=3), ".png", np.asarray(decoded)

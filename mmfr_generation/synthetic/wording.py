@@ -5,7 +5,8 @@ of the image it is written for; only the words vary.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 from mmfr_generation.synthetic.faults import DrawnScene
 from mmfr_generation.synthetic.numerics import Array, Generator
@@ -21,6 +22,11 @@ _CAPTION = (
     ", with light from the {light}|. The light comes from the {light}|. The scene is lit from the {light}]."
 )
 _TEXT_CAPTION = "[The word on {carrier} is {text}|On {carrier} we read the word {text}]."
+
+_PART_CAPTION = (
+    "[The image shows|This is a picture of|The picture shows|Here we see] a part of a {kind} scene[, lit from the "
+    "{light}|, with light from the {light}|. The light comes from the {light}|. The scene is lit from the {light}]."
+)
 
 _GRADES = ((0.45, "[faint|weak|slight]"), (0.75, "[clear|visible|plain]"), (1.01, "[strong|heavy|marked]"))
 
@@ -152,13 +158,24 @@ def caption(scene: DrawnScene, rng: Generator) -> str:
     return text
 
 
-def authentic(scene: DrawnScene, *, clear: bool, rng: Generator) -> dict[str, str | None]:
+def part_caption(scene: DrawnScene, rng: Generator) -> str:
+    """Describes a scene of which only a part is in the image: its kind and the light's side."""
+    return expand(_PART_CAPTION, rng, {"kind": scene.kind.name, "light": scene.light.name})
+
+
+def without_things(scene: DrawnScene) -> DrawnScene:
+    """Returns the scene with facts that name no single thing, for an image that shows only a part of it."""
+    return replace(scene, facts=replace(scene.facts, texture="the surfaces", edges="the things"))
+
+
+def authentic(scene: DrawnScene, *, clear: bool, rng: Generator, unsure: Collection[str] = ()) -> dict[str, str | None]:
     """Writes the authentic attributes of a real image.
 
     Args:
         scene: What the image shows.
         clear: Whether noise and compression are low enough to speak of high quality.
         rng: Chooses the words, and which of the true attributes are spoken of: two at least.
+        unsure: Attributes that cannot be claimed of this image.
     """
     slots = {
         "light": scene.light.name,
@@ -167,16 +184,20 @@ def authentic(scene: DrawnScene, *, clear: bool, rng: Generator) -> dict[str, st
         "texture": scene.facts.texture,
         "sense": scene.facts.sense,
     }
-    true = [name for name in _AUTHENTIC if clear or name != "High Image Quality"]
+    true = [name for name in _AUTHENTIC if (clear or name != "High Image Quality") and name not in unsure]
     order = [true[int(k)] for k in rng.permutation(len(true))]
     spoken = {name for k, name in enumerate(order) if k < 2 or rng.random() < 0.6}
     return {name: expand(_AUTHENTIC[name], rng, slots) if name in spoken else None for name in _AUTHENTIC}
 
 
+def grade(strength: float) -> str:
+    """Returns the pattern of words for a strength."""
+    return next(words for limit, words in _GRADES if strength < limit)
+
+
 def trace(scene: DrawnScene, mechanism: str, strength: float, rng: Generator, mask_HW: Array | None) -> str:
     """Writes what a generator's trace looks like; a local one is also placed."""
-    grade = next(words for limit, words in _GRADES if strength < limit)
-    slots = {"grade": grade, "texture": scene.facts.texture, "edges": scene.facts.edges}
+    slots = {"grade": grade(strength), "texture": scene.facts.texture, "edges": scene.facts.edges}
     if mask_HW is None:
         return expand(TRACES[mechanism], rng, slots)
     return expand(_PATCH, rng, {**slots, "where": place(mask_HW)})

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -23,8 +23,9 @@ from llava.files import atomic_write, file_errors, read_json, write_json, write_
 from llava.labels import FAKE, REAL
 from mmfr_generation.synthetic import layout
 from mmfr_generation.synthetic.card import write_card
+from mmfr_generation.synthetic.delivery import DELIVERIES, Delivery
 from mmfr_generation.synthetic.generators import GENERATORS
-from mmfr_generation.synthetic.sample import MAX_SIZE, MIN_SIZE, Key, make_sample
+from mmfr_generation.synthetic.sample import MAX_SIZE, MIN_SIZE, Key, Sample, make_sample
 
 FORMAT = 1
 _RUN_FILE = "dataset.json"
@@ -32,6 +33,30 @@ _SHARDS = ".shards"
 _SHARD_SIZE = 32
 
 Shard = tuple[int, list[Key]]
+
+
+class Job(Protocol):
+    """A data set that can be written: a list of images, each a pure function of its key. It is sent to processes."""
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what the images depend on, as plain JSON values; a folder holds one such set."""
+        ...
+
+    def keys(self) -> list[Key]:
+        """Returns the key of every image, in the order of writing."""
+        ...
+
+    def make(self, key: Key) -> Sample:
+        """Makes an image."""
+        ...
+
+    def key_of(self, record: dict[str, Any]) -> Key:
+        """Returns the key of a line of the manifest."""
+        ...
+
+    def card(self, records: list[dict[str, Any]], out: Path) -> dict[str, bytes]:
+        """Returns the files that describe the written set, by name."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -43,15 +68,17 @@ class Run:
         eval: Real images, and as many fakes, in each evaluation set.
         size: Side of the images in pixels, 64 to 512.
         seed: Decides everything; 0 or more.
+        delivery: What happens to the images after they were made.
 
     Raises:
-        OptionError: A number is out of its range.
+        OptionError: A number is out of its range, or there is no such delivery.
     """
 
     train: int
     eval: int
     size: int
     seed: int
+    delivery: Delivery = "none"
 
     def __post_init__(self) -> None:
         if self.train < 0 or self.eval < 0 or self.train + self.eval == 0:
@@ -60,21 +87,48 @@ class Run:
             raise OptionError(f"size must be {MIN_SIZE} to {MAX_SIZE} pixels, not {self.size}")
         if self.seed < 0:
             raise OptionError(f"seed must be 0 or more, not {self.seed}")
+        if self.delivery not in DELIVERIES:
+            raise OptionError(f"delivery must be one of {', '.join(DELIVERIES)}, not {self.delivery!r}")
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what the images depend on; without a delivery as it always was."""
+        values = asdict(self)
+        if self.delivery == "none":
+            del values["delivery"]
+        return values
 
     def keys(self) -> list[Key]:
         """Returns the key of every image; the classes take turns."""
-        training = [Key(self.seed, self.size, "train", "", k % 2, k // 2) for k in range(self.train)]
+        training = [Key(self.seed, self.size, "train", "", k % 2, k // 2, self.delivery) for k in range(self.train)]
         evaluation = [
-            Key(self.seed, self.size, "evaluation", name, label, k)
+            Key(self.seed, self.size, "evaluation", name, label, k, self.delivery)
             for name in GENERATORS
             for k in range(self.eval)
             for label in (REAL, FAKE)
         ]
         return training + evaluation
 
+    def make(self, key: Key) -> Sample:
+        """Renders an image."""
+        return make_sample(key)
 
-def write_dataset(run: Run, out: Path, workers: int) -> None:
-    """Writes the benchmark, or what is missing of it.
+    def key_of(self, record: dict[str, Any]) -> Key:
+        """Returns the key of a line of the manifest."""
+        return read_key(record, self.delivery)
+
+    def card(self, records: list[dict[str, Any]], out: Path) -> dict[str, bytes]:
+        """Returns the data card and the contact sheet."""
+        return write_card(self.seed, self.size, records, out, self.delivery)
+
+
+def read_key(record: dict[str, Any], delivery: Delivery) -> Key:
+    """Returns the key that a line of a manifest names."""
+    label = FAKE if record["label"] == "fake" else REAL
+    return Key(record["seed"], record["size"], record["split"], record["set"] or "", label, record["index"], delivery)
+
+
+def write_dataset(run: Job, out: Path, workers: int) -> None:
+    """Writes a data set, or what is missing of it.
 
     Args:
         run: What to write.
@@ -86,23 +140,23 @@ def write_dataset(run: Run, out: Path, workers: int) -> None:
     """
     with file_errors(out, "written"):
         _reserve(run, out)
-        keys, known = run.keys(), _known(out)
+        keys, known = run.keys(), _known(run, out)
         pending = [shard for shard in _shards(keys) if not all(_complete(known.get(key), out) for key in shard[1])]
         with tqdm(total=len(keys), unit="image", smoothing=0.05) as bar:
             bar.update(len(keys) - sum(len(part) for _, part in pending))
-            for count in _render(pending, out, workers):
+            for count in _render(run, pending, out, workers):
                 bar.update(count)
-        known |= _known(out)
+        known |= _known(run, out)
         _finish(run, [known[key] for key in keys], out)
 
 
-def _reserve(run: Run, out: Path) -> None:
+def _reserve(run: Job, out: Path) -> None:
     """Makes the folder this run's own, or checks that it already is."""
     path = out / _RUN_FILE
     if out.is_dir() and any(out.iterdir()) and not path.is_file() and not (out / _SHARDS).is_dir():
         raise DataError(f"{out} is not empty and holds no such benchmark; choose another folder")
     (out / _SHARDS).mkdir(parents=True, exist_ok=True)
-    wanted = {"format": FORMAT, **asdict(run)}
+    wanted = {"format": FORMAT, **run.identity()}
     if not path.exists():
         write_json(path, wanted, indent=None)
     saved = read_json(path)
@@ -110,7 +164,9 @@ def _reserve(run: Run, out: Path) -> None:
         raise DataError(f"{path} is damaged; choose another folder")
     if saved != wanted:
         differing = [
-            f"{name} {saved.get(name)}, not {wanted[name]}" for name in wanted if saved.get(name) != wanted[name]
+            f"{name} {saved.get(name)}, not {wanted.get(name)}"
+            for name in {**wanted, **saved}
+            if saved.get(name) != wanted.get(name)
         ]
         raise DataError(f"{out} holds another run ({'; '.join(differing)}); choose another folder")
 
@@ -119,40 +175,35 @@ def _shards(keys: list[Key]) -> list[Shard]:
     return [(k, keys[at : at + _SHARD_SIZE]) for k, at in enumerate(range(0, len(keys), _SHARD_SIZE))]
 
 
-def _known(out: Path) -> dict[Key, dict[str, Any]]:
+def _known(run: Job, out: Path) -> dict[Key, dict[str, Any]]:
     """Reads the records of what is finished, from the manifest and from the shards."""
     known: dict[Key, dict[str, Any]] = {}
     for path in [out / layout.MANIFEST, *sorted((out / _SHARDS).glob("*.jsonl"))]:
         if path.is_file():
             try:
                 records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-                known |= {_key(record): record for record in records}
+                known |= {run.key_of(record): record for record in records}
             except (ValueError, KeyError, TypeError):
                 raise DataError(f"{path} is damaged; delete it and run the same command again") from None
     return known
-
-
-def _key(record: dict[str, Any]) -> Key:
-    label = FAKE if record["label"] == "fake" else REAL
-    return Key(record["seed"], record["size"], record["split"], record["set"] or "", label, record["index"])
 
 
 def _complete(record: dict[str, Any] | None, out: Path) -> bool:
     return record is not None and all((out / name).is_file() for name in [record["image"], *record["masks"].values()])
 
 
-def _render(pending: list[Shard], out: Path, workers: int) -> Iterator[int]:
+def _render(run: Job, pending: list[Shard], out: Path, workers: int) -> Iterator[int]:
     """Renders shards, here or in processes; yields the number of images as they are done."""
     if min(workers, len(pending)) <= 1:
         for shard in pending:
-            yield from _render_shard(shard, out)
+            yield from _render_shard(run, shard, out)
         return
     context = multiprocessing.get_context("spawn")
     sources: list[Connection] = []
     processes = []
     for k in range(min(workers, len(pending))):
         source, sink = context.Pipe(duplex=False)
-        process = context.Process(target=_work, args=(pending[k::workers], out, sink), daemon=True)
+        process = context.Process(target=_work, args=(run, pending[k::workers], out, sink), daemon=True)
         process.start()
         sink.close()
         sources.append(source)
@@ -187,11 +238,11 @@ def _listen(sources: list[Connection]) -> Iterator[int]:
                 yield message
 
 
-def _work(shards: list[Shard], out: Path, sink: Connection) -> None:
+def _work(run: Job, shards: list[Shard], out: Path, sink: Connection) -> None:
     """Renders shards in a process of its own: reports counts, then None, or the error that stopped it."""
     try:
         for shard in shards:
-            for count in _render_shard(shard, out):
+            for count in _render_shard(run, shard, out):
                 sink.send(count)
         sink.send(None)
     except BrokenPipeError:
@@ -202,18 +253,18 @@ def _work(shards: list[Shard], out: Path, sink: Connection) -> None:
         return
 
 
-def _render_shard(shard: Shard, out: Path) -> Iterator[int]:
+def _render_shard(run: Job, shard: Shard, out: Path) -> Iterator[int]:
     number, keys = shard
     records = []
     for key in keys:
-        records.append(_write_sample(key, out))
+        records.append(_write_sample(run, key, out))
         yield 1
     write_jsonl(out / _SHARDS / f"{number:07d}.jsonl", records)
 
 
-def _write_sample(key: Key, out: Path) -> dict[str, Any]:
+def _write_sample(run: Job, key: Key, out: Path) -> dict[str, Any]:
     """Writes an image with its masks and returns its record."""
-    sample = make_sample(key)
+    sample = run.make(key)
     image = layout.image_path(key, sample.stem, sample.suffix)
     masks = {}
     for fault, mask in sample.masks.items():
@@ -225,10 +276,10 @@ def _write_sample(key: Key, out: Path) -> dict[str, Any]:
     return {"image": image, **sample.truth, "masks": masks}
 
 
-def _finish(run: Run, records: list[dict[str, Any]], out: Path) -> None:
+def _finish(run: Job, records: list[dict[str, Any]], out: Path) -> None:
     """Writes the annotation and the card from the records of all images, and clears up."""
     for name, text in layout.annotation_files(records).items():
         atomic_write(out / name, text)
-    for name, data in write_card(run.seed, run.size, records, out).items():
+    for name, data in run.card(records, out).items():
         atomic_write(out / name, data)
     shutil.rmtree(out / _SHARDS)

@@ -17,10 +17,11 @@ WIDEN = 2.81 / 1.96
 """Makes a 95 % interval of one cue that of ten cues together (Bonferroni)."""
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
+@pytest.fixture(scope="module", params=["none", pytest.param("mixed", marks=pytest.mark.slow)])
+def data(tmp_path_factory, request) -> Path:
     out = tmp_path_factory.mktemp("fairness") / "d"
-    assert main(["--out", str(out), "--train", str(COUNT), "--eval", "0", "--size", "64", "--seed", "77"]) == 0
+    counts = ["--train", str(COUNT), "--eval", "0", "--size", "64", "--seed", "77"]
+    assert main(["--out", str(out), *counts, "--delivery", request.param]) == 0
     return out
 
 
@@ -76,7 +77,7 @@ def mean_colour(path: Path) -> list[float]:
 
 
 CUES: dict[str, Callable[[Path], list[float]]] = {
-    "file type": lambda path: [float(path.suffix == ".png")],
+    "file type": lambda path: [float(path.suffix == suffix) for suffix in (".png", ".jpg", ".webp", ".avif")],
     "size in pixels": size_in_pixels,
     "compression tables": tables,
     "metadata": metadata,
@@ -89,6 +90,18 @@ CUES: dict[str, Callable[[Path], list[float]]] = {
 @pytest.mark.parametrize("cue", CUES)
 def test_a_cue_beside_the_image_carries_nothing(entries, cue):
     carries_nothing([CUES[cue](path) for path, _ in entries], [fake for _, fake in entries])
+
+
+def test_what_happened_to_an_image_carries_nothing(data):
+    records = [json.loads(line) for line in (data / "manifest.jsonl").read_text("utf-8").splitlines()]
+    if "delivery" not in records[0]:
+        assert all("delivery" not in record for record in records)
+        return
+    names = sorted({step["step"] for record in records for step in record["delivery"]})
+    assert len(names) == 11
+    steps = [[step["step"] for step in record["delivery"]] for record in records]
+    features = [[float(len(own)), *(float(own.count(name)) for name in names)] for own in steps]
+    carries_nothing(features, [record["label"] == "fake" for record in records])
 
 
 def test_the_order_of_the_training_file_carries_nothing(entries):
@@ -137,8 +150,13 @@ def test_files_hold_nothing_beside_the_image(entries):
         if path.suffix == ".jpg":
             assert set(jpeg_segments(data)) == {jfif, tables_, frame, codes, scan}
             assert data.count(b"\xff\xd9") == 1
-        else:
+        elif path.suffix == ".png":
             assert set(png_chunks(data)) == {b"IHDR", b"IDAT", b"IEND"}
+        else:
+            with Image.open(path) as image:
+                assert not image.getexif() and not {"exif", "icc_profile", "xmp"} & {
+                    k for k, v in image.info.items() if v
+                }
 
 
 def noise_level(path: Path) -> list[float]:
