@@ -91,7 +91,7 @@ def fill_store(
         samples: All samples of the run, in order.
         options: How images are analysed.
         store: The run's store.
-        oriented: Whether images are turned as their EXIF orientation says.
+        oriented: Whether images are turned by their EXIF orientation, and their colours converted by their profile.
     """
     rest = samples[store.done :]
 
@@ -113,8 +113,8 @@ def fill_store(
 
 
 def _as_stored(image: Path) -> "ImageLike":
-    """The image without its EXIF orientation; its path where it cannot be read, for the detector to say why."""
+    """The image without its orientation and profile applied; its path where it cannot be read, to be told why."""
     try:
-        return load_image(image, apply_orientation=False)
+        return load_image(image, apply_orientation=False, apply_profile=False)
     except ImageReadError:
         return image

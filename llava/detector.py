@@ -7,16 +7,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
-from PIL import Image
-
 from llava.assets import demo_model_folder
 from llava.errors import CheckpointError, OptionError, UserError
-from llava.images import load_image, to_rgb
 from llava.report import ForgeryReport
+from llava.sources import load_source
 from llava.systems import registry
 from llava.systems.base import AnalyzeOptions, System, resolve
 
-ImageLike = str | os.PathLike[str] | Image.Image
+ImageLike = Any
+"""Whatever ``llava.sources.load_source`` takes: paths, PIL images, arrays, tensors, bytes, file objects, data URLs."""
 
 _LOADERS = 4
 NO_MODEL = (
@@ -82,7 +81,7 @@ class ForgeryDetector:
         """Analyses one image.
 
         Args:
-            image: An image or its path.
+            image: An image, see ``llava.sources.load_source``.
             **options: Fields of the system's options, see ``AnalyzeOptions``.
 
         Raises:
@@ -101,7 +100,7 @@ class ForgeryDetector:
         flat memory. An image that cannot be read gives a report with its ``error``.
 
         Args:
-            images: Images or paths.
+            images: Images, see ``llava.sources.load_source``.
             batch_size: Images at a time, or ``auto`` for what fits and is fast.
             **options: Fields of the system's options, see ``AnalyzeOptions``.
 
@@ -155,7 +154,7 @@ class ForgeryDetector:
         return self._analyze_batch(prepared[:half], options) + self._analyze_batch(prepared[half:], options)
 
     def _prepare(self, image: ImageLike) -> Any:
-        return self.system.prepare(to_rgb(image) if isinstance(image, Image.Image) else load_image(image))
+        return self.system.prepare(load_source(image))
 
     def _failed(self, error: str) -> ForgeryReport:
         return ForgeryReport(label=None, fake_probability=None, score_source=None, system=self.system.name, error=error)

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("llava", "forgery_eval", "mmfr_generation", "scripts")
 
-GROUND = {f"llava.{name}" for name in ("labels", "errors", "cli", "files", "images")}
+GROUND = {f"llava.{name}" for name in ("labels", "errors", "cli", "files", "images", "tables", "sources")}
 VOCABULARY = {f"llava.{name}" for name in ("constants", "conversation", "mm_utils")}
 ASK = {"llava.systems", "llava.systems.base", "llava.systems.registry"}
 BELOW = GROUND | {"llava.report", "llava.assets"}
