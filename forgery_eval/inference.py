@@ -6,8 +6,9 @@ Exit status: 0 all images were analysed, 1 nothing could be done, 3 some images 
 import argparse
 import errno
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
+from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +29,11 @@ from forgery_eval.store import AnswersFile
 from llava.cli import SOME_FAILED, OptionParser, log, run_cli
 from llava.errors import DataError, FileError, ImageReadError
 from llava.files import atomic_file, file_errors
-from llava.images import list_images, load_image
+from llava.images import describe_passed_over, list_images, load_image
 from llava.report import SCORE_SOURCES
+from llava.sources import is_url, refuse_url
 from llava.systems.base import AnalyzeOptions
+from llava.tables import NameFinder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,12 +47,35 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = OptionParser(description=__doc__)
     images = parser.add_argument_group("images")
-    images.add_argument("--img_path", required=True, type=Path, help="image, folder (with subfolders) or .txt list")
+    images.add_argument(
+        "--img_path",
+        required=True,
+        nargs="+",
+        action="extend",
+        help="images, folders (with subfolders), patterns such as 'a/*.png', .txt lists or tables",
+    )
     images.add_argument("--json", type=Path, metavar="OUT.jsonl", help="write one line an image; run again to resume")
     images.add_argument("--attention-map", type=Path, metavar="FOLDER", help="draw where the model looked")
     add_batch_size(images)
     add_model_options(parser)
-    return parse_with_system(parser, arguments)
+    parsed = parse_with_system(parser, arguments)
+    parsed.img_path = [path for word in parsed.img_path for path in _paths(word)]
+    return parsed
+
+
+def _paths(word: str) -> list[Path]:
+    """Returns what an argument names: itself, or what its pattern matches.
+
+    Raises:
+        ImageReadError: It is an address on the web.
+    """
+    if is_url(word):
+        raise refuse_url(word)
+    path = NameFinder(Path()).find(word)
+    if path.exists() or not has_magic(word):
+        return [path]
+    root = Path(path.anchor or ".")
+    return sorted(root.glob(str(path.relative_to(path.anchor)))) or [path]
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -59,8 +85,8 @@ def main(arguments: argparse.Namespace) -> int:
         UserError: Nothing could be done: wrong options, no images, no model, or files that cannot be written.
     """
     options = analyze_options(arguments, attention=arguments.attention_map is not None)
-    with file_errors(arguments.img_path, "read"):
-        total = sum(1 for _ in list_images(arguments.img_path))
+    passed_over: list[Path] = []
+    total = sum(1 for _ in _all_images(arguments.img_path, passed_over))
     if arguments.json is None:
         failed = _Inference(arguments, options, None).run(total)
     else:
@@ -69,12 +95,26 @@ def main(arguments: argparse.Namespace) -> int:
             "system": arguments.options_of,
             **loading_options(arguments),
             **vars(options),
+            "color_management": True,
         }
         with closing(AnswersFile(arguments.json, settings)) as answers:
             failed = _Inference(arguments, options, answers).run(total)
+    if passed_over:
+        log(describe_passed_over(passed_over))
     if failed:
         log(f"{failed} images could not be analysed; they are named above")
     return SOME_FAILED if failed else 0
+
+
+def _all_images(paths: Sequence[Path], passed_over: list[Path] | None = None) -> Iterator[Path]:
+    """Yields the images of all paths, each once."""
+    seen: set[Path] = set()
+    for path in paths:
+        with file_errors(path, "read"):
+            for file in list_images(path, passed_over):
+                if len(paths) == 1 or file not in seen:
+                    seen.add(file)
+                    yield file
 
 
 class _Inference:
@@ -107,7 +147,7 @@ class _Inference:
 
     def _remaining(self) -> Iterator[Path]:
         done = self._answers.done if self._answers else {}
-        for file in list_images(self._arguments.img_path):
+        for file in _all_images(self._arguments.img_path):
             if str(file) not in done:
                 yield file
             elif done[str(file)]:
@@ -121,7 +161,9 @@ class _Inference:
             elif self._answers is None:
                 tqdm.write(describe(file, report))
             if report.attention is not None:
-                target = overlay_path(file, self._arguments.img_path, self._arguments.attention_map)
+                paths = self._arguments.img_path
+                root = next((path for path in paths if path == file or path in file.parents), paths[0])
+                target = overlay_path(file, root, self._arguments.attention_map)
                 try:
                     save_overlay(file, target, report.attention)
                 except DataError as error:

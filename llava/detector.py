@@ -1,9 +1,12 @@
 """ForgeryDetector: images in, ForgeryReports out, batched; the one way that inference, evaluation and servers use."""
 
+import logging
 import os
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -23,6 +26,23 @@ NO_MODEL = (
     "Get the published weights, for example with `hf download AnnaGao/FakeReasoning`, and pass the folder's path or "
     "the hub id"
 )
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keeps libraries' remarks and progress bars from the user while a model is opened; their errors are shown."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    libraries = sys.modules.get("transformers.utils.logging")
+    shows_bars = libraries is not None and libraries.is_progress_bar_enabled()
+    if shows_bars:
+        libraries.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.disable(before)
+        if shows_bars:
+            libraries.enable_progress_bar()
 
 
 class ForgeryDetector:
@@ -54,8 +74,10 @@ class ForgeryDetector:
         if path is None:
             raise CheckpointError(NO_MODEL)
         files = registry.read_files(path, options.get("model_base"))
-        found: type[System] = resolve(registry.find(files, system).system)
-        return cls(found.load(str(files.folder), **options))
+        with _quiet_libraries():
+            found: type[System] = resolve(registry.find(files, system).system)
+        with _quiet_libraries():  # again, for the libraries that were imported
+            return cls(found.load(str(files.folder), **options))
 
     @property
     def notice(self) -> str:

@@ -122,7 +122,6 @@ def test_an_image_by_position_is_the_option(given, wanted):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["a.jpg", "b.jpg"], "one image, folder or .txt list at a time"),
         (["a.jpg", "--img_path", "b.jpg"], "name the image once"),
         (["--score-only", "a.jpg"], "before the options: forgery detect IMAGE"),
         ([], "before the options: forgery detect IMAGE"),

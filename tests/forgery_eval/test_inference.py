@@ -419,7 +419,7 @@ def test_the_authors_flags_and_both_spellings_are_understood():
         "0.2",
     ]
     parsed = parse_arguments([*given, "--top-p", "0.9", "--num-beams", "1", "--max-new_tokens=512", "--device", "cpu"])
-    assert (parsed.model_path, parsed.img_path, parsed.conv_mode) == ("m", Path("i"), "llava_v1")
+    assert (parsed.model_path, parsed.img_path, parsed.conv_mode) == ("m", [Path("i")], "llava_v1")
     assert (parsed.temperature, parsed.top_p, parsed.num_beams, parsed.max_new_tokens) == (0.2, 0.9, 1, 512)
 
 
@@ -450,3 +450,20 @@ def test_help_answers_without_a_model_or_torch():
     )
     assert "--attention-map" in done.stdout and "Exit status" in done.stdout
     assert "| torch\n" not in done.stderr
+
+
+def test_several_paths_and_patterns_are_analysed_once_and_the_rest_is_named(trained, few, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    paths = [str(few / "[01].png"), str(few), "--img_path", str(few / "2.png")]
+    assert (
+        run(["--model-path", str(trained), "--device", "cpu", "--json", str(out), "--score-only", "--img_path", *paths])
+        == 0
+    )
+    assert [Path(entry["image"]).name for entry in lines(out)] == ["0.png", "1.png", "2.png", "3.JPG"]
+    assert "passed over, no image: 1 files (1 .md): notes.md" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("url", ["https://example.com/a.jpg", "http://example.com/", "HTTPS://example.com/x?y=1"])
+def test_an_address_is_refused_with_the_way(url, capsys):
+    assert run(["--img_path", url]) == 1
+    assert f"error: {url}: addresses are not fetched; download the image" in capsys.readouterr().err
