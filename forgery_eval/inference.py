@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
     from llava import ForgeryReport
 
+_MANY = 20
+"""From more images than these on, a row each is printed."""
 _OVERLAY_ENDING = ".attention.png"
 
 
@@ -55,6 +57,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="images, folders (with subfolders), patterns such as 'a/*.png', .txt lists or tables",
     )
     images.add_argument("--json", type=Path, metavar="OUT.jsonl", help="write one line an image; run again to resume")
+    images.add_argument("-v", "--verbose", action="store_true", help="print the whole report of each of many images")
+    images.add_argument("--sort", choices=("score",), help="print a short table, the most likely fakes first")
     images.add_argument("--attention-map", type=Path, metavar="FOLDER", help="draw where the model looked")
     add_batch_size(images)
     add_model_options(parser)
@@ -131,10 +135,13 @@ class _Inference:
         self._options = options
         self._answers = answers
         self._failed = 0
+        self._short = False
+        self._rows: list[tuple[float, str]] = []
 
     def run(self, total: int) -> int:
         """Analyses what has no answer yet; returns how many images failed, in earlier runs too."""
         detector = open_detector(self._arguments)
+        self._short = self._arguments.sort is not None or (total > _MANY and not self._arguments.verbose)
         done = len(self._answers.done) if self._answers else 0
         batches = analyze_batches(
             detector, self._remaining(), lambda file: file, self._options, self._arguments.batch_size
@@ -143,6 +150,8 @@ class _Inference:
             for batch in batches:
                 self._finish(batch)
                 progress.update(len(batch.items))
+        for _, row in sorted(self._rows):
+            print(row)
         return self._failed
 
     def _remaining(self) -> Iterator[Path]:
@@ -159,7 +168,7 @@ class _Inference:
             if report.error:
                 self._fail(f"cannot analyse {report.error}")
             elif self._answers is None:
-                tqdm.write(describe(file, report))
+                self._print(file, report)
             if report.attention is not None:
                 paths = self._arguments.img_path
                 root = next((path for path in paths if path == file or path in file.parents), paths[0])
@@ -171,9 +180,22 @@ class _Inference:
         if self._answers is not None:
             self._answers.write([(str(f), report) for f, report in zip(batch.items, batch.reports, strict=True)])
 
+    def _print(self, file: Path, report: "ForgeryReport") -> None:
+        if self._arguments.sort:
+            score = report.fake_probability
+            self._rows.append((2.0 if score is None else -score, short_row(file, report)))
+        else:
+            tqdm.write(short_row(file, report) if self._short else describe(file, report))
+
     def _fail(self, complaint: str) -> None:
         self._failed += 1
         tqdm.write(complaint, file=sys.stderr)
+
+
+def short_row(file: Path, report: "ForgeryReport") -> str:
+    """Returns a report as a row: verdict, P(fake), name."""
+    score = "-" if report.fake_probability is None else f"{report.fake_probability:.4f}"
+    return f"{report.label or 'none':<5} {score:>6}  {file}"
 
 
 def describe(file: Path, report: "ForgeryReport") -> str:

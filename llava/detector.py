@@ -33,7 +33,7 @@ def _quiet_libraries() -> Iterator[None]:
     """Keeps libraries' remarks and progress bars from the user while a model is opened; their errors are shown."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
-    libraries = sys.modules.get("transformers.utils.logging")
+    libraries: Any = sys.modules.get("transformers.utils.logging")
     shows_bars = libraries is not None and libraries.is_progress_bar_enabled()
     if shows_bars:
         libraries.disable_progress_bar()

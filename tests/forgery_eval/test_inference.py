@@ -467,3 +467,17 @@ def test_several_paths_and_patterns_are_analysed_once_and_the_rest_is_named(trai
 def test_an_address_is_refused_with_the_way(url, capsys):
     assert run(["--img_path", url]) == 1
     assert f"error: {url}: addresses are not fetched; download the image" in capsys.readouterr().err
+
+
+def test_many_images_are_a_short_table(trained, few, monkeypatch, capsys):
+    monkeypatch.setattr(inference, "_MANY", 3)
+    assert run(arguments(trained, few)) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[-1] for row in rows] == [str(file) for file in list_images(few)]
+    assert run(arguments(trained, few, "--sort", "score")) == 0
+    ordered = capsys.readouterr().out.splitlines()
+    assert sorted(ordered) == sorted(rows)
+    scores = [float(row.split()[1]) for row in ordered]
+    assert scores == sorted(scores, reverse=True)
+    assert run(arguments(trained, few, "-v")) == 0
+    assert capsys.readouterr().out.count("  verdict") == 4
