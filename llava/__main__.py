@@ -37,7 +37,7 @@ def name_image(arguments: list[str]) -> list[str]:
     Raises:
         OptionError: No image is named, or one is named in both ways.
     """
-    count = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    count = next((i for i, word in enumerate(arguments) if word.startswith("-") and word != "-"), len(arguments))
     images, options = arguments[:count], arguments[count:]
     named = any(word.partition("=")[0].replace("-", "_") == "__img_path" for word in options)
     if images and named:

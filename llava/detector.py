@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 from llava.assets import demo_model_folder
+from llava.cli import note_once
 from llava.errors import CheckpointError, OptionError, UserError
 from llava.report import ForgeryReport
 from llava.sources import load_source
@@ -84,6 +85,11 @@ class ForgeryDetector:
         """What whoever reads this model's answers must know; empty for most models."""
         return self.system.notice
 
+    def announce(self) -> None:
+        """Says what must be known of the model, once a process."""
+        if self.notice:
+            note_once(self.notice)
+
     def options(self, **values: Any) -> AnalyzeOptions:
         """Returns the system's options with these values.
 
@@ -111,6 +117,7 @@ class ForgeryDetector:
             OptionError: The options cannot be met.
         """
         wanted = self.options(**options)
+        self.announce()
         return self.system.analyze_batch([self._prepare(image)], wanted)[0]
 
     def analyze_many(
@@ -133,6 +140,7 @@ class ForgeryDetector:
         size = self.system.batch_size(wanted) if batch_size == "auto" else int(batch_size)
         if size < 1:
             raise OptionError(f"batch_size must be at least 1, not {size}")
+        self.announce()
         return self._analyze_many(iter(images), size, wanted)
 
     def _analyze_many(self, images: Iterator[ImageLike], size: int, options: AnalyzeOptions) -> Iterator[ForgeryReport]:

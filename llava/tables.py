@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from llava.cli import log
+from llava.cli import note
 from llava.errors import DataError, OptionError
 from llava.files import file_errors
 from llava.labels import FAKE, LABELS, REAL
@@ -327,7 +327,7 @@ class NameFinder:
         if self.respelled:
             name, path = self.respelled[0]
             count = len(self.respelled)
-            log(f"note: {where}: {count} names were found under another spelling, such as {name!r}: {path}")
+            note(f"{where}: {count} names were found under another spelling, such as {name!r}: {path}")
 
     def _walk(self, path: Path) -> Path | None:
         if _exists(path):

@@ -112,6 +112,7 @@ def test_a_verb_loads_only_its_own_package():
         (["photos", "--json", "out.jsonl"], ["--img_path", "photos", "--json", "out.jsonl"]),
         (["--json", "out.jsonl", "--img_path", "a"], ["--json", "out.jsonl", "--img_path", "a"]),
         (["--img-path=a"], ["--img-path=a"]),
+        (["-", "--sort", "score"], ["--img_path", "-", "--sort", "score"]),
         (["--help"], ["--help"]),
     ],
 )
