@@ -335,6 +335,7 @@ class CountingSystem:
     """A system that takes two images at a time, and cannot prepare pictures that are 13 wide."""
 
     name = "counting"
+    notice = ""
     options = AnalyzeOptions
 
     def __init__(self) -> None:
