@@ -39,6 +39,11 @@ class AnswerKind:
         """Reads an answer; nothing can be read of a system without answers."""
         return self.format.parse(text) if self.format else ParsedAnswer()
 
+    @property
+    def constant_stages(self) -> tuple[str, ...]:
+        """The stages whose text is the same for every image."""
+        return tuple(getattr(self.format, "constant_stages", ()))
+
     def explanation(self, stages: Mapping[str, str]) -> str:
         """Returns the text that says why; an empty string if there is none."""
         return stages.get(self.format.explanation, "") if self.format and self.format.explanation else ""

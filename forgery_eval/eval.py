@@ -36,6 +36,7 @@ from llava.cli import SOME_FAILED, OptionParser, log, positive_int, run_cli
 from llava.errors import DataError, MissingFileError, OptionError
 from llava.systems import registry
 from llava.systems.base import EvaluationProtocol
+from llava.tables import LABEL_MAP_HELP, parse_label_map
 
 _VERSIONS = ("torch", "transformers", "pillow")
 _PREDICTIONS = "predictions"
@@ -49,6 +50,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--result_folder", required=True, type=Path, help="where metrics, report and predictions go")
     data.add_argument("--sets", nargs="+", metavar="NAME", help="only these evaluation sets (default: all)")
     data.add_argument("--max_sample", type=positive_int, metavar="N", help="the first N of each class and set")
+    data.add_argument("--label-map", type=parse_label_map, metavar="WORD=real,…", help=LABEL_MAP_HELP)
     add_batch_size(data)
     _add_metrics(parser)
     _add_reliability(parser)
@@ -267,6 +269,7 @@ def read_predicted(arguments: argparse.Namespace, plan: Plan) -> Predicted:
         arguments.dataset_path,
         sets=arguments.sets or chosen.get("sets"),
         max_sample=arguments.max_sample or chosen.get("max_sample"),
+        label_map=arguments.label_map,
     )
     answers = AnswerKind.of(arguments.answer_format or system_of(header))
     about = {"run": file.stem, "settings": header.get("settings", {})}
@@ -294,7 +297,12 @@ def predict(arguments: argparse.Namespace, plan: Plan) -> Predicted:
     Raises:
         UserError: The data or the model cannot be opened, the options cannot be met, or a file cannot be written.
     """
-    samples = open_benchmark(arguments.dataset_path, sets=arguments.sets, max_sample=arguments.max_sample)
+    samples = open_benchmark(
+        arguments.dataset_path,
+        sets=arguments.sets,
+        max_sample=arguments.max_sample,
+        label_map=arguments.label_map,
+    )
     options = analyze_options(arguments)
     if arguments.model_path is None:
         open_detector(arguments)  # says how to get a model
@@ -304,6 +312,7 @@ def predict(arguments: argparse.Namespace, plan: Plan) -> Predicted:
         **{name: value for name, value in loading_options(arguments).items() if name not in LOCATIONS},
         **asdict(options),
         "orientation": not arguments.paper_protocol,
+        "color_management": not arguments.paper_protocol,
         "batch_size": arguments.batch_size,
         "images": images_digest([s.id for s in samples], [s.image for s in samples]),
         "versions": {name: known for name in _VERSIONS if (known := _version(name))},

@@ -4,15 +4,19 @@ Exit status: 0 all images were analysed, 1 nothing could be done, 3 some images 
 """
 
 import argparse
+import csv
 import errno
+import json
 import sys
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from glob import has_magic
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from forgery_eval.answers import AnswerKind
 from forgery_eval.fingerprints import model_fingerprint
 from forgery_eval.model_options import (
     add_batch_size,
@@ -26,27 +30,45 @@ from forgery_eval.pages.overlay import draw_overlay
 from forgery_eval.runner import Batch, analyze_batches
 from forgery_eval.store import AnswersFile
 from llava.abstention import CALIBRATION
-from llava.cli import SOME_FAILED, OptionParser, log, run_cli
-from llava.errors import DataError, FileError, ImageReadError
+from llava.cli import SOME_FAILED, OptionParser, log, run_cli, set_quiet
+from llava.errors import DataError, FileError, ImageReadError, OptionError
 from llava.files import atomic_file, digest_file, file_errors
-from llava.images import list_images, load_image
+from llava.images import describe_passed_over, list_images, load_image
 from llava.report import SCORE_SOURCES
+from llava.sources import is_url, refuse_url
 from llava.systems.base import AnalyzeOptions
+from llava.tables import NameFinder
 
 if TYPE_CHECKING:
     import numpy as np
 
     from llava import ForgeryReport
 
+_MANY = 20
+"""From more images than these on, a row each is printed."""
 _OVERLAY_ENDING = ".attention.png"
+_STDIN = Path("-")
+_CSV_HEADER = ("image", "verdict", "fake_probability", "error")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = OptionParser(description=__doc__)
     images = parser.add_argument_group("images")
-    images.add_argument("--img_path", required=True, type=Path, help="image, folder (with subfolders) or .txt list")
+    images.add_argument(
+        "--img_path",
+        required=True,
+        nargs="+",
+        action="extend",
+        help="images, folders (with subfolders), patterns such as 'a/*.png', .txt lists or tables; - is standard input",
+    )
     images.add_argument("--json", type=Path, metavar="OUT.jsonl", help="write one line an image; run again to resume")
+    images.add_argument("-v", "--verbose", action="store_true", help="print every part of each report")
+    images.add_argument("--sort", choices=("score",), help="print a short table, the most likely fakes first")
+    images.add_argument(
+        "--csv", type=Path, metavar="OUT.csv", help="write a row an image: image, verdict, score, error"
+    )
+    images.add_argument("--quiet", action="store_true", help="print results and errors only")
     images.add_argument("--attention-map", type=Path, metavar="FOLDER", help="draw where the model looked")
     images.add_argument(
         "--calibration",
@@ -57,7 +79,31 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     images.add_argument("--no-abstain", action="store_true", help="give every verdict, however unsure")
     add_batch_size(images)
     add_model_options(parser)
-    return parse_with_system(parser, arguments)
+    parsed = parse_with_system(parser, arguments)
+    set_quiet(parsed.quiet)
+    finder = NameFinder(Path())
+    parsed.img_path = [path for word in parsed.img_path for path in _paths(word, finder)]
+    finder.report("--img_path")
+    if _STDIN in parsed.img_path and (parsed.json or parsed.attention_map):
+        raise OptionError("standard input has no name to resume or draw by: save the image and give its path")
+    return parsed
+
+
+def _paths(word: str, finder: NameFinder) -> list[Path]:
+    """Returns what an argument names: itself, or what its pattern matches.
+
+    Raises:
+        ImageReadError: It is an address on the web.
+    """
+    if is_url(word):
+        raise refuse_url(word)
+    if word == str(_STDIN):
+        return [_STDIN]
+    path = finder.find(word)
+    if path.exists() or not has_magic(word):
+        return [path]
+    root = Path(path.anchor or ".")
+    return sorted(root.glob(str(path.relative_to(path.anchor)))) or [path]
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -67,8 +113,8 @@ def main(arguments: argparse.Namespace) -> int:
         UserError: Nothing could be done: wrong options, no images, no model, or files that cannot be written.
     """
     options = analyze_options(arguments, attention=arguments.attention_map is not None)
-    with file_errors(arguments.img_path, "read"):
-        total = sum(1 for _ in list_images(arguments.img_path))
+    passed_over: list[Path] = []
+    total = sum(1 for _ in _all_images(arguments.img_path, passed_over))
     if arguments.json is None:
         failed = _Inference(arguments, options, None).run(total)
     else:
@@ -78,9 +124,12 @@ def main(arguments: argparse.Namespace) -> int:
             **loading_options(arguments),
             **vars(options),
             **_rule_settings(arguments),
+            "color_management": True,
         }
         with closing(AnswersFile(arguments.json, settings)) as answers:
             failed = _Inference(arguments, options, answers).run(total)
+    if passed_over and not arguments.quiet:
+        log(describe_passed_over(passed_over))
     if failed:
         log(f"{failed} images could not be analysed; they are named above")
     return SOME_FAILED if failed else 0
@@ -93,6 +142,17 @@ def _rule_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     own = Path(arguments.model_path or "") / CALIBRATION
     file = arguments.calibration or (own if own.is_file() else None)
     return {} if file is None else {"calibration": digest_file(file)}
+
+
+def _all_images(paths: Sequence[Path], passed_over: list[Path] | None = None) -> Iterator[Path]:
+    """Yields the images of all paths, each once."""
+    seen: set[Path] = set()
+    for path in paths:
+        with file_errors(path, "read"):
+            for file in [path] if path == _STDIN else list_images(path, passed_over):
+                if len(paths) == 1 or file not in seen:
+                    seen.add(file)
+                    yield file
 
 
 class _Inference:
@@ -109,25 +169,31 @@ class _Inference:
         self._options = options
         self._answers = answers
         self._failed = 0
+        self._short = False
+        self._rows: list[tuple[float, str]] = []
+        self._left_out = () if arguments.verbose else AnswerKind.of(arguments.options_of).constant_stages
+        self._table = _Table(arguments.csv, answers)
 
     def run(self, total: int) -> int:
         """Analyses what has no answer yet; returns how many images failed, in earlier runs too."""
         detector = open_detector(
             self._arguments, calibration=self._arguments.calibration, abstain=not self._arguments.no_abstain
         )
+        self._short = self._arguments.sort is not None or (total > _MANY and not self._arguments.verbose)
         done = len(self._answers.done) if self._answers else 0
-        batches = analyze_batches(
-            detector, self._remaining(), lambda file: file, self._options, self._arguments.batch_size
-        )
-        with tqdm(total=total, initial=done, unit=" images") as progress:
+        batches = analyze_batches(detector, self._remaining(), _source, self._options, self._arguments.batch_size)
+        quiet = self._arguments.quiet
+        with self._table, tqdm(total=total, initial=done, unit=" images", disable=quiet) as progress:
             for batch in batches:
                 self._finish(batch)
                 progress.update(len(batch.items))
+        for _, row in sorted(self._rows):
+            print(row)
         return self._failed
 
     def _remaining(self) -> Iterator[Path]:
         done = self._answers.done if self._answers else {}
-        for file in list_images(self._arguments.img_path):
+        for file in _all_images(self._arguments.img_path):
             if str(file) not in done:
                 yield file
             elif done[str(file)]:
@@ -139,23 +205,94 @@ class _Inference:
             if report.error:
                 self._fail(f"cannot analyse {report.error}")
             elif self._answers is None:
-                tqdm.write(describe(file, report))
+                self._print(file, report)
             if report.attention is not None:
-                target = overlay_path(file, self._arguments.img_path, self._arguments.attention_map)
+                paths = self._arguments.img_path
+                root = next((path for path in paths if path == file or path in file.parents), paths[0])
+                target = overlay_path(file, root, self._arguments.attention_map)
                 try:
                     save_overlay(file, target, report.attention)
                 except DataError as error:
                     self._fail(f"cannot draw over {error}")
+        self._table.write(batch)
         if self._answers is not None:
             self._answers.write([(str(f), report) for f, report in zip(batch.items, batch.reports, strict=True)])
+
+    def _print(self, file: Path, report: "ForgeryReport") -> None:
+        if self._arguments.sort:
+            score = report.fake_probability
+            self._rows.append((2.0 if score is None else -score, short_row(file, report)))
+        else:
+            tqdm.write(short_row(file, report) if self._short else describe(file, report, self._left_out))
 
     def _fail(self, complaint: str) -> None:
         self._failed += 1
         tqdm.write(complaint, file=sys.stderr)
 
 
-def describe(file: Path, report: "ForgeryReport") -> str:
-    """Returns a report for reading."""
+def _source(file: Path) -> Any:
+    return sys.stdin.buffer if file == _STDIN else file
+
+
+class _Table:
+    """A CSV table of the answers, a row an image, written as they come; none without a path.
+
+    Args:
+        path: The table. One that this command wrote is replaced.
+        answers: Answers of an earlier run, whose rows come first.
+    """
+
+    def __init__(self, path: Path | None, answers: AnswersFile | None) -> None:
+        self._stack = ExitStack()
+        self._file: IO[str] | None = None
+        if path is None:
+            return
+        with file_errors(path, "write"):
+            if path.is_file() and path.stat().st_size and not _is_own_table(path):
+                raise DataError(f"{path} is no table of this command; name another file")
+            self._file = self._stack.enter_context(
+                path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
+            )
+        self._path = path
+        text = answers.path.read_text(encoding="utf-8") if answers and answers.done else ""
+        earlier = [json.loads(line) for line in text.split("\n") if line]
+        self._add([_CSV_HEADER, *([entry["image"], *_values(entry)] for entry in earlier)])
+
+    def __enter__(self) -> "_Table":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def write(self, batch: Batch[Path]) -> None:
+        """Adds a row for each image of a batch, and returns when they are written."""
+        pairs = zip(batch.items, batch.reports, strict=True)
+        self._add([[str(file), *_values(report.to_dict())] for file, report in pairs])
+
+    def _add(self, rows: Sequence[Sequence[Any]]) -> None:
+        if self._file is not None:
+            with file_errors(self._path, "write"):
+                csv.writer(self._file).writerows(rows)
+                self._file.flush()
+
+
+def _is_own_table(path: Path) -> bool:
+    with path.open("rb") as table:
+        return table.readline().strip() == ",".join(_CSV_HEADER).encode()
+
+
+def _values(entry: Mapping[str, Any]) -> list[Any]:
+    return [entry["label"], entry["fake_probability"], entry["error"]]
+
+
+def short_row(file: Path, report: "ForgeryReport") -> str:
+    """Returns a report as a row: verdict, P(fake), name."""
+    score = "-" if report.fake_probability is None else f"{report.fake_probability:.4f}"
+    return f"{report.label or 'none':<5} {score:>6}  {file}"
+
+
+def describe(file: Path, report: "ForgeryReport", left_out: Sequence[str] = ()) -> str:
+    """Returns a report for reading, without some of its stages."""
     lines = [f"{file}", f"  verdict     {_verdict(report)}"]
     if report.fake_probability is not None and report.score_source is not None:
         lines.append(f"  P(fake)     {report.fake_probability:.4f}  (read {SCORE_SOURCES[report.score_source]})")
@@ -172,7 +309,8 @@ def describe(file: Path, report: "ForgeryReport") -> str:
         lines.append(f"  tag         {report.tag}")
     if report.mask is not None:
         lines.append(f"  mask        {100 * float(report.mask.mean()):.1f} % of the image")
-    lines += [f"  {stage.lower():<11} {text}" for stage, text in report.stages.items() if text]
+    shown = {stage: text for stage, text in report.stages.items() if stage not in left_out}
+    lines += [f"  {stage.lower():<11} {text}" for stage, text in shown.items() if text]
     if report.text and not report.stages:
         lines.append(f"  answer      {report.text}")
     return "\n".join(lines) + "\n"

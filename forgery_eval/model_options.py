@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from forgery_eval.answers import DEFAULT_SYSTEM
 from llava.assets import demo_model_folder
-from llava.cli import OptionParser, add_options, log, positive_int, read_options, unknown_option
+from llava.cli import OptionParser, add_options, positive_int, read_options, unknown_option
 from llava.errors import CheckpointError, OptionError
 from llava.systems import registry
 from llava.systems.base import AnalyzeOptions, SystemSpec, resolve
@@ -169,6 +169,5 @@ def open_detector(arguments: argparse.Namespace, **rule: Any) -> "ForgeryDetecto
     detector = ForgeryDetector.from_pretrained(
         arguments.model_path, system=arguments.system, **rule, **loading_options(arguments)
     )
-    if detector.notice:
-        log(f"note: {detector.notice}")
+    detector.announce()
     return detector

@@ -92,7 +92,7 @@ def fill_store(
         samples: All samples of the run, in order.
         options: How images are analysed.
         store: The run's store.
-        oriented: Whether images are turned as their EXIF orientation says.
+        oriented: Whether images are turned by their EXIF orientation, and their colours converted by their profile.
         change: Gives another image instead of a sample's, in memory.
     """
     rest = samples[store.done :]
@@ -121,7 +121,7 @@ def image_source(
         if oriented and change is None:
             return sample.image
         try:
-            image = load_image(sample.image, apply_orientation=oriented)
+            image = load_image(sample.image, apply_orientation=oriented, apply_profile=oriented)
         except ImageReadError:
             return sample.image
         return image if change is None else change(sample, image)

@@ -32,16 +32,14 @@ class Verb:
 
 
 def name_image(arguments: list[str]) -> list[str]:
-    """Turns the image of ``detect IMAGE …`` into the option that the command knows.
+    """Turns the images of ``detect IMAGE …`` into the option that the command knows.
 
     Raises:
-        OptionError: There are several images, or the image is named twice or after other options.
+        OptionError: No image is named, or one is named in both ways.
     """
-    count = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    count = next((i for i, word in enumerate(arguments) if word.startswith("-") and word != "-"), len(arguments))
     images, options = arguments[:count], arguments[count:]
     named = any(word.partition("=")[0].replace("-", "_") == "__img_path" for word in options)
-    if len(images) > 1:
-        raise OptionError(f"one image, folder or .txt list at a time, not {' '.join(images)}; a list names several")
     if images and named:
         raise OptionError(f"name the image once: as {images[0]} or by --img_path")
     if not images and not named and not set(options) & set(_HELP):

@@ -144,6 +144,29 @@ def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+_quiet = False
+_said: set[str] = set()
+
+
+def set_quiet(quiet: bool) -> None:
+    """Says whether notes are kept from the user; errors never are."""
+    global _quiet
+    _quiet = quiet
+
+
+def note(text: str) -> None:
+    """Writes a note for the user to standard error, unless notes are not wanted."""
+    if not _quiet:
+        log(f"note: {text}")
+
+
+def note_once(text: str) -> None:
+    """Writes a note the first time that it is given in this process."""
+    if text not in _said:
+        _said.add(text)
+        note(text)
+
+
 def format_list(names: Sequence[str], limit: int = 20) -> str:
     """Lists names one a line, the first ``limit`` of them, and says how many more there are."""
     lines = [f"  {name}" for name in names[:limit]]

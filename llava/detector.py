@@ -1,26 +1,30 @@
 """ForgeryDetector: images in, ForgeryReports out, batched; the one way that inference, evaluation and servers use."""
 
+import logging
 import os
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from llava.abstention import LIGHT_DELIVERIES, AbstentionRule, Decision
 from llava.assets import demo_model_folder
+from llava.cli import note_once
 from llava.errors import CheckpointError, DataError, OptionError, UserError
-from llava.images import load_image, to_rgb
 from llava.report import SCORE_KIND, ForgeryReport
+from llava.sources import load_source
 from llava.systems import registry
 from llava.systems.base import AnalyzeOptions, FeatureSource, System, resolve
 
-ImageLike = str | os.PathLike[str] | Image.Image
+ImageLike = Any
+"""Whatever ``llava.sources.load_source`` takes: paths, PIL images, arrays, tensors, bytes, file objects, data URLs."""
 
 _LOADERS = 4
 NO_MODEL = (
@@ -36,6 +40,23 @@ class _Prepared:
 
     image: Any
     delivered: tuple[Any, ...] = ()
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keeps libraries' remarks and progress bars from the user while a model is opened; their errors are shown."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    libraries: Any = sys.modules.get("transformers.utils.logging")
+    shows_bars = libraries is not None and libraries.is_progress_bar_enabled()
+    if shows_bars:
+        libraries.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.disable(before)
+        if shows_bars:
+            libraries.enable_progress_bar()
 
 
 class ForgeryDetector:
@@ -79,14 +100,21 @@ class ForgeryDetector:
         if path is None:
             raise CheckpointError(NO_MODEL)
         files = registry.read_files(path, options.get("model_base"))
-        found: type[System] = resolve(registry.find(files, system).system)
+        with _quiet_libraries():
+            found: type[System] = resolve(registry.find(files, system).system)
         rule = _read_rule(files.folder, calibration) if abstain else None
-        return cls(found.load(str(files.folder), **options), rule)
+        with _quiet_libraries():  # again, for the libraries that were imported
+            return cls(found.load(str(files.folder), **options), rule)
 
     @property
     def notice(self) -> str:
         """What whoever reads this model's answers must know; empty for most models."""
         return self.system.notice
+
+    def announce(self) -> None:
+        """Says what must be known of the model, once a process."""
+        if self.notice:
+            note_once(self.notice)
 
     def options(self, **values: Any) -> AnalyzeOptions:
         """Returns the system's options with these values.
@@ -107,7 +135,7 @@ class ForgeryDetector:
         """Analyses one image.
 
         Args:
-            image: An image or its path.
+            image: An image, see ``llava.sources.load_source``.
             **options: Fields of the system's options, see ``AnalyzeOptions``.
 
         Raises:
@@ -115,6 +143,7 @@ class ForgeryDetector:
             OptionError: The options cannot be met.
         """
         wanted = self.options(**options)
+        self.announce()
         return self._analyze_batch([self._prepare(image)], wanted)[0]
 
     def analyze_many(
@@ -126,7 +155,7 @@ class ForgeryDetector:
         flat memory. An image that cannot be read gives a report with its ``error``.
 
         Args:
-            images: Images or paths.
+            images: Images, see ``llava.sources.load_source``.
             batch_size: Images at a time, or ``auto`` for what fits and is fast.
             **options: Fields of the system's options, see ``AnalyzeOptions``.
 
@@ -137,6 +166,7 @@ class ForgeryDetector:
         size = self.system.batch_size(wanted) if batch_size == "auto" else int(batch_size)
         if size < 1:
             raise OptionError(f"batch_size must be at least 1, not {size}")
+        self.announce()
         return self._analyze_many(iter(images), size, wanted)
 
     def _analyze_many(self, images: Iterator[ImageLike], size: int, options: AnalyzeOptions) -> Iterator[ForgeryReport]:
@@ -184,7 +214,7 @@ class ForgeryDetector:
             prepared: list[Any] = []
             for image in batch:
                 try:
-                    prepared.append(self.system.prepare(_as_rgb(image)))
+                    prepared.append(self.system.prepare(load_source(image)))
                 except UserError:
                     prepared.append(None)
             readable = [item for item in prepared if item is not None]
@@ -226,16 +256,12 @@ class ForgeryDetector:
         return self._analyze_images(prepared[:half], options) + self._analyze_images(prepared[half:], options)
 
     def _prepare(self, image: ImageLike) -> _Prepared:
-        pixels = _as_rgb(image)
+        pixels = load_source(image)
         steps = LIGHT_DELIVERIES[: self.rule.deliveries] if self.rule else ()
         return _Prepared(self.system.prepare(pixels), tuple(self.system.prepare(step(pixels)) for step in steps))
 
     def _failed(self, error: str) -> ForgeryReport:
         return ForgeryReport(label=None, fake_probability=None, score_source=None, system=self.system.name, error=error)
-
-
-def _as_rgb(image: ImageLike) -> Image.Image:
-    return to_rgb(image) if isinstance(image, Image.Image) else load_image(image)
 
 
 def _read_rule(folder: Path, calibration: str | os.PathLike[str] | None) -> AbstentionRule | None:

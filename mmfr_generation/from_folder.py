@@ -1,6 +1,5 @@
 """Makes an evaluation set or a training file from any folder of real and fake images, or from a CSV table."""
 
-import csv
 import os
 import shutil
 import sys
@@ -15,8 +14,9 @@ from llava.cli import DefaultsHelpFormatter, OptionParser, format_list, log, run
 from llava.errors import DataError, FileError, ImageReadError, OptionError
 from llava.files import file_errors, write_json
 from llava.images import load_image
-from llava.labels import Label
+from llava.labels import LABELS, Label
 from llava.systems.fakereasoning.answer import FORM_STAGES, Form
+from llava.tables import LABEL_MAP_HELP, Columns, NameFinder, Row, parse_label_map, read_label, read_rows
 from mmfr_generation.build_cot import read_captions, read_reasoning, training_record, write_training_file
 from mmfr_generation.get_jsonl import check_set_name
 from mmfr_generation.images import CLASS_FOLDERS, label_from_folders, list_images, read_reason
@@ -72,40 +72,39 @@ def read_tree(root: Path, left_out: list[str]) -> Iterator[LabelledImage]:
 
 
 def read_table(table: Path, root: Path, words: Mapping[str, Label], left_out: list[str]) -> Iterator[LabelledImage]:
-    """Yields the rows of a CSV table with the columns ``image`` and ``label``, and ``caption`` if there is one.
+    """Yields the rows of a table with columns for image and label (see ``llava.tables``), and ``caption`` if any.
 
     Args:
         table: The table; image paths start from ``root`` or are absolute below it.
         root: Folder of the images.
-        words: What the label column may hold, in lower case.
+        words: What the label column may hold beside the field's words, in lower case.
         left_out: Takes ``path: reason`` of each row that cannot be used.
 
     Raises:
         UserError: The table cannot be read or lacks a column.
     """
-    try:
-        with file_errors(table, "read"), table.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file, skipinitialspace=True)
-            columns = {(name or "").strip().lower(): name for name in rows.fieldnames or []}
-            if "image" not in columns or "label" not in columns:
-                raise DataError(
-                    f"{table} must have the columns image and label; it has: {', '.join(columns) or 'none'}"
-                )
-            for row in rows:
-                image = (row[columns["image"]] or "").strip()
-                word = (row[columns["label"]] or "").strip()
-                caption = (row[columns["caption"]] or "").strip() if "caption" in columns else ""
-                where = f"line {rows.line_num}, {image or 'no image'}"
-                label = words.get(word.lower())
-                path = _below(image, root)
-                if label is None:
-                    left_out.append(f"{where}: the label {word!r} is none of {', '.join(words)}")
-                elif not path:
-                    left_out.append(f"{where}: it is not a path below {root}")
-                else:
-                    yield LabelledImage(path, label, caption)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{table} is not a CSV table in UTF-8: {error}") from None
+    finder = NameFinder(root)
+    meanings = {word: LABELS.index(label) for word, label in words.items()}
+    for row in read_rows(table):
+        columns = Columns.find(row.values, row.where)
+        image = str(row.values.get(columns.image) or "").strip()
+        where = f"{row.where.removeprefix(f'{table}, ')}, {image or 'no image'}"
+        path = _below(str(finder.find(image)), root) if image else ""
+        try:
+            label = read_label(row.values.get(str(columns.label)), columns.label, meanings, where)
+        except DataError as error:
+            left_out.append(str(error))
+            continue
+        if path:
+            yield LabelledImage(path, LABELS[label], _caption(row))
+        else:
+            left_out.append(f"{where}: it is not a path below {root}")
+    finder.report(table)
+
+
+def _caption(row: Row) -> str:
+    named = {str(name).strip().lower(): value for name, value in row.values.items()}
+    return str(named.get("caption") or "").strip()
 
 
 def _below(image: str, root: Path) -> str:
@@ -250,8 +249,9 @@ def build_parser() -> OptionParser:
         help="answers of the training file; by default the fullest there is data for",
     )
     parser.add_argument("--files", choices=tuple(PLACING), default="copy", help="how images get into an evaluation set")
-    parser.add_argument("--real-words", nargs="+", default=["real", "0"], help="labels of a table that mean real")
-    parser.add_argument("--fake-words", nargs="+", default=["fake", "1"], help="labels of a table that mean fake")
+    parser.add_argument("--real-words", nargs="+", default=["real"], help="further labels of a table that mean real")
+    parser.add_argument("--fake-words", nargs="+", default=["fake"], help="further labels of a table that mean fake")
+    parser.add_argument("--label-map", type=parse_label_map, metavar="WORD=real,…", help=LABEL_MAP_HELP)
     return parser
 
 
@@ -268,6 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         root = (options.image_folder or options.input.parent).resolve()
         words = label_words(options.real_words, options.fake_words)
+        words |= {word: LABELS[number] for word, number in (options.label_map or {}).items()}
         images = usable(read_table(options.input, root, words, left_out), root, left_out)
     if left_out:
         log(f"left out: {len(left_out)} images\n{format_list(left_out)}")

@@ -9,11 +9,18 @@ os.environ["OMP_NUM_THREADS"] = "1"  # small models lose more by waiting for a s
 
 import pytest
 
-from llava import assets
+from llava import assets, cli
 from tests.reference import Reference
 from tests.trained import NOTICE, change_config, trained_folder
 
 GOLDENS = Path(__file__).parent / "data" / "goldens"
+
+
+@pytest.fixture(autouse=True)
+def fresh_notes(monkeypatch) -> None:
+    """Lets each test begin as a process does: nothing was said, and notes are wanted."""
+    monkeypatch.setattr(cli, "_said", set())
+    monkeypatch.setattr(cli, "_quiet", False)
 
 
 @pytest.fixture(scope="session")

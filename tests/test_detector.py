@@ -335,6 +335,7 @@ class CountingSystem:
     """A system that takes two images at a time, and cannot prepare pictures that are 13 wide."""
 
     name = "counting"
+    notice = ""
     options = AnalyzeOptions
 
     def __init__(self) -> None:
@@ -460,3 +461,19 @@ def test_a_detector_needs_a_checkpoint_of_a_known_system(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(CheckpointError, match=r"no checkpoint of a known system .* 'bert'"):
         ForgeryDetector.from_pretrained(tmp_path)
+
+
+def test_libraries_say_nothing_while_a_model_is_opened():
+    import logging
+
+    from transformers.utils import logging as libraries
+
+    from llava.detector import _quiet_libraries
+
+    before = logging.root.manager.disable
+    with _quiet_libraries():
+        assert not logging.getLogger("bitsandbytes").isEnabledFor(logging.WARNING)
+        assert logging.getLogger("bitsandbytes").isEnabledFor(logging.ERROR)
+        assert not libraries.is_progress_bar_enabled()
+    assert logging.root.manager.disable == before
+    assert libraries.is_progress_bar_enabled()

@@ -40,6 +40,15 @@ def test_without_a_path_the_embedded_model_is_opened(default_model):
     assert report.notice == report.to_dict()["notice"] == NOTICE
 
 
+def test_the_notice_is_said_once_a_process(default_model, capsys):
+    detector = ForgeryDetector.from_pretrained(device="cpu")
+    assert "note: " not in capsys.readouterr().err
+    for _ in range(2):
+        detector.analyze(picture(1), score_only=True)
+    list(ForgeryDetector.from_pretrained(device="cpu").analyze_many([picture(2)], score_only=True))
+    assert capsys.readouterr().err.count(f"note: {NOTICE}") == 1
+
+
 def test_a_stripped_installation_says_how_to_get_a_model(few, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(assets, "DEMO_MODEL", tmp_path / "nothing")
     with pytest.raises(CheckpointError, match=r"no model is named, and .*hf download AnnaGao/FakeReasoning"):

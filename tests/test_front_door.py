@@ -112,6 +112,7 @@ def test_a_verb_loads_only_its_own_package():
         (["photos", "--json", "out.jsonl"], ["--img_path", "photos", "--json", "out.jsonl"]),
         (["--json", "out.jsonl", "--img_path", "a"], ["--json", "out.jsonl", "--img_path", "a"]),
         (["--img-path=a"], ["--img-path=a"]),
+        (["-", "--sort", "score"], ["--img_path", "-", "--sort", "score"]),
         (["--help"], ["--help"]),
     ],
 )
@@ -122,7 +123,6 @@ def test_an_image_by_position_is_the_option(given, wanted):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["a.jpg", "b.jpg"], "one image, folder or .txt list at a time"),
         (["a.jpg", "--img_path", "b.jpg"], "name the image once"),
         (["--score-only", "a.jpg"], "before the options: forgery detect IMAGE"),
         ([], "before the options: forgery detect IMAGE"),

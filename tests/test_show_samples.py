@@ -125,3 +125,11 @@ def test_the_spans_spell_the_whole_prompt():
         found = list(spans(tokenize_conversation(conversation, tokenizer), tokenizer))
         spelled = "".join("<image>" if kind == "image" else text for kind, text in found)
         assert spelled == f"<s> {conversation.get_prompt()}"
+
+
+@pytest.mark.parametrize(("value", "coloured"), [("1", False), ("", True)])
+def test_no_color_is_respected_on_a_terminal(shown, monkeypatch, value, coloured):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", value)
+    assert bool(ANSI.search(shown("-n", "1"))) is coloured
+    assert ANSI.search(shown("-n", "1", "--color", "always"))

@@ -11,7 +11,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("llava", "forgery_eval", "mmfr_generation", "scripts")
 
-GROUND = {f"llava.{name}" for name in ("labels", "errors", "cli", "files", "images", "image_operations")}
+GROUND = {
+    f"llava.{name}" for name in ("labels", "errors", "cli", "files", "images", "tables", "sources", "image_operations")
+}
 VOCABULARY = {f"llava.{name}" for name in ("constants", "conversation", "mm_utils")}
 ASK = {"llava.systems", "llava.systems.base", "llava.systems.registry"}
 BELOW = GROUND | {"llava.report", "llava.assets", "llava.abstention"}

@@ -1,5 +1,6 @@
 """Evaluation sets: a stream of samples, whatever the layout on disk."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from forgery_eval.benchmarks import folders, mmfr, synthetic, table
@@ -11,13 +12,20 @@ _LAYOUTS = (table, synthetic, mmfr, folders)
 """Each offers ``opens(path)`` and ``read(path)``; data go to the first that knows their layout."""
 
 
-def open_benchmark(path: Path, *, sets: list[str] | None = None, max_sample: int | None = None) -> list[Sample]:
+def open_benchmark(
+    path: Path,
+    *,
+    sets: list[str] | None = None,
+    max_sample: int | None = None,
+    label_map: Mapping[str, int] | None = None,
+) -> list[Sample]:
     """Lists the samples of a data set.
 
     Args:
-        path: An MMFR tree or one of its sets, folders ``real`` and ``fake``, or a CSV or JSONL manifest.
+        path: An MMFR tree or one of its sets, folders ``real`` and ``fake``, or a CSV, JSON or JSONL manifest.
         sets: Only these evaluation sets.
         max_sample: The first so many of each class and set.
+        label_map: What further label words of a table mean.
 
     Raises:
         MissingFileError: There is nothing at the path.
@@ -29,9 +37,9 @@ def open_benchmark(path: Path, *, sets: list[str] | None = None, max_sample: int
     if layout is None:
         raise DataError(
             f"{path} is no data set of a known layout: folders 0_real and 1_fake, or real and fake, in it or in its "
-            "subfolders, or a .csv or .jsonl file"
+            "subfolders, or a .csv, .tsv, .json or .jsonl file"
         )
-    samples = list(layout.read(path))
+    samples = list(table.read(path, label_map) if layout is table else layout.read(path))
     if sets:
         missing = sorted(set(sets) - {sample.set for sample in samples})
         if missing:

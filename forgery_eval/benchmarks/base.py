@@ -4,9 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llava.errors import DataError
-from llava.labels import parse_label
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -29,15 +26,3 @@ class Sample:
     reference: str | None = None
     groups: Mapping[str, str] = field(default_factory=dict)
     attributes: tuple[str, ...] | None = None
-
-
-def read_label(value: object, location: str) -> int:
-    """Returns the number of a label given as number or word.
-
-    Raises:
-        DataError: It is neither.
-    """
-    label = parse_label(value)
-    if label is None:
-        raise DataError(f"{location}: the label must be real, fake, 0 (real) or 1 (fake), not {value!r}")
-    return label

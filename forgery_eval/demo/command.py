@@ -16,7 +16,7 @@ from tqdm import tqdm
 from forgery_eval.demo.page import Shown, Truth, demo_page
 from forgery_eval.inference import describe
 from llava.assets import SAMPLES
-from llava.cli import SOME_FAILED, OptionParser, log, run_cli
+from llava.cli import SOME_FAILED, OptionParser, run_cli
 from llava.files import atomic_write, read_json
 from llava.images import list_images
 
@@ -42,8 +42,7 @@ def main(arguments: argparse.Namespace) -> int:
 
     own = [(file, None) for path in arguments.images for file in list_images(path)]
     detector = ForgeryDetector.from_pretrained()
-    if detector.notice:
-        log(f"note: {detector.notice}\n")
+    detector.announce()
     shown = analyze_shown(detector, [*own, *read_samples()])
     atomic_write(arguments.out, demo_page(shown, detector.notice))
     print(f"written: {arguments.out.resolve()}")

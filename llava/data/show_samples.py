@@ -4,6 +4,7 @@ What carries no loss is grey; without colours, what is supervised stands in [[ ]
 """
 
 import argparse
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -166,7 +167,8 @@ def _described(
 ) -> Iterator[str]:
     tokenized_records = tokenize_records(records, tokenizer, conv_templates[arguments.version])
     verdict = VerdictTokens.from_tokenizer(tokenizer, answer_format.verdict_prefix, answer_format.verdict_words)
-    colored = arguments.color == "always" or (arguments.color == "auto" and sys.stdout.isatty())
+    wanted = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    colored = arguments.color == "always" or (arguments.color == "auto" and wanted)
     for record, tokenized in zip(records, tokenized_records, strict=True):
         yield describe(
             record,

@@ -53,7 +53,8 @@ class ParsedAnswer:
 class AnswerFormat(Protocol):
     """The words of a system: what it is asked, and how its answers are read and written.
 
-    Nothing outside a system's room knows its grammar.
+    Nothing outside a system's room knows its grammar. A format may also have ``constant_stages``, the stages whose text
+    is the same for every image; they are left out where answers are printed for reading.
 
     Attributes:
         question: What the system is asked unless the user asks something else.

@@ -126,7 +126,7 @@ def test_manifests_of_both_kinds_say_the_same(tmp_path):
     [
         ("d.csv", "image,label\na.png,maybe\n", "line 2: the label must be"),
         ("d.csv", "image,label\na.png,0,1\n", "more values than columns"),
-        ("d.csv", "picture,label\na.png,0\n", "no image"),
+        ("d.csv", "thing,label\na.png,0\n", "needs the column image .*it has thing, label"),
         ("d.jsonl", '{"image": "a", "label": 1}\n{"image"', "line 2: this is not JSON"),
         ("d.jsonl", "[]\n", "no object"),
         ("d.jsonl", '{"image": "a", "label": 1}\n{"image": "a", "label": 0}\n', "more than once"),

@@ -1,5 +1,7 @@
 """The inference command as its user runs it."""
 
+import csv
+import io
 import itertools
 import json
 import os
@@ -101,7 +103,10 @@ def test_a_folder_is_analysed_and_printed(trained, few, capsys):
     assert [block.splitlines()[0] for block in blocks] == [str(file) for file in list_images(few)]
     for block in blocks:
         assert "verdict" in block and "P(fake)" in block and "own answer" in block
-        assert all(f"  {stage}" in block for stage in ("summary", "caption", "reasoning", "conclusion"))
+        assert all(f"  {stage}" in block for stage in ("caption", "reasoning", "conclusion"))
+        assert "  summary" not in block  # the same of every image
+    assert run(arguments(trained, few, "-v")) == 0
+    assert capsys.readouterr().out.count("  summary") == 4
 
 
 def test_every_kind_of_image_is_analysed_and_every_bad_one_named(trained, tmp_path, capsys):
@@ -419,12 +424,12 @@ def test_the_authors_flags_and_both_spellings_are_understood():
         "0.2",
     ]
     parsed = parse_arguments([*given, "--top-p", "0.9", "--num-beams", "1", "--max-new_tokens=512", "--device", "cpu"])
-    assert (parsed.model_path, parsed.img_path, parsed.conv_mode) == ("m", Path("i"), "llava_v1")
+    assert (parsed.model_path, parsed.img_path, parsed.conv_mode) == ("m", [Path("i")], "llava_v1")
     assert (parsed.temperature, parsed.top_p, parsed.num_beams, parsed.max_new_tokens) == (0.2, 0.9, 1, 512)
 
 
 def test_sampled_answers_are_all_reported(trained, few, capsys):
-    assert run(arguments(trained, few / "0.png", "--temperature", "1", "--samples", "3", "--force_summary")) == 0
+    assert run(arguments(trained, few / "0.png", "--temperature", "1", "--samples", "3", "--force_summary", "-v")) == 0
     printed = capsys.readouterr().out
     assert len(next(line for line in printed.splitlines() if "of answers" in line).split()) == 2 + 3
     assert "I will determine if the image is real or fake" in printed
@@ -450,3 +455,123 @@ def test_help_answers_without_a_model_or_torch():
     )
     assert "--attention-map" in done.stdout and "Exit status" in done.stdout
     assert "| torch\n" not in done.stderr
+
+
+def test_several_paths_and_patterns_are_analysed_once_and_the_rest_is_named(trained, few, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    paths = [str(few / "[01].png"), str(few), "--img_path", str(few / "2.png")]
+    assert (
+        run(["--model-path", str(trained), "--device", "cpu", "--json", str(out), "--score-only", "--img_path", *paths])
+        == 0
+    )
+    assert [Path(entry["image"]).name for entry in lines(out)] == ["0.png", "1.png", "2.png", "3.JPG"]
+    assert "passed over, no image: 1 files (1 .md): notes.md" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("url", ["https://example.com/a.jpg", "http://example.com/", "HTTPS://example.com/x?y=1"])
+def test_an_address_is_refused_with_the_way(url, capsys):
+    assert run(["--img_path", url]) == 1
+    assert f"error: {url}: addresses are not fetched; download the image" in capsys.readouterr().err
+
+
+def test_many_images_are_a_short_table(trained, few, monkeypatch, capsys):
+    monkeypatch.setattr(inference, "_MANY", 3)
+    assert run(arguments(trained, few)) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[-1] for row in rows] == [str(file) for file in list_images(few)]
+    assert run(arguments(trained, few, "--sort", "score")) == 0
+    ordered = capsys.readouterr().out.splitlines()
+    assert sorted(ordered) == sorted(rows)
+    scores = [float(row.split()[1]) for row in ordered]
+    assert scores == sorted(scores, reverse=True)
+    assert run(arguments(trained, few, "-v")) == 0
+    assert capsys.readouterr().out.count("  verdict") == 4
+
+
+def table(file: Path) -> list[list[str]]:
+    return list(csv.reader(file.open(encoding="utf-8", newline="")))
+
+
+def test_a_table_has_a_row_an_image_and_earlier_answers_too(trained, few, tmp_path):
+    out, rows = tmp_path / "out.jsonl", tmp_path / "out.csv"
+    (few / 'bad, "one".png').write_bytes(b"nothing")
+    once = arguments(trained, few / "1.png", "--score-only", "--json", out)
+    assert run(once) == 0
+    assert run(arguments(trained, few, "--score-only", "--json", out, "--csv", rows)) == 3
+    header, *found = table(rows)
+    assert header == ["image", "verdict", "fake_probability", "error"]
+    assert found[0][0] == str(few / "1.png")
+    assert {row[0] for row in found} == {str(file) for file in list_images(few)} and len(found) == 5
+    assert [row[1:3] for row in found if row[3]] == [["", ""]]
+    written = {entry["image"]: entry["fake_probability"] for entry in lines(out)}
+    assert all(float(row[2]) == written[row[0]] for row in found if not row[3])
+    assert run(arguments(trained, few, "--score-only", "--csv", rows)) == 3
+    assert sorted(table(rows)[1:]) == sorted(found)
+
+
+def test_a_table_of_ones_own_is_never_replaced(trained, few, tmp_path, capsys):
+    own = tmp_path / "own.csv"
+    own.write_text("image,label\na.png,real\n")
+    assert run(arguments(trained, few, "--csv", own)) == 1
+    assert "own.csv is no table of this command" in capsys.readouterr().err
+    assert own.read_text() == "image,label\na.png,real\n"
+
+
+def test_standard_input_is_an_image(trained, few, monkeypatch, capsys):
+    def piped(content: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+    assert run(arguments(trained, few / "0.png", "--sort", "score")) == 0
+    wanted = capsys.readouterr().out.split()[:2]
+    piped((few / "0.png").read_bytes())
+    assert run(arguments(trained, Path("-"), "--sort", "score")) == 0
+    assert capsys.readouterr().out.split() == [*wanted, "-"]
+    for content, message in ((b"", "it is empty"), (b"text", "no image in a known format")):
+        piped(content)
+        assert run(arguments(trained, Path("-"))) == 3
+        assert message in capsys.readouterr().err
+    assert run(arguments(trained, Path("-"), "--json", few / "out.jsonl")) == 1
+    assert "save the image and give its path" in capsys.readouterr().err
+
+
+def test_quiet_leaves_results_and_errors(default_model, few, capsys):
+    (few / "bad.png").write_bytes(b"nothing")
+    given = ["--img_path", str(few), "--device", "cpu", "--score-only"]
+    assert run(given) == 3
+    printed, said = capsys.readouterr()
+    assert "note: " in said and "passed over" in said and "images" in said
+    assert run([*given, "--quiet"]) == 3
+    silent, errors = capsys.readouterr()
+    assert silent == printed
+    assert [line.split(":")[0] for line in errors.splitlines()] == [
+        f"cannot analyse {few / 'bad.png'}",
+        "1 images could not be analysed; they are named above",
+    ]
+
+
+def test_names_of_other_systems_are_said(trained, few, capsys):
+    assert run(arguments(trained, f"{few}\\SUB\\3.jpg", "--score-only")) == 0
+    captured = capsys.readouterr()
+    assert str(few / "sub" / "3.JPG") in captured.out
+    assert "1 names were found under another spelling" in captured.err
+
+
+@pytest.mark.slow
+def test_five_thousand_files_are_counted_and_resumed(trained, tmp_path):
+    folder, out = tmp_path / "many", tmp_path / "out.jsonl"
+    folder.mkdir()
+    content = io.BytesIO()
+    picture(1, (16, 16)).save(content, format="PNG")
+    for index in range(5000):
+        (folder / f"{index:04}.png").write_bytes(b"bad" if index % 100 == 7 else content.getvalue())
+    command = [sys.executable, str(SCRIPT), *arguments(trained, folder, "--score-only", "--json", out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (out.exists() and out.stat().st_size > 100_000):
+        time.sleep(0.05)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    resumed = subprocess.run(command, capture_output=True, text=True)
+    assert resumed.returncode == 3 and "50 images could not be analysed" in resumed.stderr
+    found = [entry["image"] for entry in lines(out)]
+    assert len(found) == len(set(found)) == 5000
+    assert sum(bool(entry["error"]) for entry in lines(out)) == 50

@@ -83,7 +83,7 @@ def test_a_table(make_images, tmp_path, capsys):
     told = capsys.readouterr().err
     assert "left out: 6 images" in told
     for reason in (
-        "the label 'maybe' is none of real, 0, fake, 1",
+        "the label must be real, fake, 0 (real) or 1 (fake), or one of the field's words, not 'maybe'",
         "lost.png: there is no such file",
         "torn.png: no image in a known format",
         "line 6, ../t.csv: it is not a path below",
@@ -93,7 +93,7 @@ def test_a_table(make_images, tmp_path, capsys):
         assert reason in told
     turned = ["--real-words", "1", "--fake_words", "0"]
     main([*common, "--form", "verdict", *turned])
-    assert verdicts(out) == {"x/1.png": "fake", "x/2.png": "real", "3.png": "real"}
+    assert verdicts(out) == {"x/1.png": "fake", "x/2.png": "fake", "3.png": "real"}
 
 
 def test_images_of_no_class_are_named(make_images, tmp_path, capsys):
@@ -126,10 +126,10 @@ def test_an_existing_set_and_equal_names_are_refused(make_images, tmp_path, run_
     ("arguments", "told"),
     [
         (["--input", "lost.csv"], "there is no file or folder lost.csv"),
-        (["--input", "columns.csv"], "must have the columns image and label"),
-        (["--input", "bytes.csv"], "is not a CSV table in UTF-8"),
+        (["--input", "columns.csv"], "needs the column image"),
+        (["--input", "bytes.csv"], "is no text in UTF-8 or UTF-16"),
         (["--input", "empty"], "gives no usable image"),
-        (["--input", "columns.csv", "--real-words", "1"], "cannot mean both"),
+        (["--input", "columns.csv", "--real-words", "fake"], "cannot mean both"),
     ],
 )
 def test_wrong_use_is_explained(arguments, told, tmp_path, run_script):

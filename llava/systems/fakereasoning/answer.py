@@ -263,6 +263,7 @@ class _Format:
     verdict_prefix = VERDICT_PREFIX
     verdict_words: tuple[str, str] = VERDICT_WORDS
     closing = "</CONCLUSION>"
+    constant_stages = ("SUMMARY",)
     parse = staticmethod(parse_answer)
     complete_to_verdict = staticmethod(complete_to_verdict)
     parse_training = staticmethod(parse_training)

@@ -1,0 +1,428 @@
+"""Tables and lists of images as people have them, and the names and labels in them. Imports no torch.
+
+A table is CSV (comma, semicolon, tab or bar; with or without a byte-order mark; UTF-8 or UTF-16), JSONL, or JSON (a
+list of objects, alone or under ``data``). A list is a ``.txt`` file with one name a line.
+"""
+
+import csv
+import io
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from llava.cli import note
+from llava.errors import DataError, OptionError
+from llava.files import file_errors
+from llava.labels import FAKE, LABELS, REAL
+
+CSV_SUFFIXES = (".csv", ".tsv")
+TABLE_SUFFIXES = (*CSV_SUFFIXES, ".jsonl", ".json")
+LIST_SUFFIXES = (".txt", *TABLE_SUFFIXES)
+
+_DELIMITERS = (",", ";", "\t", "|")
+_LIST_OF_OBJECTS = re.compile(r"\s*\[\s*\{")
+_UTF_16 = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+
+IMAGE_HEADERS = (
+    *("image", "img", "path", "file", "filename", "filepath", "file_path", "file_name", "image_path", "img_path"),
+    *("imagepath", "imgpath", "image_file", "img_file", "image_name", "img_name", "picture", "photo"),
+)
+"""Column names that mean the image; the first goes before the others."""
+_CLASS_HEADERS = (
+    *("label", "labels", "class", "target", "y", "gt", "ground_truth", "truth", "class_label", "label_name"),
+    *("class_name", "category", "verdict"),
+)
+_FAKE_HEADERS = (
+    *("is_fake", "fake", "is_ai", "ai", "ai_generated", "is_ai_generated", "is_generated", "generated", "is_synthetic"),
+    *("synthetic", "is_manipulated", "manipulated", "is_tampered", "tampered", "is_forged", "forged", "is_deepfake"),
+)
+_REAL_HEADERS = ("is_real", "real", "is_authentic", "authentic", "is_natural", "is_pristine", "is_genuine", "genuine")
+LABEL_HEADERS = (*_CLASS_HEADERS, *_FAKE_HEADERS, *_REAL_HEADERS)
+"""Column names that mean the class; the first goes before the others."""
+
+_WORDS = {
+    **dict.fromkeys(("real", "authentic", "natural", "nature", "pristine", "genuine", "0_real", "non_fake"), REAL),
+    **dict.fromkeys(("not_fake", "bona_fide", "bonafide", "camera"), REAL),
+    **dict.fromkeys(("fake", "ai", "ai_generated", "aigenerated", "aigc", "generated", "synthetic", "tampered"), FAKE),
+    **dict.fromkeys(("manipulated", "forged", "deepfake", "1_fake", "synthesized", "machine_generated", "gan"), FAKE),
+}
+"""What the field's words mean, by ``_folded``."""
+_NUMBERS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
+_YES_NO = {"true": 1, "false": 0, "yes": 1, "no": 0, "t": 1, "f": 0, "y": 1, "n": 0}
+
+LABEL_MAP_HELP = "what labels of a table mean, where they are not the field's words, e.g. original=real,df=fake"
+
+
+# --- text
+
+
+def read_text(path: Path) -> str:
+    """Reads a text file in UTF-8 or UTF-16, with or without a byte-order mark.
+
+    Raises:
+        UserError: It cannot be read, or it is in another encoding.
+    """
+    with file_errors(path, "read"):
+        content = path.read_bytes()
+    try:
+        return content.decode(_encoding(content))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text in UTF-8 or UTF-16 (byte {error.start}); save it again as UTF-8") from None
+
+
+def _encoding(content: bytes) -> str:
+    """UTF-16 by its mark, or by the zeros that stand at every other byte of a text in mostly Latin letters."""
+    if content[:2] in _UTF_16:
+        return _UTF_16[content[:2]]
+    head = content[:512]
+    for offset, name in ((1, "utf-16-le"), (0, "utf-16-be")):
+        half = head[offset::2]
+        if len(half) >= 2 and half.count(0) > 0.9 * len(half):
+            return name
+    return "utf-8-sig"
+
+
+# --- rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table.
+
+    Attributes:
+        where: File and line, for messages.
+        values: By the column's name as it stands in the file.
+    """
+
+    where: str
+    values: Mapping[str, Any]
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Yields the rows of a table.
+
+    Raises:
+        UserError: It cannot be read, or is not of the form that its ending says.
+    """
+    suffix = path.suffix.lower()
+    if suffix in (".jsonl", ".json"):
+        text = read_text(path)
+        whole = suffix == ".json" or _LIST_OF_OBJECTS.match(text)
+        yield from _json_rows(text, path) if whole else _jsonl_rows(text, path)
+    else:
+        yield from _csv_rows(read_text(path), path)
+
+
+def _csv_rows(text: str, path: Path) -> Iterator[Row]:
+    first, _, rest = text.partition("\n")
+    skipped = 0
+    delimiter = None
+    if first.strip().lower().startswith("sep=") and len(first.rstrip("\r\n")) >= 5:  # a spreadsheet's own hint
+        delimiter, text, skipped = first.strip("\r\n")[4], rest, 1
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter or _delimiter(text), strict=False)
+    try:
+        for row in reader:
+            where = f"{path}, line {reader.line_num + skipped}"
+            if None in row:
+                raise DataError(f"{where}: there are more values than columns")
+            yield Row(where, row)
+    except csv.Error as error:
+        raise DataError(f"{path}, after line {reader.line_num + skipped}: this is no CSV: {error}") from None
+
+
+def _delimiter(text: str) -> str:
+    """The delimiter that finds most known columns in the header, and then most columns."""
+
+    def found(delimiter: str) -> tuple[int, int]:
+        try:
+            header = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
+        except csv.Error:
+            return (0, 0)
+        known = {_folded(name) for name in header} & {*IMAGE_HEADERS, *LABEL_HEADERS}
+        return (len(known), len(header))
+
+    return max(_DELIMITERS, key=found)
+
+
+def _jsonl_rows(text: str, path: Path) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield Row(where, _object(_parsed(line, where), where))
+
+
+def _json_rows(text: str, path: Path) -> Iterator[Row]:
+    values = _parsed(text, str(path))
+    if isinstance(values, dict) and isinstance(values.get("data"), list):
+        values = values["data"]
+    if not isinstance(values, list):
+        raise DataError(f"{path} must hold a list of objects, alone or under data")
+    for number, value in enumerate(values, start=1):
+        where = f"{path}, entry {number}"
+        yield Row(where, _object(value, where))
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise DataError(f"{where}: this is no usable JSON: it is nested too deeply") from None
+    except ValueError as error:
+        raise DataError(f"{where}: this is not JSON: {error}") from None
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: this is no object")
+    return value
+
+
+# --- columns
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a table has what is needed.
+
+    Attributes:
+        image: Column of the image.
+        label: Column of the class; None where the table has none.
+    """
+
+    image: str
+    label: str | None
+
+    @classmethod
+    def find(cls, names: Iterable[str], where: str, *, needs_label: bool = True) -> "Columns":
+        """Finds the columns by their names.
+
+        Args:
+            names: The table's columns.
+            where: For messages.
+            needs_label: Whether a table without classes is refused.
+
+        Raises:
+            DataError: A column is missing, or several could be meant.
+        """
+        columns = [str(name) for name in names if name is not None]
+        image = _column(columns, IMAGE_HEADERS, "image", where)
+        label = _column(columns, LABEL_HEADERS, "label", where)
+        missing = [
+            f"the column {role} (or {', '.join(others[1:7])} …)"
+            for role, found, others in (("image", image, IMAGE_HEADERS), ("label", label, LABEL_HEADERS))
+            if found is None and (role == "image" or needs_label)
+        ]
+        if image is None or missing:
+            raise DataError(f"{where} needs {' and '.join(missing)}; it has {', '.join(columns) or 'none'}")
+        return cls(image, label)
+
+    @property
+    def own(self) -> frozenset[str]:
+        """The columns that are found here."""
+        return frozenset(name for name in (self.image, self.label) if name is not None)
+
+
+def _column(columns: Sequence[str], known: Sequence[str], role: str, where: str) -> str | None:
+    found = [name for name in columns if _folded(name) in known]
+    first = [name for name in found if _folded(name) == known[0]]
+    if len(first) == 1:
+        return first[0]
+    if len(found) > 1:
+        raise DataError(f"{where}: {', '.join(found)} could each be the column {role}; name one of them {role}")
+    return found[0] if found else None
+
+
+def _folded(text: str) -> str:
+    return text.strip().strip("\ufeff\"'").strip().lower().replace("-", "_").replace(" ", "_")
+
+
+# --- labels
+
+
+def parse_label_map(text: str) -> dict[str, int]:
+    """Reads ``word=real,word=fake``.
+
+    Raises:
+        OptionError: A part has another form, or a word means both.
+    """
+    meanings: dict[str, int] = {}
+    for part in text.split(","):
+        word, equals, meaning = part.rpartition("=")
+        if not equals or not word.strip() or meaning.strip().lower() not in LABELS:
+            raise OptionError(f"--label-map needs word=real or word=fake, divided by commas, not {part!r}")
+        number = LABELS.index(meaning.strip().lower())
+        if meanings.setdefault(word.strip().lower(), number) != number:
+            raise OptionError(f"--label-map: {word.strip()!r} cannot mean both real and fake")
+    return meanings
+
+
+def read_label(value: object, column: str | None, meanings: Mapping[str, int], where: str) -> int:
+    """Returns the class of a table's label: 0 real, 1 fake.
+
+    Args:
+        value: The label.
+        column: Its column's name, which can say what true or 1 means.
+        meanings: What further words mean, in lower case; goes before all else.
+        where: For messages.
+
+    Raises:
+        DataError: It means neither, or could mean both.
+    """
+    plain = str(value).strip()
+    if plain.lower() in meanings:
+        return meanings[plain.lower()]
+    word = _folded(plain)
+    header = _folded(column or "")
+    if word in _WORDS:
+        return _WORDS[word]
+    if word in _NUMBERS:
+        return 1 - _NUMBERS[word] if header in _REAL_HEADERS else _NUMBERS[word]
+    if word in _YES_NO and header in (*_FAKE_HEADERS, *_REAL_HEADERS):
+        return 1 - _YES_NO[word] if header in _REAL_HEADERS else _YES_NO[word]
+    raise DataError(
+        f"{where}: the label must be real, fake, 0 (real) or 1 (fake), or one of the field's words, not {value!r}; "
+        "say what it means with --label-map, for example --label-map original=real,edited=fake"
+    )
+
+
+# --- names
+
+
+@dataclass
+class NameFinder:
+    """Finds files by names that were written on another system.
+
+    Attributes:
+        folder: Where relative names start.
+        respelled: Each name that was found under another spelling, with its path.
+    """
+
+    folder: Path
+    respelled: list[tuple[str, Path]] = field(default_factory=list)
+    _listings: dict[Path, list[str]] = field(default_factory=dict, repr=False)
+
+    def find(self, name: str) -> Path:
+        """Returns a name's path: as it stands, or else by the one file that it can mean.
+
+        Tried are blanks at the ends, ``file://``, ``~``, Windows separators, and, part by part, another Unicode
+        composition and another case, each where a single file fits. A name that fits none is returned as it stands.
+        """
+        plain = self.folder / name
+        if _exists(plain):
+            return plain
+        for candidate in _spellings(name):
+            found = self._walk(self.folder / candidate)
+            if found is not None:
+                self.respelled.append((name, found))
+                return found
+        return self.folder / name.strip()
+
+    def report(self, where: object) -> None:
+        """Says which names were found under another spelling."""
+        if self.respelled:
+            name, path = self.respelled[0]
+            count = len(self.respelled)
+            note(f"{where}: {count} names were found under another spelling, such as {name!r}: {path}")
+
+    def _walk(self, path: Path) -> Path | None:
+        if _exists(path):
+            return path
+        here = Path(path.anchor)
+        for part in path.parts[1 if path.anchor else 0 :]:
+            if not _exists(here / part):
+                near = self._near(here, part)
+                if near is None:
+                    return None
+                part = near
+            here /= part
+        return here
+
+    def _near(self, folder: Path, name: str) -> str | None:
+        if folder not in self._listings:
+            try:
+                self._listings[folder] = [entry.name for entry in folder.iterdir()]
+            except (OSError, ValueError):
+                self._listings[folder] = []
+        composed = unicodedata.normalize("NFC", name)
+        entries = [(entry, unicodedata.normalize("NFC", entry)) for entry in self._listings[folder]]
+        same = [entry for entry, letters in entries if letters == composed]
+        same = same or [entry for entry, letters in entries if letters.casefold() == composed.casefold()]
+        return same[0] if len(same) == 1 else None
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """Yields what a name can stand for, as paths of this system."""
+    stripped = name.strip().strip("\"'").strip() or name
+    if stripped.lower().startswith("file:"):
+        parts = urlsplit(stripped)
+        stripped = unquote(parts.path)
+    if stripped.startswith("~"):
+        stripped = _with_home(stripped)
+    yield stripped
+    if "\\" in stripped:
+        yield stripped.replace("\\", "/")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def _with_home(name: str) -> str:
+    try:
+        return str(Path(name).expanduser())
+    except RuntimeError:  # the home of somebody who is not known here
+        return name
+
+
+def read_names(path: Path) -> list[Path]:
+    """Returns the images that a ``.txt`` list or a table names.
+
+    Raises:
+        UserError: It cannot be read, or a table has no column of images.
+    """
+    finder = NameFinder(path.parent)
+    if path.suffix.lower() in TABLE_SUFFIXES:
+        names = table_names(path)
+    else:
+        with file_errors(path, "read"):
+            content = path.read_bytes()
+        # Names need not be UTF-8: what is not stands for its bytes, as in every path.
+        encoding = _encoding(content)
+        text = content.decode(encoding, "surrogateescape" if encoding == "utf-8-sig" else "replace")
+        names = [line for line in text.splitlines() if line.strip()]
+    found = [finder.find(name) for name in names]
+    finder.report(path)
+    return found
+
+
+def table_names(path: Path) -> list[str]:
+    """Returns the images that a table names, as they stand in it.
+
+    Raises:
+        UserError: It cannot be read, or a row has no image.
+    """
+    names = []
+    for row in read_rows(path):
+        columns = Columns.find(row.values, row.where, needs_label=False)
+        names.append(image_name(row, columns))
+    return names
+
+
+def image_name(row: Row, columns: Columns) -> str:
+    """Returns the image of a row, as it stands there.
+
+    Raises:
+        DataError: There is none.
+    """
+    name = row.values.get(columns.image)
+    if not isinstance(name, str) or not name.strip():
+        raise DataError(f"{row.where}: there is no image")
+    return name
