@@ -7,6 +7,7 @@ image is always analysed beside the same others. Masks lie beside the file, see 
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -292,16 +293,27 @@ def _prediction(entry: Any, kind: AnswerKind, location: str) -> Prediction:
         details=details if isinstance(details, dict) else {},
         abstained=bool(entry.get("abstained")),
         abstained_because=str(entry.get("abstained_because") or ""),
-        error=str(entry.get("error") or ""),
+        error=str(entry.get("error") or _no_number(entry)),
         seconds=float(seconds),
     )
 
 
 def _probability(entry: Mapping[str, Any], name: str, location: str) -> float | None:
     given = entry.get(name)
-    if given is not None and not (isinstance(given, int | float) and 0 <= given <= 1):
+    if given is not None and (isinstance(given, bool) or not isinstance(given, int | float)):
+        raise DataError(f"{location}: {name} must be a number from 0 to 1, not {json.dumps(given)}")
+    if given is None or not math.isfinite(given):
+        return None
+    if not 0 <= given <= 1:
         raise DataError(f"{location}: {name} must be from 0 to 1, not {given!r}")
     return given
+
+
+def _no_number(entry: Mapping[str, Any]) -> str:
+    """What is wrong with scores that are NaN or infinite; empty where none is."""
+    names = ("fake_probability", "answer_probability")
+    wrong = [name for name in names if isinstance(entry.get(name), float) and not math.isfinite(entry[name])]
+    return f"{' and '.join(wrong)} is no number" if wrong else ""
 
 
 def _texts(entry: Mapping[str, Any], name: str, default: dict[str, str], location: str) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """ForgeryDetector: images in, ForgeryReports out, batched; the one way that inference, evaluation and servers use."""
 
+import math
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +24,11 @@ NO_MODEL = (
     "no model is named, and this installation is without the embedded demonstration model (llava/assets/demo_model). "
     "Get the published weights, for example with `hf download AnnaGao/FakeReasoning`, and pass the folder's path or "
     "the hub id"
+)
+
+NO_NUMBER = (
+    "the model's score is NaN or infinite, which is no number: its weights are damaged, or too large for this dtype; "
+    "try dtype float32, or get the weights again"
 )
 
 
@@ -90,7 +96,7 @@ class ForgeryDetector:
             OptionError: The options cannot be met.
         """
         wanted = self.options(**options)
-        return self.system.analyze_batch([self._prepare(image)], wanted)[0]
+        return self._checked(self.system.analyze_batch([self._prepare(image)], wanted)[0])
 
     def analyze_many(
         self, images: Iterable[ImageLike], *, batch_size: int | str = "auto", **options: Any
@@ -139,7 +145,7 @@ class ForgeryDetector:
                 raise error
         reports = iter(self._analyze_batch(prepared, options))
         for index in range(len(batch)):
-            yield self._failed(errors[index]) if index in errors else next(reports)
+            yield self._failed(errors[index]) if index in errors else self._checked(next(reports))
 
     def _analyze_batch(self, prepared: Sequence[Any], options: AnalyzeOptions) -> list[ForgeryReport]:
         """Analyses a batch, in halves if it does not fit into the GPU's memory."""
@@ -156,6 +162,13 @@ class ForgeryDetector:
 
     def _prepare(self, image: ImageLike) -> Any:
         return self.system.prepare(to_rgb(image) if isinstance(image, Image.Image) else load_image(image))
+
+    def _checked(self, report: ForgeryReport) -> ForgeryReport:
+        """A report as it is, or one that says that its score is no number."""
+        scores = (report.fake_probability, report.answer_probability, *report.probabilities)
+        if all(score is None or math.isfinite(score) for score in scores):
+            return report
+        return self._failed(NO_NUMBER)
 
     def _failed(self, error: str) -> ForgeryReport:
         return ForgeryReport(label=None, fake_probability=None, score_source=None, system=self.system.name, error=error)
