@@ -15,7 +15,7 @@ from llava.files import read_json, write_json
 SHARE = 5
 """One id of so many is for fitting."""
 _LARGEST = 40.0
-"""Logits stay within this, a little more than that of the largest double below 1, so that those of 0 and 1 are finite."""
+"""Logits stay within this, somewhat more than that of the largest double below 1: those of 0 and 1 are finite."""
 _KINDS: dict[str | None, str] = {"verdict": "answer", "forced": "answer", "prompt": "prompt", "detector": "detector"}
 """Which score is read where."""
 

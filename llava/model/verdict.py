@@ -65,7 +65,7 @@ class VerdictTokens:
         return logits[..., [self.real, self.fake]].float() / temperature
 
     def fake_probability(self, logits: Tensor, temperature: float) -> Tensor:
-        """Returns P(fake) in 0..1 from the raw logits ``[..., V]`` at the verdict position, in float64 where there is one.
+        """Returns P(fake) in 0..1 from the raw logits ``[..., V]`` at the verdict position, in float64 if possible.
 
         In float32 all scores whose logit is above 17 would be 1, and could be ranked no more.
         """
