@@ -19,7 +19,7 @@ from forgery_eval.answers import DEFAULT_SYSTEM, AnswerKind
 from forgery_eval.masks import write_mask
 from llava.errors import DataError
 from llava.files import JsonlLog, digest_json, file_errors
-from llava.labels import LABELS
+from llava.labels import FAKE, LABELS, REAL, parse_label
 
 if TYPE_CHECKING:
     from llava import ForgeryReport
@@ -215,7 +215,8 @@ def read_run(path: Path, answer_format: str | None = None) -> tuple[dict[str, An
 
     Each line must have ``id`` (as in the data set) and one or more of ``fake_probability`` (0 to 1), ``verdict``
     (real or fake) and ``text`` (an answer, from which a missing verdict and missing stages are read). Further fields
-    are those of ``Prediction``. A torn last line is left out.
+    are those of ``Prediction``. Lines of ``inference.py --json`` have ``image`` instead of the id. A torn
+    last line is left out.
 
     Args:
         path: The file.
@@ -264,6 +265,9 @@ def system_of(header: Mapping[str, Any]) -> str:
 
 def _prediction(entry: Any, kind: AnswerKind, location: str) -> Prediction:
     needed = ("fake_probability", "verdict", "text", "error")
+    if isinstance(entry, dict) and "id" not in entry and "image" in entry:
+        # A line of inference's answers, whose label is what the text says.
+        entry = {**entry, "id": entry["image"], "verdict": entry.get("label"), "label": None}
     if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
         raise DataError(f"{location}: a prediction needs an id")
     if not any(name in entry for name in needed):
@@ -280,7 +284,7 @@ def _prediction(entry: Any, kind: AnswerKind, location: str) -> Prediction:
     details = entry.get("details")
     return Prediction(
         id=entry["id"],
-        label=-1,
+        label=_given_label(entry.get("label")),
         verdict=verdict if "verdict" in entry else parsed.verdict,
         fake_probability=_probability(entry, "fake_probability", location),
         score_source=source,
@@ -296,6 +300,12 @@ def _prediction(entry: Any, kind: AnswerKind, location: str) -> Prediction:
         error=str(entry.get("error") or _no_number(entry)),
         seconds=float(seconds),
     )
+
+
+def _given_label(value: Any) -> int:
+    """The truth that a line itself gives, or -1 where it gives none."""
+    label = value if isinstance(value, int) else parse_label(value) if isinstance(value, str) else None
+    return label if label in (REAL, FAKE) else -1
 
 
 def _probability(entry: Mapping[str, Any], name: str, location: str) -> float | None:
