@@ -9,7 +9,7 @@ Exit status: 0 all images were analysed, 1 nothing could be done, 3 some images 
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,8 +32,9 @@ from forgery_eval.model_options import (
 from forgery_eval.perturbations import Perturbation, choose_perturbations
 from forgery_eval.store import Prediction, Run, read_run, system_of
 from llava.abstention import LIGHT_DELIVERIES, AbstentionRule
-from llava.cli import SOME_FAILED, OptionParser, log, positive_int, run_cli
+from llava.cli import SOME_FAILED, OptionParser, format_list, log, positive_int, run_cli
 from llava.errors import DataError, MissingFileError, OptionError
+from llava.labels import LABELS
 from llava.systems import registry
 from llava.systems.base import EvaluationProtocol
 from llava.tables import LABEL_MAP_HELP, parse_label_map
@@ -271,10 +272,36 @@ def read_predicted(arguments: argparse.Namespace, plan: Plan) -> Predicted:
         max_sample=arguments.max_sample or chosen.get("max_sample"),
         label_map=arguments.label_map,
     )
+    predictions = _by_sample(predictions, samples, file, whole=not (arguments.sets or arguments.max_sample or chosen))
     answers = AnswerKind.of(arguments.answer_format or system_of(header))
     about = {"run": file.stem, "settings": header.get("settings", {})}
     evidence, perturbed = read_evidence(file, samples, plan, arguments.answer_format)
     return Predicted(samples, match(samples, predictions), answers, file.parent, about, evidence, perturbed)
+
+
+def _by_sample(
+    predictions: Mapping[str, Prediction], samples: Sequence[Sample], file: Path, *, whole: bool
+) -> dict[str, Prediction]:
+    """Returns the predictions by the samples' ids, also where they name the images' files.
+
+    Raises:
+        DataError: Labels contradict the data set's.
+    """
+    by_file = {Path(sample.image).absolute(): sample.id for sample in samples}
+    labels = {sample.id: sample.label for sample in samples}
+    found, unknown = {}, []
+    for name, prediction in predictions.items():
+        known = name if name in labels else by_file.get(Path(name).absolute())
+        if known is None:
+            unknown.append(name)
+        elif prediction.label not in (-1, labels[known]):
+            own, true = LABELS[prediction.label], LABELS[labels[known]]
+            raise DataError(f"{file}: {name} is labelled {own}, but in the data set it is {true}")
+        else:
+            found[known] = replace(prediction, id=known)
+    if unknown and whole:
+        log(f"{len(unknown)} predictions are of no image of the data set and are left out:\n{format_list(unknown)}")
+    return found
 
 
 def _predictions_file(arguments: argparse.Namespace) -> Path:

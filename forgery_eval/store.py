@@ -7,6 +7,7 @@ image is always analysed beside the same others. Masks lie beside the file, see 
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from forgery_eval.answers import DEFAULT_SYSTEM, AnswerKind
 from forgery_eval.masks import write_mask
 from llava.errors import DataError
 from llava.files import JsonlLog, digest_json, file_errors
-from llava.labels import LABELS
+from llava.labels import FAKE, LABELS, REAL, parse_label
 
 if TYPE_CHECKING:
     from llava import ForgeryReport
@@ -214,7 +215,8 @@ def read_run(path: Path, answer_format: str | None = None) -> tuple[dict[str, An
 
     Each line must have ``id`` (as in the data set) and one or more of ``fake_probability`` (0 to 1), ``verdict``
     (real or fake) and ``text`` (an answer, from which a missing verdict and missing stages are read). Further fields
-    are those of ``Prediction``. A torn last line is left out.
+    are those of ``Prediction``. Lines of ``inference.py --json`` have ``image`` instead of the id. A torn
+    last line is left out.
 
     Args:
         path: The file.
@@ -263,6 +265,9 @@ def system_of(header: Mapping[str, Any]) -> str:
 
 def _prediction(entry: Any, kind: AnswerKind, location: str) -> Prediction:
     needed = ("fake_probability", "verdict", "text", "error")
+    if isinstance(entry, dict) and "id" not in entry and "image" in entry:
+        # A line of inference's answers, whose label is what the text says.
+        entry = {**entry, "id": entry["image"], "verdict": entry.get("label"), "label": None}
     if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
         raise DataError(f"{location}: a prediction needs an id")
     if not any(name in entry for name in needed):
@@ -279,7 +284,7 @@ def _prediction(entry: Any, kind: AnswerKind, location: str) -> Prediction:
     details = entry.get("details")
     return Prediction(
         id=entry["id"],
-        label=-1,
+        label=_given_label(entry.get("label")),
         verdict=verdict if "verdict" in entry else parsed.verdict,
         fake_probability=_probability(entry, "fake_probability", location),
         score_source=source,
@@ -292,16 +297,33 @@ def _prediction(entry: Any, kind: AnswerKind, location: str) -> Prediction:
         details=details if isinstance(details, dict) else {},
         abstained=bool(entry.get("abstained")),
         abstained_because=str(entry.get("abstained_because") or ""),
-        error=str(entry.get("error") or ""),
+        error=str(entry.get("error") or _no_number(entry)),
         seconds=float(seconds),
     )
 
 
+def _given_label(value: Any) -> int:
+    """The truth that a line itself gives, or -1 where it gives none."""
+    label = value if isinstance(value, int) else parse_label(value) if isinstance(value, str) else None
+    return label if label in (REAL, FAKE) else -1
+
+
 def _probability(entry: Mapping[str, Any], name: str, location: str) -> float | None:
     given = entry.get(name)
-    if given is not None and not (isinstance(given, int | float) and 0 <= given <= 1):
+    if given is not None and (isinstance(given, bool) or not isinstance(given, int | float)):
+        raise DataError(f"{location}: {name} must be a number from 0 to 1, not {json.dumps(given)}")
+    if given is None or not math.isfinite(given):
+        return None
+    if not 0 <= given <= 1:
         raise DataError(f"{location}: {name} must be from 0 to 1, not {given!r}")
     return given
+
+
+def _no_number(entry: Mapping[str, Any]) -> str:
+    """What is wrong with scores that are NaN or infinite; empty where none is."""
+    names = ("fake_probability", "answer_probability")
+    wrong = [name for name in names if isinstance(entry.get(name), float) and not math.isfinite(entry[name])]
+    return f"{' and '.join(wrong)} is no number" if wrong else ""
 
 
 def _texts(entry: Mapping[str, Any], name: str, default: dict[str, str], location: str) -> dict[str, str]:

@@ -20,6 +20,12 @@ SOME_FAILED = 3
 """Exit status where some items could not be processed and the others were."""
 
 
+_NO_MEMORY = (
+    "there is not enough memory; lower the batch size (--batch_size, or --per_device_train_batch_size in training) or "
+    "the length (--max_new_tokens, --model_max_length), or take a smaller dtype (--dtype bfloat16, --load_4bit)"
+)
+
+
 class OptionParser(argparse.ArgumentParser):
     """A parser whose long options answer to ``-`` and ``_`` alike, and which says in one line what is wrong."""
 
@@ -195,6 +201,15 @@ def run_cli(command: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         log("interrupted")
         return INTERRUPTED
+    except MemoryError:
+        log(f"error: {_NO_MEMORY}")
+        return 1
+    except RuntimeError as error:
+        # By its name and words: torch, which is slow to import, need not be there.
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+            raise
+        log(f"error: {_NO_MEMORY}")
+        return 1
     except BrokenPipeError:
         # Whoever read the output has gone; the interpreter must not complain about it once more while it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,6 +1,7 @@
 """ForgeryDetector: images in, ForgeryReports out, batched; the one way that inference, evaluation and servers use."""
 
 import logging
+import math
 import os
 import sys
 from collections import deque
@@ -31,6 +32,11 @@ NO_MODEL = (
     "no model is named, and this installation is without the embedded demonstration model (llava/assets/demo_model). "
     "Get the published weights, for example with `hf download AnnaGao/FakeReasoning`, and pass the folder's path or "
     "the hub id"
+)
+
+NO_NUMBER = (
+    "the model's score is NaN or infinite, which is no number: its weights are damaged, or too large for this dtype; "
+    "try dtype float32, or get the weights again"
 )
 
 
@@ -247,7 +253,7 @@ class ForgeryDetector:
         if not prepared:
             return []
         try:
-            return self.system.analyze_batch(prepared, options)
+            return [self._checked(report) for report in self.system.analyze_batch(prepared, options)]
         except RuntimeError as error:
             # By its name: a system need not stand on torch, which is slow to import.
             if type(error).__name__ != "OutOfMemoryError" or len(prepared) == 1:
@@ -259,6 +265,13 @@ class ForgeryDetector:
         pixels = load_source(image)
         steps = LIGHT_DELIVERIES[: self.rule.deliveries] if self.rule else ()
         return _Prepared(self.system.prepare(pixels), tuple(self.system.prepare(step(pixels)) for step in steps))
+
+    def _checked(self, report: ForgeryReport) -> ForgeryReport:
+        """A report as it is, or one that says that its score is no number."""
+        scores = (report.fake_probability, report.answer_probability, *report.probabilities)
+        if all(score is None or math.isfinite(score) for score in scores):
+            return report
+        return self._failed(NO_NUMBER)
 
     def _failed(self, error: str) -> ForgeryReport:
         return ForgeryReport(label=None, fake_probability=None, score_source=None, system=self.system.name, error=error)

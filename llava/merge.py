@@ -3,8 +3,15 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llava.cli import OptionParser, run_cli
+from llava.cli import OptionParser, log, run_cli
+
+if TYPE_CHECKING:
+    import torch
+
+    from llava.model.checkpoint import Checkpoint
+    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
 LAYOUTS = {
     "native": "self-contained, with towers and every setting (default)",
@@ -32,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--vision-tower", help="CLIP tower: folder or hub id, if the checkpoint does not hold it")
     parser.add_argument("--dino-weights", help="DINOv2 .pth or folder, if the checkpoint does not hold it")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; default: the checkpoint's")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; default: the adapter's")
     return parser
 
 
@@ -43,25 +50,85 @@ def merge(arguments: argparse.Namespace) -> None:
         UserError: The model cannot be opened or written; the message says why.
     """
     from llava.files import atomic_folder
+    from llava.model.adapter import check_finite
     from llava.model.builder import load_pretrained_model
-    from llava.model.checkpoint import open_checkpoint, stored_dtype
+    from llava.model.checkpoint import open_checkpoint
     from llava.model.saving import save_published
 
     checkpoint = open_checkpoint(arguments.model_path, arguments.model_base)
+    dtype = _written_dtype(arguments.dtype, checkpoint)
+    check_finite(checkpoint.tensors, f"{checkpoint.folder} or its base")
     _, model, _, _ = load_pretrained_model(
         arguments.model_path,
         arguments.model_base,
         device="cpu",
-        dtype=stored_dtype(checkpoint) if arguments.dtype == "auto" else arguments.dtype,
+        dtype=dtype if checkpoint.adapter_folder is None else "float32",
         vision_tower=arguments.vision_tower,
         dino_weights=arguments.dino_weights,
     )
+    if checkpoint.adapter_folder is not None:
+        _say_what_is_lost(model, checkpoint, dtype)
+        model.to(dtype)
+        model.config.dtype = dtype
+    _check_range(model, dtype)
     if arguments.layout == "published":
         save_published(model, arguments.save_model_path, checkpoint.config, checkpoint.tokenizer_folder)
     else:
         with atomic_folder(arguments.save_model_path) as folder:
             model.save_pretrained(folder)
     print(f"saved {arguments.save_model_path} ({arguments.layout} layout)")
+
+
+def _written_dtype(name: str, checkpoint: "Checkpoint") -> "torch.dtype":
+    """The named dtype; else the adapter's, or the model's own where there is no adapter."""
+    import torch
+
+    from llava.model.adapter import read_adapter
+    from llava.model.builder import resolve_dtype
+    from llava.model.checkpoint import stored_dtype
+
+    if name != "auto":
+        return resolve_dtype(name, checkpoint, torch.device("cpu"))
+    if checkpoint.adapter_folder is None:
+        return stored_dtype(checkpoint)
+    return next(iter(read_adapter(checkpoint.adapter_folder).values())).dtype
+
+
+def _say_what_is_lost(model: "LlavaLlamaForCausalLM", checkpoint: "Checkpoint", dtype: "torch.dtype") -> None:
+    """Tells how much of the update the written dtype loses; float32 loses nothing."""
+    import torch
+
+    from llava.model.adapter import measure_lost, read_adapter
+    from llava.model.checkpoint_layout import LORA_PREFIX
+
+    if dtype in (torch.float32, torch.float64):
+        return
+    assert checkpoint.adapter_folder is not None
+    adapter = read_adapter(checkpoint.adapter_folder)
+    paths = sorted({name.split(".lora_")[0].removeprefix(LORA_PREFIX) for name in adapter if ".lora_" in name})
+    after = {f"{path}.weight": model.get_submodule(path).weight.detach() for path in paths}
+    lost = measure_lost(checkpoint.tensors, {name: t for name, t in after.items() if name in checkpoint.tensors}, dtype)
+    log(
+        f"note: {str(dtype).removeprefix('torch.')} loses {lost.share:.1%} of the adapter's update, and "
+        f"{lost.unmoved:.1%} of the weights that it changes do not move; --dtype float32 loses nothing"
+    )
+
+
+def _check_range(model: "LlavaLlamaForCausalLM", dtype: "torch.dtype") -> None:
+    """Refuses weights that the written dtype cannot hold.
+
+    Raises:
+        CheckpointError: Some are NaN or infinite in it.
+    """
+    from llava.errors import CheckpointError
+    from llava.model.checkpoint_files import list_keys
+
+    wrong = [name for name, value in model.named_parameters() if not value.isfinite().all()]
+    if wrong:
+        raise CheckpointError(
+            f"in {str(dtype).removeprefix('torch.')} these weights are NaN or infinite: {list_keys(wrong)}; nothing "
+            "was written; try --dtype bfloat16 or float32"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
 from llava.errors import DataError
@@ -14,8 +15,8 @@ from llava.report import SCORE_KIND
 
 SHARE = 5
 """One id of so many is for fitting."""
-_NEAREST = 1e-7
-"""Distance that a probability keeps from 0 and 1, so that its logit is finite."""
+_LARGEST = 40.0
+"""Logits stay within this, somewhat more than that of the largest double below 1: those of 0 and 1 are finite."""
 _KINDS: dict[str | None, str] = {str(source): kind for source, kind in SCORE_KIND.items()}
 """Which score is read where."""
 
@@ -37,7 +38,7 @@ class Calibration:
     def __call__(self, scores: np.ndarray) -> np.ndarray:
         """Returns the calibrated probabilities; NaN stays NaN."""
         # The logit is shifted and scaled, so that the order of scores stays as it is.
-        calibrated: np.ndarray = 1 / (1 + np.exp(-(_logits(scores) / self.temperature + self.bias)))
+        calibrated: np.ndarray = expit(_logits(np.asarray(scores, float)) / self.temperature + self.bias)
         return calibrated
 
     def save(self, path: Path) -> None:
@@ -106,6 +107,6 @@ def fit(scores: Sequence[float], labels: Sequence[int], score: str | None = None
 
 
 def _logits(scores: np.ndarray) -> np.ndarray:
-    clipped = np.clip(scores, _NEAREST, 1 - _NEAREST)
-    logits: np.ndarray = np.log(clipped) - np.log1p(-clipped)
+    with np.errstate(divide="ignore"):  # 0 and 1 have an infinite one, which is cut
+        logits: np.ndarray = np.clip(np.log(scores) - np.log1p(-scores), -_LARGEST, _LARGEST)
     return logits

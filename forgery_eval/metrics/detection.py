@@ -43,15 +43,24 @@ class Outcomes:
         verdicts: What the text says: 0, 1, or ``NO_ANSWER``, shape (N,).
         scores: P(fake), NaN where there is none, shape (N,).
         strata: Number of the stratum (evaluation set) of each image, shape (N,).
+        uncalibrated: The scores before they were calibrated, by which images are ranked, shape (N,); None where they
+            were not. Calibration keeps the order of scores, but can round several to the same probability.
     """
 
     labels: Array
     verdicts: Array
     scores: Array
     strata: Array
+    uncalibrated: Array | None = None
 
     def __getitem__(self, chosen: Array) -> "Outcomes":
-        return Outcomes(self.labels[chosen], self.verdicts[chosen], self.scores[chosen], self.strata[chosen])
+        before = None if self.uncalibrated is None else self.uncalibrated[chosen]
+        return Outcomes(self.labels[chosen], self.verdicts[chosen], self.scores[chosen], self.strata[chosen], before)
+
+    @property
+    def ranks(self) -> Array:
+        """What images are ranked by, NaN where there is no score."""
+        return self.scores if self.uncalibrated is None else self.uncalibrated
 
     @property
     def by_score(self) -> Array:
@@ -125,7 +134,7 @@ def _mean(metrics: Sequence[Metric]) -> Metric:
 def _score_metrics(outcomes: Outcomes) -> dict[str, Metric]:
     """Ranking and calibration, over the images that have a score."""
     scored = ~np.isnan(outcomes.scores)
-    labels, scores = outcomes.labels[scored], outcomes.scores[scored]
+    labels, scores, ranks = outcomes.labels[scored], outcomes.scores[scored], outcomes.ranks[scored]
     if not len(labels):
         return dict.fromkeys(SCORE_METRICS, (None, NO_SCORE))
     found: dict[str, Metric] = {
@@ -135,10 +144,11 @@ def _score_metrics(outcomes: Outcomes) -> dict[str, Metric]:
     }
     if len(set(labels)) < 2:
         return found | dict.fromkeys(RANKING_METRICS, (None, ONE_CLASS))
-    false_rate, true_rate, _ = sk.roc_curve(labels, scores)
+    # With every point of the curve: without the collinear ones, the rate at a limit between two corners would be low.
+    false_rate, true_rate, _ = sk.roc_curve(labels, ranks, drop_intermediate=False)
     found |= {
-        "auroc": (float(sk.roc_auc_score(labels, scores)), ""),
-        "average_precision": (float(sk.average_precision_score(labels, scores)), ""),
+        "auroc": (float(sk.roc_auc_score(labels, ranks)), ""),
+        "average_precision": (float(sk.average_precision_score(labels, ranks)), ""),
     }
     for name, most in FALSE_POSITIVE_RATES.items():
         found[name] = (float(true_rate[false_rate <= most].max()), "")
@@ -217,6 +227,7 @@ def weighted_metrics(outcomes: Outcomes, weights_DN: Array) -> dict[str, Array]:
             found = _weighted_verdicts(outcomes.labels, verdicts, weights_DN)
             metrics |= {f"{prefix}_{name}": values for name, values in found.items()}
         scored = ~np.isnan(outcomes.scores)
+        metrics |= _weighted_ranks(outcomes.labels[scored], outcomes.ranks[scored], weights_DN[:, scored])
         metrics |= _weighted_scores(outcomes.labels[scored], outcomes.scores[scored], weights_DN[:, scored])
         both = scored & (outcomes.verdicts != NO_ANSWER)
         differ = both & (outcomes.verdicts != outcomes.by_score)
@@ -249,7 +260,7 @@ def _weighted_verdicts(labels: Array, verdicts: Array, weights_DN: Array) -> dic
     }
 
 
-def _weighted_scores(labels: Array, scores: Array, weights_DN: Array) -> dict[str, Array]:
+def _weighted_ranks(labels: Array, scores: Array, weights_DN: Array) -> dict[str, Array]:
     # The curves' points for falling thresholds: how many fakes and reals, by weight, have at least that score.
     order = np.argsort(-scores, kind="stable")
     labels, scores, weights_DN = labels[order], scores[order], weights_DN[:, order]
@@ -270,14 +281,17 @@ def _weighted_scores(labels: Array, scores: Array, weights_DN: Array) -> dict[st
     }
     for name, most in FALSE_POSITIVE_RATES.items():
         metrics[name] = np.where(alarm_DK <= most, recall_DK, 0).max(axis=1)
-    metrics = {name: np.where(undefined, np.nan, values) for name, values in metrics.items()}
+    return {name: np.where(undefined, np.nan, values) for name, values in metrics.items()}
+
+
+def _weighted_scores(labels: Array, scores: Array, weights_DN: Array) -> dict[str, Array]:
     total = weights_DN.sum(axis=1)
     # A bin's share times |mean score - share of fakes| is |sum of (score - label)| over the total weight.
     bins = score_bins(scores)
     gaps_DB = np.stack([weights_DN @ ((scores - labels) * (bins == index)) for index in range(BINS)], 1)
     smallest = np.finfo(np.float64).eps  # as log_loss clips
     likelihoods = np.clip(np.where(labels == 1, scores, 1 - scores), smallest, 1 - smallest)
-    return metrics | {
+    return {
         "ece": np.abs(gaps_DB).sum(axis=1) / total,
         "nll": weights_DN @ -np.log(likelihoods) / total,
         "brier": weights_DN @ (scores - labels) ** 2 / total,

@@ -41,6 +41,7 @@ class Scored:
         sample: The sample.
         prediction: What was predicted.
         score: P(fake), calibrated if that was asked for; NaN where there is none.
+        uncalibrated: P(fake) before that, by which images are ranked.
         explanation: The text that says why; empty if there is none.
         texts: Metrics of the explanation; None where there is no reference.
     """
@@ -50,6 +51,7 @@ class Scored:
     score: float
     explanation: str
     texts: Mapping[str, float] | None
+    uncalibrated: float = np.nan
 
 
 @dataclass(frozen=True)
@@ -134,9 +136,12 @@ def with_scores(
     rows: Sequence[Scored], probabilities: Sequence[float | None], calibration: Calibration | None = None
 ) -> list[Scored]:
     """Returns the rows with these scores, calibrated if that is asked for."""
-    scores = np.array([np.nan if value is None else value for value in probabilities], float)
-    scores = calibration(scores) if calibration else scores
-    return [replace(row, score=float(value)) for row, value in zip(rows, scores, strict=True)]
+    before = np.array([np.nan if value is None else value for value in probabilities], float)
+    scores = calibration(before) if calibration else before
+    return [
+        replace(row, score=float(value), uncalibrated=float(own))
+        for row, value, own in zip(rows, scores, before, strict=True)
+    ]
 
 
 def outcomes(rows: Sequence[Scored]) -> detection.Outcomes:
@@ -147,6 +152,7 @@ def outcomes(rows: Sequence[Scored]) -> detection.Outcomes:
         verdicts=np.array([_class_number(row.prediction.verdict) for row in rows], int),
         scores=np.array([row.score for row in rows], float),
         strata=np.array([sets[row.sample.set] for row in rows], int),
+        uncalibrated=np.array([row.uncalibrated for row in rows], float),
     )
 
 

@@ -209,9 +209,16 @@ class Answering:
             do_sample=False,
             max_new_tokens=budget,
         ).tolist()
-        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        cut = [ids[: ids.index(eos)] if eos in ids else ids for ids in answers]
+        pad = self.tokenizer.pad_token_id
+        ends = [next((at for at, i in enumerate(ids) if i in self._end_ids), len(ids)) for ids in answers]
+        cut = [ids[:end] for ids, end in zip(answers, ends, strict=True)]
         return [Decoded([i for i in ids if i != pad], torch.empty(0, 2)) for ids in cut]
+
+    @cached_property
+    def _end_ids(self) -> frozenset[int]:
+        """Ids that end an answer: the tokenizer's, and all that the checkpoint names."""
+        named = self.model.generation_config.eos_token_id
+        return frozenset([*(named if isinstance(named, list) else [named]), self.tokenizer.eos_token_id])
 
     @cached_property
     def _closing_ids(self) -> frozenset[int]:
@@ -221,7 +228,7 @@ class Answering:
         return frozenset(index for piece, index in pieces if closing[-1] in piece)
 
     def _is_complete(self, prefix_ids: list[int], ids: list[int], closing_ids: frozenset[int]) -> bool:
-        if ids[-1] == self.tokenizer.eos_token_id:
+        if ids[-1] in self._end_ids:
             return True
         if ids[-1] not in closing_ids:
             return False

@@ -11,9 +11,10 @@ from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from transformers import AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from llava.errors import CheckpointError, OptionError
+from llava.model.adapter import read_adapter
 from llava.model.branches import projector_name, tower_name
 from llava.model.checkpoint import Checkpoint, check_keys, complete_config, has_tokenizer, open_checkpoint, stored_dtype
-from llava.model.checkpoint_files import TensorLike, list_keys, read_json, read_tensor_file
+from llava.model.checkpoint_files import TensorLike, list_keys, read_json
 from llava.model.checkpoint_layout import LORA_PREFIX
 from llava.model.configuration import LlavaConfig
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
@@ -77,6 +78,8 @@ def load_pretrained_model(
     target = resolve_device(device)
     tensor_dtype = resolve_dtype(dtype, checkpoint, target)
     check_keys(config, checkpoint)
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= config.vocab_size:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     model = materialize(
         config,
         checkpoint.tensors,
@@ -111,9 +114,15 @@ def apply_lora(model: LlavaLlamaForCausalLM, folder: Path, *, merge: bool) -> Ll
     Raises:
         CheckpointError: The adapter's tensors do not fit the model.
     """
-    weights = {name: tensor[...] for name, tensor in read_tensor_file(_adapter_file(folder)).items()}
+    weights = read_adapter(folder)
     modules = sorted({name.split(".lora_")[0].removeprefix(LORA_PREFIX) for name in weights})
-    settings = LoraConfig.from_pretrained(str(folder))
+    read_json(folder / "adapter_config.json")
+    try:
+        settings = LoraConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: adapter_config.json is wrong: {error}") from error
+    if str(settings.peft_type).removeprefix("PeftType.") != "LORA":
+        raise CheckpointError(f"{folder}: an adapter of type {settings.peft_type} is not supported; it must be LORA")
     settings.target_modules = set(modules)
     absent = [name for name in modules if not _has_module(model, name)]
     if absent:
@@ -129,14 +138,6 @@ def apply_lora(model: LlavaLlamaForCausalLM, folder: Path, *, merge: bool) -> Ll
             f"{folder}: adapter tensors without a place or missing: {list_keys([*left, *result.unexpected_keys])}"
         )
     return adapted.merge_and_unload() if merge else adapted.get_base_model()
-
-
-def _adapter_file(folder: Path) -> Path:
-    names = ("adapter_model.safetensors", "adapter_model.bin")
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise CheckpointError(f"{folder} has an adapter_config.json but neither {' nor '.join(names)}")
 
 
 def _has_module(model: torch.nn.Module, name: str) -> bool:
@@ -156,14 +157,21 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not has_tokenizer(folder):
         raise CheckpointError(f"{folder} has no tokenizer: neither tokenizer.json nor tokenizer.model")
     options: dict[str, Any] = {}
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file() and read_json(settings).get("add_eos_token"):
+        options["add_eos_token"] = False  # an end mark would stand between the prompt and the answer
     if not (folder / "tokenizer.json").is_file():
         # A bare SentencePiece file is read differently by different versions unless it is told.
-        settings = folder / "tokenizer_config.json"
         options["legacy"] = read_json(settings).get("legacy", True) if settings.is_file() else True
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), config=LlavaConfig(), **options)
     except Exception as error:
         raise CheckpointError(f"the tokenizer in {folder} cannot be read: {type(error).__name__}: {error}") from error
+    if tokenizer.eos_token_id is not None and tokenizer("x").input_ids[-1:] == [tokenizer.eos_token_id]:
+        raise CheckpointError(
+            f"the tokenizer in {folder} ends every text with {tokenizer.eos_token}, so that the answer would come "
+            "after the end; set add_eos_token to false in tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llava.errors import CheckpointError
-from llava.model.branches import FIRST, source_field, tower_name
+from llava.model.adapter import add_update
+from llava.model.branches import FIRST, LANGUAGE_MODEL, part_of, source_field, tower_name
 from llava.model.checkpoint_files import TensorLike, list_keys, read_json, read_tensor_file, read_tensors
 from llava.model.checkpoint_layout import NON_LORA_FILE, KeyMap, stored_state_dict, strip_lora_prefix
 from llava.model.configuration import LlavaConfig
@@ -105,7 +107,7 @@ def open_checkpoint(
 
 def _open_lora(files: CheckpointFiles, model_base: str | os.PathLike[str] | None, system: str | None) -> Checkpoint:
     folder = files.folder
-    base = model_base or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    base = model_base or registry.named_base(folder)
     if not base:
         raise CheckpointError(f"{folder} is a LoRA folder that does not name its base model; pass model_base")
     name, layout = _system_of(files, system)
@@ -114,10 +116,29 @@ def _open_lora(files: CheckpointFiles, model_base: str | os.PathLike[str] | None
         opened = open_checkpoint(base, system=name or None)
     except CheckpointError as error:
         raise CheckpointError(f"{folder} is a LoRA folder whose base model cannot be opened: {error}") from error
+    if opened.adapter_folder is not None:
+        # The base is a LoRA folder itself, whose training was gone on with.
+        opened = replace(opened, tensors=add_update(opened.tensors, opened.adapter_folder), adapter_folder=None)
     beside = layout.key_map.to_native(strip_lora_prefix(read_tensor_file(folder / NON_LORA_FILE)))
+    _check_whole_parts(beside, opened.tensors, folder)
     tokenizer_folder = folder if has_tokenizer(folder) else opened.tokenizer_folder
     own_config = read_json(folder / "config.json") if (folder / "config.json").is_file() else opened.config
     return Checkpoint(folder, own_config, opened.tensors | beside, tokenizer_folder, layout, name, folder)
+
+
+def _check_whole_parts(beside: Mapping[str, TensorLike], base: Mapping[str, TensorLike], folder: Path) -> None:
+    """Refuses a part that lies beside an adapter only in part, since the rest would silently be the base's.
+
+    Raises:
+        CheckpointError: A part lacks tensors; the message names them.
+    """
+    parts = {part_of(name) for name in beside} - {LANGUAGE_MODEL}
+    missing = [name for name in base if part_of(name) in parts and name not in beside]
+    if missing:
+        raise CheckpointError(
+            f"{folder / NON_LORA_FILE} lacks tensors of parts that were trained whole: {list_keys(missing)}; get the "
+            "file again"
+        )
 
 
 def _system_of(files: CheckpointFiles, system: str | None) -> tuple[str, CheckpointFormat]:
@@ -163,6 +184,7 @@ def complete_config(
     _check_supported(checkpoint.config, checkpoint.folder)
     values = checkpoint.layout.infer_config(checkpoint.config, checkpoint.tensors)
     values["system"] = checkpoint.system
+    _normalise(values, checkpoint.folder)
     tensors = dict(checkpoint.tensors)
     for branch in dict.fromkeys((FIRST, *fusion_class(values["mm_fusion_type"]).branches)):
         source = _find_tower(checkpoint, values, branch, (towers or {}).get(branch))
@@ -175,16 +197,50 @@ def complete_config(
         tensors |= {f"{prefix}{name}": tensor for name, tensor in source.tensors.items()}
     try:
         config = LlavaConfig.from_dict(values)
-    except StrictDataclassError as error:
-        raise CheckpointError(f"{checkpoint.folder}: config.json is wrong: {error.__cause__ or error}") from error
+    except (StrictDataclassError, KeyError, TypeError, ValueError) as error:
+        why = str(error.__cause__ or error).strip("\"'")
+        raise CheckpointError(f"{checkpoint.folder}: config.json is wrong: {why}") from error
     return replace(checkpoint, tensors=_without_unused_towers(tensors, config)), config
 
 
 def _check_supported(values: Mapping[str, Any], folder: Path) -> None:
     if values.get("mm_use_im_start_end") or values.get("mm_use_im_patch_token"):
         raise CheckpointError(f"{folder}: image start, end or patch tokens in the prompt are not supported")
+    quantised = values.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, Mapping) else quantised
+        raise CheckpointError(
+            f"{folder}: the weights are quantised already (quantization_config: {method}), which is not supported; get "
+            "the model in float32, bfloat16 or float16, and pass load_8bit or load_4bit"
+        )
     if values.get("mm_patch_merge_type", "flat") != "flat":
         raise CheckpointError(f"{folder}: mm_patch_merge_type {values['mm_patch_merge_type']!r} is not supported")
+
+
+def _normalise(values: dict[str, Any], folder: Path) -> None:
+    """Gives fields that are written in several ways their one form.
+
+    Raises:
+        CheckpointError: One says something that does not exist.
+    """
+    for field in ("dtype", "torch_dtype"):
+        name = values.get(field)
+        if name is None:
+            continue
+        bare = str(name).removeprefix("torch.")
+        if not isinstance(getattr(torch, bare, None), torch.dtype):
+            raise CheckpointError(f"{folder}: config.json names an unknown {field} {name!r}")
+        values[field] = bare
+    for field in ("rope_scaling", "rope_parameters"):
+        scaling = values.get(field)
+        kind = (scaling.get("rope_type") or scaling.get("type")) if isinstance(scaling, Mapping) else None
+        if kind not in (None, "default", *ROPE_INIT_FUNCTIONS):
+            raise CheckpointError(f"{folder}: config.json asks for an unknown {field} {kind!r}")
+    pad, size = values.get("pad_token_id"), values.get("vocab_size")
+    if pad is not None and not (isinstance(pad, int) and isinstance(size, int) and 0 <= pad < size):
+        values["pad_token_id"] = None  # padding is masked, so its embedding is never asked for
+    values.pop("attn_implementation", None)  # who opens the model says how it attends
+    values.pop("_attn_implementation", None)
 
 
 def _tower_prefix(branch: str) -> str:

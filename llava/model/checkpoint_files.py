@@ -119,6 +119,8 @@ def read_json(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file.parent} has no {file.name}, so it is no checkpoint") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
+    except RecursionError:
+        raise CheckpointError(f"{file} cannot be read as JSON: it is nested too deeply") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds no JSON object")
     return content
@@ -146,6 +148,9 @@ def _read_shards(index: Path) -> dict[str, TensorLike]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index} has no weight_map")
+    odd = [key for key, name in weight_map.items() if not isinstance(name, str) or Path(name).name != name]
+    if odd:
+        raise CheckpointError(f"{index} must give each tensor the name of a file beside it: {list_keys(odd)}")
     files = {name: index.parent / Path(name).name for name in sorted(set(weight_map.values()))}
     missing = [name for name, file in files.items() if not file.is_file()]
     if missing:
@@ -206,6 +211,11 @@ def read_tensor_file(file: Path) -> dict[str, TensorLike]:
 
 def _stored(handle: Any, name: str) -> StoredTensor:
     entry = handle.get_slice(name)
+    if entry.get_dtype() not in _DTYPES:
+        raise CheckpointError(
+            f"{name} is stored as {entry.get_dtype()}, which is not supported; get the model in float32, bfloat16 or "
+            "float16"
+        )
     return StoredTensor(handle, name, tuple(entry.get_shape()), _DTYPES[entry.get_dtype()])
 
 

@@ -100,7 +100,11 @@ def published_config(config: Mapping[str, Any], model: LlavaLlamaForCausalLM) ->
     values = {name: value for name, value in config.items() if name not in _NATIVE_FIELDS}
     rope = values.pop("rope_parameters", None)
     if rope is not None:
-        values |= {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": None}
+        scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "rope_type", "type")}
+        kind = rope.get("rope_type", "default")
+        # Transformers 4.31 reads the first name, later versions either.
+        scaled = None if kind == "default" else {"type": kind, "rope_type": kind, **scaling}
+        values |= {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": scaled}
     values.pop("dtype", None)
     values["torch_dtype"] = str(model.dtype).removeprefix("torch.")
     return values

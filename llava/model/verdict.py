@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -64,8 +65,13 @@ class VerdictTokens:
         return logits[..., [self.real, self.fake]].float() / temperature
 
     def fake_probability(self, logits: Tensor, temperature: float) -> Tensor:
-        """Returns P(fake) in 0..1 from the raw logits ``[..., V]`` at the verdict position."""
-        return self.class_logits(logits, temperature).softmax(dim=-1)[..., 1]
+        """Returns P(fake) in 0..1 from the raw logits ``[..., V]`` at the verdict position, in float64 if possible.
+
+        In float32 all scores whose logit is above 17 would be 1, and could be ranked no more.
+        """
+        logits_2 = self.class_logits(logits, temperature)
+        wide = torch.float32 if logits_2.device.type == "mps" else torch.float64
+        return logits_2.to(wide).softmax(dim=-1)[..., 1]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON values, for the config."""

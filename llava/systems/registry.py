@@ -131,11 +131,44 @@ def read_files(path: str | os.PathLike[str], base: str | os.PathLike[str] | None
         folder = resolve_folder(path, "model")
     if (folder / "config.json").is_file():
         return CheckpointFiles(folder, _read_config(folder / "config.json"))
+    _check_is_model(folder)
     if (folder / "adapter_config.json").is_file():
-        named = base or _read_config(folder / "adapter_config.json").get("base_model_name_or_path")
+        named = base or named_base(folder)
         if named:
             return CheckpointFiles(folder, read_files(named).config)
     return CheckpointFiles(folder, {})
+
+
+def _check_is_model(folder: Path) -> None:
+    """Says where the model is, if a folder is a training's own.
+
+    Raises:
+        CheckpointError: It is the folder of a run, or one of its checkpoints.
+    """
+    if (folder / "run.json").is_file():
+        final = folder / "final"
+        way = f"open {final}" if final.is_dir() else "it has no final folder yet: finish it with --resume auto"
+        raise CheckpointError(f"{folder} is the folder of a training run, not a model; {way}")
+    if (folder / "trainable.safetensors").is_file():
+        raise CheckpointError(
+            f"{folder} is a checkpoint to resume training from, not a model: finish the run with --resume auto and "
+            f"open {folder.parent / 'final'}"
+        )
+
+
+def named_base(folder: Path) -> str:
+    """Returns the base that a LoRA folder names, empty if none; a relative path counts from the folder.
+
+    Raises:
+        CheckpointError: ``adapter_config.json`` cannot be read, or the name is no text.
+    """
+    named = _read_config(folder / "adapter_config.json").get("base_model_name_or_path") or ""
+    if not isinstance(named, str):
+        raise CheckpointError(
+            f"{folder / 'adapter_config.json'}: base_model_name_or_path must be a text, not {named!r}"
+        )
+    beside = folder / Path(named).expanduser()
+    return str(beside) if named and beside.is_dir() else named
 
 
 def _read_config(file: Path) -> dict[str, Any]:

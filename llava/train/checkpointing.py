@@ -1,6 +1,7 @@
 """Checkpoints of a run: which are complete, what is written into them, and what is read back."""
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -15,10 +16,13 @@ from torch import Tensor, nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from llava.errors import CheckpointError, FileError, OptionError
+from llava.errors import CheckpointError, FileError, OptionError, UserError
 from llava.files import read_json, write_json
+from llava.model.checkpoint_files import list_keys
 from llava.train.lora import trainable_tensors
 from llava.train.option_names import current_name
+
+logger = logging.getLogger(__name__)
 
 BEST, FINAL, TRIAL = "best", "final", "trial"
 """Folders below the output folder: the best model so far, the trained one, and one that only tries to be written."""
@@ -78,12 +82,23 @@ def resume_checkpoint(output: Path, resume: str) -> Path | None:
         return checkpoint
     complete = complete_checkpoints(output)
     if resume == "auto":
+        _say_what_is_damaged(output, complete)
         if (output / RUN_FILE).is_file():
             _remove_leftovers(output)
         return complete[-1] if complete else None
     if complete or (output / FINAL).exists():
         raise OptionError(f"{output} holds a run already; --resume auto resumes it, or name another --output_dir")
     return None
+
+
+def _say_what_is_damaged(output: Path, complete: list[Path]) -> None:
+    """Warns of checkpoints that are newer than what is resumed from, since their steps are trained again."""
+    found = numbered_checkpoints(output)
+    newer = found[found.index(complete[-1]) + 1 :] if complete else found
+    if newer:
+        taken = f"going on from {complete[-1].name}" if complete else "there is no other, so training starts anew"
+        names = ", ".join(path.name for path in newer)
+        logger.warning("%s in %s: damaged, or not written to the end; %s", names, output, taken)
 
 
 def _remove_leftovers(output: Path) -> None:
@@ -175,6 +190,39 @@ def remove_old_checkpoints(folder: Path, limit: int | None) -> None:
             shutil.rmtree(path)
 
 
+def not_finite(model: nn.Module, optimizer: Any) -> list[str]:
+    """Names this process's trained parameters, and those of its optimizer's states, that hold NaN or infinity."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    wrong = [name for name, parameter in trainable_tensors(model).items() if not _is_finite(parameter)]
+    for parameter, values in getattr(optimizer, "state", {}).items():
+        if any(isinstance(value, Tensor) and not _is_finite(value) for value in values.values()):
+            wrong.append(f"the optimizer's state of {names.get(id(parameter), 'a shard')}")
+    return wrong
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def refuse_not_finite(wrong: list[str], *, step: int, output: Path) -> None:
+    """Stops a run before it writes what no training can go on from.
+
+    Args:
+        wrong: What ``not_finite`` found; empty if nothing, or only in other processes.
+        step: The step, for the message.
+        output: Where earlier checkpoints are, for the message.
+
+    Raises:
+        UserError: Always.
+    """
+    names = f" ({list_keys(wrong, 3)})" if wrong else ""
+    raise UserError(
+        f"after step {step} trained weights are NaN or infinite{names}, so nothing more was written and the training "
+        f"was stopped: a gradient was no finite number. Start again with a lower --learning_rate, or in float32 or "
+        f"bf16; earlier checkpoints stay in {output}"
+    )
+
+
 def write_trained(tensors: Mapping[str, Tensor], checkpoint: Path) -> None:
     """Writes the trained tensors into a checkpoint's folder."""
     checkpoint.mkdir(parents=True, exist_ok=True)
@@ -191,6 +239,12 @@ def load_trained(model: nn.Module, checkpoint: Path) -> None:
     """
     weights = load_file(checkpoint / WEIGHTS_FILE)
     own = trainable_tensors(model)
+    damaged = [name for name, tensor in weights.items() if not _is_finite(tensor)]
+    if damaged:
+        raise CheckpointError(
+            f"{checkpoint} holds weights that are NaN or infinite ({list_keys(damaged, 3)}); remove this folder, so "
+            "that --resume auto takes the checkpoint before it, or start again with a lower --learning_rate"
+        )
     if {name: tensor.shape for name, tensor in weights.items()} != {name: p.shape for name, p in own.items()}:
         raise CheckpointError(
             f"{checkpoint} holds other trained parameters than this run trains; resume with the options that the run "

@@ -170,8 +170,14 @@ def _compare(written: Mapping[str, TensorLike], wanted: Mapping[str, Tensor], fo
     """Reads tensors back.
 
     Raises:
-        CheckpointError: One is missing or differs.
+        CheckpointError: One is missing or differs, or is no finite number.
     """
+    wide = [name for name, tensor in wanted.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if wide:
+        raise CheckpointError(
+            f"{folder} is not written, since these tensors are NaN or infinite: {list_keys(wide)}; numbers too large "
+            "for float16 fit in --save_dtype bfloat16 or float32"
+        )
     missing = set(wanted) - set(written)
     wrong = [
         name

@@ -246,6 +246,16 @@ class ForgeryTrainer(transformers.Trainer):
         if self._sums:
             self._check_sums(self._reduced(self._sums))
 
+    def _check_trained(self) -> None:
+        """Checks what was trained, since a loss can be finite where its gradient, and so the next weights, are not."""
+        wrong = checkpointing.not_finite(self.model, self.optimizer)
+        found = torch.tensor(float(len(wrong)), device=self.args.device)
+        if float(self.accelerator.reduce(found, "sum")) == 0:
+            return
+        if not self.is_world_process_zero():
+            raise SystemExit(1)
+        checkpointing.refuse_not_finite(wrong, step=self.state.global_step, output=Path(self.args.output_dir))
+
     def _utilisation(self, sums: Mapping[str, float], seconds: float) -> dict[str, float]:
         if self._flops is None:
             # Built late, since checkpointing is switched on when training begins.
@@ -328,8 +338,13 @@ class ForgeryTrainer(transformers.Trainer):
     # --- checkpoints
 
     def export_to(self, folder: Path) -> None:
-        """Writes the model as a folder that ``load_pretrained_model`` opens."""
+        """Writes the model as a folder that ``load_pretrained_model`` opens.
+
+        Raises:
+            UserError: Trained weights are NaN or infinite.
+        """
         self._check_unlogged()
+        self._check_trained()
         tensors = self._gathered(trained_only=self.export_trained_only)
         if self.args.should_save:
             self.export(tensors, folder)
@@ -359,6 +374,7 @@ class ForgeryTrainer(transformers.Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Saves, marks the checkpoint as complete, and only then removes older ones."""
         self._check_unlogged()
+        self._check_trained()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
