@@ -1,0 +1,308 @@
+"""The detector of M2F2-Det (arXiv 2503.20188): CLIP's patches, a learned prompt and a CNN; both published fusions."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
+
+from llava.errors import CheckpointError
+from llava.systems.m2f2det.cnn import build_cnn, run_with_taps
+
+CLIP_TAPS = (6, 10, 14)
+"""Hidden states of the vision tower that the bridge takes."""
+FUSIONS = ("bridge", "cosine")
+SCALAR_NORMS = ("layer_norm", "none")
+TAP_SLICES = ("drop_last", "drop_cls")
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """What a detector is built from. The defaults of the switches are those of the published weights.
+
+    Attributes:
+        fusion: ``bridge``, with a vision tower of its own, or ``cosine``, which takes another tower's features.
+        cnn: Settings of the CNN, see ``cnn.build_cnn``.
+        vision: Fields of ``CLIPVisionConfig``; of a cosine detector only ``hidden_size`` and ``num_patches``.
+        text: Fields of ``CLIPTextConfig``.
+        prompt_length: Learned prompt tokens.
+        width: Width W of the projections.
+        bridge_tokens: Tokens behind the last bridge step.
+        bridge_dim: Width of the bridge's tokens.
+        bridge_out: Width of the bridge's vector.
+        bridge_heads: Attention heads of a bridge step.
+        bridge_inner: Inner width of a bridge step's feed-forward.
+        tap_widths: Channels of the CNN's taps.
+        bridge_scalar_norm: ``layer_norm`` is the published norm over one number, which makes the bridge's vector the
+            same for every image; ``none`` is the bridge at work.
+        clip_tap_slice: Which token of a CLIP tap is dropped: ``drop_last`` (published) or ``drop_cls``.
+    """
+
+    fusion: str
+    cnn: dict[str, Any]
+    vision: dict[str, Any]
+    text: dict[str, Any]
+    prompt_length: int
+    width: int
+    bridge_tokens: int = 0
+    bridge_dim: int = 0
+    bridge_out: int = 0
+    bridge_heads: int = 4
+    bridge_inner: int = 32
+    tap_widths: list[int] = field(default_factory=list)
+    bridge_scalar_norm: str = "layer_norm"
+    clip_tap_slice: str = "drop_last"
+
+    def __post_init__(self) -> None:
+        """Checks the switches.
+
+        Raises:
+            CheckpointError: A switch has an unknown value.
+        """
+        known = {"fusion": FUSIONS, "bridge_scalar_norm": SCALAR_NORMS, "clip_tap_slice": TAP_SLICES}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise CheckpointError(f"{name} {getattr(self, name)!r} is unknown; known: {', '.join(values)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class DetectorOutput:
+    """What a detector finds in B images.
+
+    Attributes:
+        logits: ``[B, 2]``, real and fake.
+        head_input: ``[B, D]``, what the last layer took.
+        text_feature: ``[1, T]``, the prompt behind the text tower.
+        text: ``[1, W]``, projected.
+        vision: ``[B, 1 + P, W]``, CLIP's tokens, projected.
+        scores: ``[B, P]``, cosine of each patch with the prompt, -1..1: the forgery map, row by row.
+        cnn_map: ``[B, C, h, w]``.
+        cnn_pooled: ``[B, C]``.
+        cnn: ``[B, W]``.
+        parts: Inner tensors of the bridge, by name.
+    """
+
+    logits: Tensor
+    head_input: Tensor
+    text_feature: Tensor
+    text: Tensor
+    vision: Tensor
+    scores: Tensor
+    cnn_map: Tensor
+    cnn_pooled: Tensor
+    cnn: Tensor
+    parts: Mapping[str, Tensor]
+
+    @property
+    def fake_probability(self) -> Tensor:
+        """P(fake) in 0..1, ``[B]``."""
+        return self.logits.float().softmax(-1)[:, 1]
+
+
+class PromptEncoder(nn.Module):
+    """Learned tokens through CLIP's text tower, without words and marks: one vector for every image."""
+
+    def __init__(self, config: Mapping[str, Any], length: int) -> None:
+        super().__init__()
+        text_config = CLIPTextConfig(**config)
+        self.prompt_tokens = nn.Parameter(torch.randn(1, length, text_config.hidden_size))
+        self.model = nn.ModuleDict({"text_model": CLIPTextModel(text_config)})
+
+    def forward(self) -> Tensor:
+        """Returns ``[1, T]``, the last token behind the causal tower and its norm."""
+        tower: Any = self.model["text_model"]
+        length = self.prompt_tokens.shape[1]
+        hidden = self.prompt_tokens + tower.embeddings.position_embedding.weight[:length]
+        mask = torch.full((length, length), float("-inf"), device=hidden.device, dtype=hidden.dtype).triu(1)
+        for layer in tower.encoder.layers:
+            hidden = layer(hidden, attention_mask=mask[None, None])
+        last: Tensor = tower.final_layer_norm(hidden)[:, -1]
+        return last
+
+
+class VisionEncoder(nn.Module):
+    """CLIP's vision tower up to its last layer but one."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.model = nn.ModuleDict({"vision_model": CLIPVisionModel(CLIPVisionConfig(**config))})
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        """Returns the hidden states from the embeddings to the last layer but one, each ``[B, 1 + P, C]``."""
+        tower: Any = self.model["vision_model"]
+        states = [tower.pre_layrnorm(tower.embeddings(pixels))]
+        for layer in tower.encoder.layers[:-1]:
+            states.append(layer(states[-1], attention_mask=None))
+        return states
+
+
+class Attention(nn.Module):
+    """Self-attention with one matrix for queries, keys and values."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.Wqkv = nn.Linear(width, 3 * width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Returns ``[B, T, D]``."""
+        batch, length, width = x_BTD.shape
+        query, key, value = self.Wqkv(x_BTD).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        out: Tensor = self.out_proj(mixed.transpose(1, 2).reshape(batch, length, width))
+        return out
+
+
+class BridgeBlock(nn.Module):
+    """One step of the bridge: attention and a small feed-forward, each normed behind its sum."""
+
+    def __init__(self, width: int, heads: int, inner: int, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.attn = Attention(width, heads)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.ffn = nn.Sequential(nn.Linear(width, inner), nn.ReLU(), nn.Dropout(dropout), nn.Linear(inner, width))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Returns ``[B, T, D]``."""
+        x_BTD = self.norm1(x_BTD + self.dropout(self.attn(x_BTD)))
+        out: Tensor = self.norm2(x_BTD + self.dropout(self.ffn(x_BTD)))
+        return out
+
+
+class BridgeHead(nn.Module):
+    """From the bridge's tokens to one vector: a number a token, then a linear layer over all of them."""
+
+    def __init__(self, config: DetectorConfig) -> None:
+        super().__init__()
+        self.scalar_norm = config.bridge_scalar_norm == "layer_norm"
+        # The names and places are those of the published file.
+        layers: list[nn.Module] = [nn.Identity(), nn.Linear(config.bridge_dim, 1)]
+        self.bridge_adapter_proj = nn.Sequential(*layers, *([nn.LayerNorm(1)] if self.scalar_norm else []))
+        self.bridge_adapter_reduction = nn.Sequential(
+            nn.Linear(config.bridge_tokens, config.bridge_out), nn.LayerNorm(config.bridge_out)
+        )
+
+    def reduce(self, scalars_BT: Tensor) -> Tensor:
+        """Returns ``[B, bridge_out]``."""
+        out: Tensor = self.bridge_adapter_reduction(scalars_BT)
+        return out
+
+    def constant(self, batch: int) -> Tensor:
+        """Returns what the published norm leaves of any tokens: its bias at every place, ``[B, T]``."""
+        norm: Any = self.bridge_adapter_proj[2]
+        first: Any = self.bridge_adapter_reduction[0]
+        constant: Tensor = norm.bias.expand(batch, first.in_features)
+        return constant
+
+
+class M2F2Detector(nn.Module):
+    """Tells real from manipulated faces.
+
+    Its tensors have the published names. Linear layers of the fusion begin as published, N(0, 0.01) with bias 0.
+
+    Args:
+        config: What it is built from.
+    """
+
+    def __init__(self, config: DetectorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.clip_vision_alpha = nn.Parameter(torch.tensor(0.5))
+        self.clip_text_alpha = nn.Parameter(torch.tensor(4.0))
+        self.clip_text_encoder = PromptEncoder(config.text, config.prompt_length)
+        self.deepfake_encoder = build_cnn(config.cnn)
+        width, clip_width = config.width, config.vision["hidden_size"]
+        self.deepfake_proj = _projection(self.deepfake_encoder.width, width)
+        self.text_proj = _projection(config.text["hidden_size"], width)
+        self.vision_proj = _projection(clip_width, width)
+        if config.fusion == "bridge":
+            self.clip_vision_encoder = VisionEncoder(config.vision)
+            for number, channels in enumerate(config.tap_widths, start=1):
+                setattr(self, f"linear_{number}", nn.Linear(channels, config.bridge_dim))
+            self.clip_reduction = nn.Linear(clip_width, config.bridge_dim)
+            self.bridge_adapter_proj = BridgeHead(config)
+            if config.bridge_scalar_norm == "none":
+                self.bridge_adapter = nn.ModuleList(
+                    BridgeBlock(config.bridge_dim, config.bridge_heads, config.bridge_inner) for _ in config.tap_widths
+                )
+        scored = config.bridge_out if config.fusion == "bridge" else config.vision["num_patches"]
+        self.output = nn.Linear(scored + 2 * width, 2)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        fresh = [self.text_proj, self.vision_proj, self.output]
+        if self.config.fusion == "bridge":
+            taps = [getattr(self, f"linear_{n}") for n in range(1, len(self.config.tap_widths) + 1)]
+            fresh += [self.clip_reduction, self.bridge_adapter_proj, *taps]
+        for module in fresh:
+            for layer in module.modules():
+                if isinstance(layer, nn.Linear):
+                    nn.init.normal_(layer.weight, std=0.01)
+                    nn.init.zeros_(layer.bias)
+
+    def forward(self, pixels: Tensor, clip_features: Tensor | None = None) -> DetectorOutput:
+        """Analyses CLIP-normalised pixels ``[B, 3, S, S]``.
+
+        Args:
+            pixels: As CLIP's image processor makes them; the CNN gets the same.
+            clip_features: ``[B, 1 + P, C]`` of the language model's tower, CLS first, for the cosine fusion.
+
+        Raises:
+            CheckpointError: A cosine detector got no features.
+        """
+        states: list[Tensor] = []
+        if self.config.fusion == "bridge":
+            states = self.clip_vision_encoder(pixels)
+            clip_features = states[-1]
+        if clip_features is None:
+            raise CheckpointError("a cosine detector has no vision tower of its own: give it CLIP's features")
+        text_feature = self.clip_text_encoder()
+        text, vision = self.text_proj(text_feature), self.vision_proj(clip_features)
+        scores = F.cosine_similarity(vision[:, 1:], text[:, None], dim=-1, eps=1e-8)
+        cnn_map, taps = run_with_taps(self.deepfake_encoder, pixels)
+        pooled = cnn_map.mean((2, 3))
+        cnn = self.deepfake_proj(pooled)
+        cls, parts = self.clip_vision_alpha * vision[:, 0], dict[str, Tensor]()
+        if self.config.fusion == "bridge":
+            parts = self._bridge(states, taps)
+            head_input = torch.cat([cls, parts["adapter"], cnn], dim=1)
+        else:
+            head_input = torch.cat([self.clip_text_alpha * scores, cls, cnn], dim=1)
+        logits = self.output(head_input)
+        return DetectorOutput(logits, head_input, text_feature, text, vision, scores, cnn_map, pooled, cnn, parts)
+
+    def _bridge(self, states: list[Tensor], taps: list[Tensor]) -> dict[str, Tensor]:
+        """Returns the bridge's vector ``adapter`` and, where its steps matter, what they took and gave."""
+        parts: dict[str, Tensor] = {}
+        head = self.bridge_adapter_proj
+        if head.scalar_norm:
+            scalars = head.constant(len(taps[0]))
+        else:
+            tokens = taps[0].new_zeros(len(taps[0]), 0, self.config.bridge_dim)
+            for step, (layer, tap) in enumerate(zip(CLIP_TAPS, taps, strict=True)):
+                own = getattr(self, f"linear_{step + 1}")(tap.flatten(2).transpose(1, 2))
+                tokens = torch.cat([tokens, own, self.clip_reduction(self._clip_tap(states[layer]))], dim=1)
+                parts[f"block{step}_in"] = tokens
+                tokens = self.bridge_adapter[step](tokens)
+                parts[f"block{step}_out"] = tokens
+            scalars = head.bridge_adapter_proj(tokens).squeeze(-1)
+        parts["scalars"] = scalars
+        parts["adapter"] = self.clip_text_alpha * head.reduce(scalars)
+        return parts
+
+    def _clip_tap(self, state: Tensor) -> Tensor:
+        return state[:, :-1] if self.config.clip_tap_slice == "drop_last" else state[:, 1:]
+
+
+def _projection(width: int, out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, out), nn.LayerNorm(out))
