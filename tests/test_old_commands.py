@@ -25,13 +25,13 @@ INFERENCE, EVAL = "python forgery_eval/inference.py", "python forgery_eval/eval.
 COMMANDS = {
     f"{INFERENCE} --model-path FakeReasoning --img_path photo.jpg": {
         "model_path": "FakeReasoning",
-        "img_path": Path("photo.jpg"),
+        "img_path": [Path("photo.jpg")],
     },
     f"{INFERENCE} --model-path path/to/model --img_path photos --json answers.jsonl --attention-map maps": {
         "json": Path("answers.jsonl"),
         "attention_map": Path("maps"),
     },
-    f"{INFERENCE} --img_path photo.jpg": {"img_path": Path("photo.jpg")},
+    f"{INFERENCE} --img_path photo.jpg": {"img_path": [Path("photo.jpg")]},
     f"{EVAL} --model-path path/to/model --dataset_path MMFR-Dataset/dataset --result_folder results "
     "--clip_path openai/clip-vit-large-patch14-336": {
         "dataset_path": Path("MMFR-Dataset/dataset"),
