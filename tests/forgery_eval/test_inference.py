@@ -506,7 +506,12 @@ def test_a_table_has_a_row_an_image_and_earlier_answers_too(trained, few, tmp_pa
     written = {entry["image"]: entry["fake_probability"] for entry in lines(out)}
     assert all(float(row[2]) == written[row[0]] for row in found if not row[3])
     assert run(arguments(trained, few, "--score-only", "--csv", rows)) == 3
-    assert sorted(table(rows)[1:]) == sorted(found)
+    again = {row[0]: row[1:] for row in table(rows)[1:]}
+    assert again.keys() == {row[0] for row in found}
+    for name, verdict, score, error in found:
+        # The batches differ, and with them the last digits.
+        assert [verdict, error] == [again[name][0], again[name][2]]
+        assert score == again[name][1] == "" or abs(float(score) - float(again[name][1])) < 1e-6
 
 
 def test_a_table_of_ones_own_is_never_replaced(trained, few, tmp_path, capsys):
