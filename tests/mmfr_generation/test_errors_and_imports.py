@@ -56,7 +56,7 @@ SCRIPTS = [
         "llava.images.load_image",
         ["--input", "set", "--to", "train", "--output", "out.json"],
         ["--input", "a.txt", "--to", "train", "--output", "out.json"],
-        "a.txt must have the columns",
+        "a.txt gives no usable image",
     ),
     (
         "download",
