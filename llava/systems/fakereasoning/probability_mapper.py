@@ -84,7 +84,7 @@ class ProbabilityMapper:
 
     def fake_probability(self, logits: Tensor) -> Tensor:
         """Returns P(fake) in 0..1 from the raw logits ``[..., V]`` at the verdict position."""
-        return self.tokens.fake_probability(logits, self.temperature)
+        return self.tokens.fake_probability(logits, self.temperature).float()
 
     def loss(self, logits_BTV: Tensor, forgery_labels_B: Tensor, labels_BT: Tensor | None = None) -> MapperOutput:
         """Computes the training loss.
