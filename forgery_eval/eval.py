@@ -32,7 +32,7 @@ from forgery_eval.model_options import (
 from forgery_eval.perturbations import Perturbation, choose_perturbations
 from forgery_eval.store import Prediction, Run, read_run, system_of
 from llava.abstention import LIGHT_DELIVERIES, AbstentionRule
-from llava.cli import SOME_FAILED, OptionParser, format_list, log, positive_int, run_cli
+from llava.cli import SOME_FAILED, OptionParser, format_list, log, positive_int, run_cli, share
 from llava.errors import DataError, MissingFileError, OptionError
 from llava.labels import LABELS
 from llava.systems import registry
@@ -104,12 +104,12 @@ def _add_reliability(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-abstain", action="store_true", help="fit and apply no rule of abstention")
     group.add_argument(
         "--error-level",
-        type=_share,
+        type=share,
         help="with --calibrate: error among given verdicts that is permitted (default: 0.1)",
     )
     group.add_argument(
         "--known-share",
-        type=_share,
+        type=share,
         help="with --calibrate: share of known images that are let through (default: 0.95)",
     )
     group.add_argument(
@@ -137,16 +137,6 @@ def _check_reliability(parser: argparse.ArgumentParser, parsed: argparse.Namespa
         parser.error("--calibrate-perturbed needs --perturb")
     if parsed.perturbed_images and (parsed.perturb is None or parsed.rescore):
         parser.error("--perturbed-images needs --perturb, and images that are analysed now")
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if not 0 < share < 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text!r}")
-    return share
 
 
 def _protocol(answers: AnswerKind) -> EvaluationProtocol:

@@ -142,6 +142,17 @@ def positive_float(text: str) -> float:
     return number
 
 
+def share(text: str) -> float:
+    """Reads a share strictly between 0 and 1, for ``type=`` of an option."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text!r}")
+    return number
+
+
 # --- messages and ends
 
 

@@ -255,7 +255,7 @@ class Answering:
             own = self.tokenize(continue_prompt(prompt, before))[start:]
             step = len(own) - (len(ids) - len(one.ids))
             if has_verdict and ids[: len(own)] == own and 0 <= step < len(one.kept_logits):
-                scores.append(float((one.kept_logits[step] / self.temperature).softmax(dim=-1)[1]))
+                scores.append(float((one.kept_logits[step].double() / self.temperature).softmax(dim=-1)[1]))
             else:
                 scores.append(None)
         return scores, sources

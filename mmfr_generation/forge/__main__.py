@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.cli import DefaultsHelpFormatter, OptionParser, log, positive_int, run_cli
+from llava.cli import DefaultsHelpFormatter, OptionParser, log, positive_int, run_cli, share
 from llava.errors import OptionError
 from llava.files import file_errors
 
@@ -38,7 +38,7 @@ def build_parser() -> OptionParser:
         "--eval", type=_count, default=20, help=f"real images, and as many fakes, of each of {len(METHODS)} sets"
     )
     parser.add_argument(
-        "--eval-share", type=_share, default=0.25, help="share of the photographs that are for evaluation"
+        "--eval-share", type=share, default=0.25, help="share of the photographs that are for evaluation"
     )
     parser.add_argument(
         "--size", type=int, default=256, help=f"longest side of a crop in pixels, {MIN_SIDE} to {MAX_SIZE}"
@@ -59,16 +59,6 @@ def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, not {text!r}")
     return int(text)
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if not 0 < share < 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text!r}")
-    return share
 
 
 def main(argv: Sequence[str] | None = None) -> int:
