@@ -54,7 +54,8 @@ class AnswerFormat(Protocol):
     """The words of a system: what it is asked, and how its answers are read and written.
 
     Nothing outside a system's room knows its grammar. A format may also have ``constant_stages``, the stages whose text
-    is the same for every image; they are left out where answers are printed for reading.
+    is the same for every image; they are left out where answers are printed for reading; and ``screen(answers)``, which
+    says what in the texts of a training conversation must not be learnt (see ``llava.screening``), or nothing.
 
     Attributes:
         question: What the system is asked unless the user asks something else.

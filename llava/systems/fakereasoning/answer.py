@@ -10,6 +10,7 @@ from typing import Literal
 
 from llava.errors import DataError
 from llava.labels import LABELS, Label
+from llava.screening import find_caption_fault, find_evidence_fault, find_fault
 from llava.systems.base import AnswerFormat, ParsedAnswer
 
 Form = Literal["cot", "reasoning", "verdict"]
@@ -181,13 +182,17 @@ def complete_to_verdict(answer: str) -> str:
 
 def parse_attributes(reasoning: str) -> dict[str, str]:
     """Returns the sentence after each ``<attribute name>:`` of a reasoning; the first one counts."""
+    return {name: sentence for name, sentence in _headed(reasoning).items() if sentence}
+
+
+def _headed(reasoning: str) -> dict[str, str]:
     headings = list(_ATTRIBUTE_HEADING.finditer(reasoning))
     ends = [following.start() for following in headings[1:]] + [len(reasoning)]
     found: dict[str, str] = {}
     for heading, end in zip(headings, ends, strict=False):
         sentence = _PERSPECTIVE.sub(" ", reasoning[heading.end() : end])
         found.setdefault(_SPELLING[heading.group(1).lower()], " ".join(sentence.split()))
-    return {name: sentence for name, sentence in found.items() if sentence}
+    return found
 
 
 def _split_stages(text: str, *, tolerant: bool) -> tuple[dict[str, str], dict[str, str]]:
@@ -247,6 +252,30 @@ def parse_training(answers: Sequence[str]) -> ParsedAnswer:
     return parsed[0]
 
 
+def screen(answers: Sequence[str]) -> str:
+    """Says what in the texts of a training conversation must not be learnt; empty if there is nothing."""
+    for answer in answers:
+        stages, _ = _split_stages(answer, tolerant=False)
+        faults = [("an answer", find_fault(answer, prose=False))]
+        if "CAPTION" in stages:
+            faults.append(("CAPTION", find_caption_fault(stages["CAPTION"])))
+        verdict, _ = _read_verdict(stages, {}, tolerant=False) if "CONCLUSION" in stages else (None, "")
+        if "REASONING" in stages and verdict is not None:
+            for name, text in _evidence(stages["REASONING"]):
+                faults.append((f"REASONING, {name}" if name else "REASONING", find_evidence_fault(text, verdict)))
+        for where, fault in faults:
+            if fault is not None:
+                return f"{where} must not be learnt: {fault}"
+    return ""
+
+
+def _evidence(reasoning: str) -> list[tuple[str, str]]:
+    """Name and sentence of each attribute, those without a sentence too; the whole text where it names none."""
+    if not _ATTRIBUTE_HEADING.search(reasoning):
+        return [("", reasoning)]
+    return list(_headed(reasoning).items())
+
+
 def shorten(answer: str) -> str | None:
     """Returns the CONCLUSION of a training answer alone; None if it has no verdict."""
     verdict = parse_answer(answer).verdict
@@ -267,6 +296,7 @@ class _Format:
     parse = staticmethod(parse_answer)
     complete_to_verdict = staticmethod(complete_to_verdict)
     parse_training = staticmethod(parse_training)
+    screen = staticmethod(screen)
     shorten = staticmethod(shorten)
     attribute_name = staticmethod(attribute_name)
 
