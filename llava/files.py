@@ -168,18 +168,41 @@ def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
             stream.write(encode_json(record))
 
 
-def read_json(path: Path) -> Any:
-    """Reads a JSON file, with or without a byte-order mark.
+def read_text(path: Path) -> str:
+    """Reads a text file in UTF-8 or UTF-16, with or without a byte-order mark.
 
     Raises:
-        UserError: There is no such file, it cannot be read, or it is not JSON; the message says where.
+        UserError: It cannot be read, or it is in another encoding.
     """
     with file_errors(path, "read"):
         content = path.read_bytes()
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        return content.decode(text_encoding(content))
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not text in UTF-8 (byte {error.start})") from None
+        raise DataError(f"{path} is not text in UTF-8 or UTF-16 (byte {error.start}); save it again as UTF-8") from None
+
+
+def text_encoding(content: bytes) -> str:
+    """UTF-16 by its mark, or by the zeros that stand at every other byte of a text in mostly Latin letters."""
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    head = content[:512]
+    for offset, name in ((1, "utf-16-le"), (0, "utf-16-be")):
+        half = head[offset::2]
+        if len(half) >= 2 and half.count(0) > 0.9 * len(half):
+            return name
+    return "utf-8-sig"
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file, see ``read_text``.
+
+    Raises:
+        UserError: There is no such file, it cannot be read, or it is not JSON; the message says where.
+    """
+    text = read_text(path)
+    try:
+        return json.loads(text)
     except RecursionError:
         raise DataError(f"{path} is not usable JSON: it is nested too deeply") from None
     except ValueError as error:

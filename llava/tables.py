@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from llava.cli import note
 from llava.errors import DataError, OptionError
-from llava.files import file_errors
+from llava.files import file_errors, read_text, text_encoding
 from llava.labels import FAKE, LABELS, REAL
 
 CSV_SUFFIXES = (".csv", ".tsv")
@@ -26,7 +26,6 @@ LIST_SUFFIXES = (".txt", *TABLE_SUFFIXES)
 
 _DELIMITERS = (",", ";", "\t", "|")
 _LIST_OF_OBJECTS = re.compile(r"\s*\[\s*\{")
-_UTF_16 = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 IMAGE_HEADERS = (
     *("image", "img", "path", "file", "filename", "filepath", "file_path", "file_name", "image_path", "img_path"),
@@ -56,35 +55,6 @@ _NUMBERS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
 _YES_NO = {"true": 1, "false": 0, "yes": 1, "no": 0, "t": 1, "f": 0, "y": 1, "n": 0}
 
 LABEL_MAP_HELP = "what labels of a table mean, where they are not the field's words, e.g. original=real,df=fake"
-
-
-# --- text
-
-
-def read_text(path: Path) -> str:
-    """Reads a text file in UTF-8 or UTF-16, with or without a byte-order mark.
-
-    Raises:
-        UserError: It cannot be read, or it is in another encoding.
-    """
-    with file_errors(path, "read"):
-        content = path.read_bytes()
-    try:
-        return content.decode(_encoding(content))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no text in UTF-8 or UTF-16 (byte {error.start}); save it again as UTF-8") from None
-
-
-def _encoding(content: bytes) -> str:
-    """UTF-16 by its mark, or by the zeros that stand at every other byte of a text in mostly Latin letters."""
-    if content[:2] in _UTF_16:
-        return _UTF_16[content[:2]]
-    head = content[:512]
-    for offset, name in ((1, "utf-16-le"), (0, "utf-16-be")):
-        half = head[offset::2]
-        if len(half) >= 2 and half.count(0) > 0.9 * len(half):
-            return name
-    return "utf-8-sig"
 
 
 # --- rows
@@ -210,8 +180,8 @@ class Columns:
             DataError: A column is missing, or several could be meant.
         """
         columns = [str(name) for name in names if name is not None]
-        image = _column(columns, IMAGE_HEADERS, "image", where)
-        label = _column(columns, LABEL_HEADERS, "label", where)
+        image = find_column(columns, IMAGE_HEADERS, "image", where)
+        label = find_column(columns, LABEL_HEADERS, "label", where)
         missing = [
             f"the column {role} (or {', '.join(others[1:7])} …)"
             for role, found, others in (("image", image, IMAGE_HEADERS), ("label", label, LABEL_HEADERS))
@@ -227,7 +197,18 @@ class Columns:
         return frozenset(name for name in (self.image, self.label) if name is not None)
 
 
-def _column(columns: Sequence[str], known: Sequence[str], role: str, where: str) -> str | None:
+def find_column(columns: Sequence[str], known: Sequence[str], role: str, where: str) -> str | None:
+    """Returns the column that has one of the known names; None if there is none.
+
+    Args:
+        columns: The table's columns.
+        known: What the column may be called; the first goes before the others.
+        role: What it holds, for messages.
+        where: For messages.
+
+    Raises:
+        DataError: Several could be meant.
+    """
     found = [name for name in columns if _folded(name) in known]
     first = [name for name in found if _folded(name) == known[0]]
     if len(first) == 1:
@@ -395,7 +376,7 @@ def read_names(path: Path) -> list[Path]:
         with file_errors(path, "read"):
             content = path.read_bytes()
         # Names need not be UTF-8: what is not stands for its bytes, as in every path.
-        encoding = _encoding(content)
+        encoding = text_encoding(content)
         text = content.decode(encoding, "surrogateescape" if encoding == "utf-8-sig" else "replace")
         names = [line for line in text.splitlines() if line.strip()]
     found = [finder.find(name) for name in names]

@@ -320,6 +320,14 @@ def test_a_data_set_without_images_is_refused(check):
         check(numbered([text, replace(FAKE, image="img9.png")]), drop_invalid=True)
 
 
+@pytest.mark.parametrize("name", ["IMG0.PNG", "..\\images\\img0.png", " img0.png ", (IMAGES / "img0.png").as_uri()])
+def test_images_are_found_under_another_spelling(check, dataset_of, mixed, name, capsys):
+    (found, other) = check([replace(mixed[0], image=name), mixed[1]])
+    assert Path(found.image).resolve() == (IMAGES / "img0.png").resolve() and other == mixed[1]
+    assert "1 names were found under another spelling" in capsys.readouterr().err
+    assert torch.equal(dataset_of([found])[0].image, dataset_of([mixed[0]])[0].image)
+
+
 def test_a_missing_folder_is_named(check):
     with pytest.raises(DataError, match="no image folder /absent"):
         check([FAKE], image_folder=Path("/absent"))

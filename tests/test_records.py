@@ -156,8 +156,52 @@ def test_what_is_no_file_is_refused(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
         read_records([tmp_path])
     (tmp_path / "picture.json").write_bytes(b"[\xff\xd8]")
-    with pytest.raises(DataError, match="not text in UTF-8"):
+    with pytest.raises(DataError, match="not text in UTF-8 or UTF-16"):
         read_records([tmp_path / "picture.json"])
+
+
+ANSWER = FAKE.replace('"', '""')
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t.json", json.dumps({"data": [row(image=..., file="été.png")], "version": 1}, ensure_ascii=False)),
+        ("t.jsonl", json.dumps(row(image=..., img_path="été.png"), ensure_ascii=False) + "\r\n"),
+        ("t.csv", f'sep=;\r\nPath;Question;Answer\r\nété.png;Well?;"{ANSWER}"\r\n'),
+        ("t.csv", f'"file name","prompt","response","label"\n"été.png","<image>\nWell?","{ANSWER}","fake"\n'),
+        ("t.TSV", f'img\thuman\tgpt\r\nété.png\tWell?\t"{ANSWER}"\r\n'),
+    ],
+)
+def test_training_lists_are_read_as_every_table(tmp_path, encoding, name, text):
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    (record,) = read_records([tmp_path / name])
+    assert (record.image, record.turns) == ("été.png", read_records([written(tmp_path, json.dumps(row()))])[0].turns)
+    assert record.forgery_label(FORMAT) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("image,label\na.png,fake\n", "line 2 needs the columns question and answer .*from-folder --to train"),
+        ("image,query,prompt,answer\na,b,c,d\n", "query, prompt could each be the column question"),
+        ("image,question,answer\n,<image> Well?,x\n", "line 2: a question shows <image>, but the record names no"),
+        ("image,question,answer\na.png,Well?,\n", "line 2, turn 2: the value must be a text"),
+        ("image,question,answer\na.png,Well?\n", "line 2, turn 2: the value must be a text"),
+        ("image,question,answer\na.png,Well?,x,y\n", "line 2: there are more values than columns"),
+        ("image,question,answer\n", "is empty"),
+        ("file,path,question,answer\na,b,c,d\n", "file, path could each be the column image"),
+    ],
+)
+def test_a_table_that_is_no_training_list_is_explained(tmp_path, text, said):
+    with pytest.raises(DataError, match=said):
+        read_records([written(tmp_path, text, "t.csv")])
+
+
+def test_a_text_record_may_have_any_other_key(tmp_path):
+    path = written(tmp_path, json.dumps(row(image=..., file="notes.pdf", conversations=turns("So?", REAL))))
+    assert read_records([path])[0].image is None
 
 
 def concluding(*answers):

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from llava.errors import DataError
 from llava.labels import LABELS
 from llava.model.verdict import VerdictTokens
 from llava.systems.base import AnswerFormat
+from llava.tables import NameFinder
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ def check_records(
     _check_images_present(records)
     verdict = VerdictTokens.from_tokenizer(tokenizer, answer_format.verdict_prefix, answer_format.verdict_words)
     problems = _image_problems(records, image_folder)
+    records = _found_by_other_names(records, problems, image_folder)
     if drop_invalid or not problems:
         readable = [record for record in records if record.origin not in problems]
         found = zip(readable, tokenize_records(readable, tokenizer, template), strict=True)
@@ -161,6 +164,21 @@ def _image_problems(records: Sequence[Record], image_folder: Path | None) -> dic
         if path.name not in files[path.parent] and not is_file(path):
             problems[record.origin] = f"there is no image {path}"
     return problems
+
+
+def _found_by_other_names(
+    records: Sequence[Record], problems: dict[str, str], image_folder: Path | None
+) -> Sequence[Record]:
+    """Gives missing images that are there under another spelling their own path, and takes them off the problems."""
+    finder = NameFinder(image_folder or Path())
+    found = {}
+    for record in records:
+        path = finder.find(record.image) if record.image and record.origin in problems else None
+        if path is not None and is_file(path):
+            del problems[record.origin]
+            found[record.origin] = replace(record, image=str(path.absolute()))
+    finder.report("training images")
+    return [found.get(record.origin, record) for record in records] if found else records
 
 
 def _files_in(folder: Path) -> set[str]:

@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
-from llava.errors import DataError
+from llava.errors import DataError, FileError, MissingFileError
+from llava.files import read_text
 from llava.labels import LABELS
 from llava.systems.base import AnswerFormat, ParsedAnswer
+from llava.tables import CSV_SUFFIXES, IMAGE_HEADERS, Row, find_column, read_rows
 
 SPEAKERS = ("human", "gpt")
 """Who speaks, in turn."""
 
+_QUESTION_HEADERS = ("question", "prompt", "instruction", "query", "human")
+_ANSWER_HEADERS = ("answer", "response", "output", "gpt")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _LAYOUT = '{"image": file, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": text}]}'
 
@@ -49,7 +53,10 @@ class Record:
 
 
 def read_records(paths: Sequence[Path]) -> list[Record]:
-    """Reads training files: a JSON list of records, or one record a line.
+    """Reads training files: a JSON list of records (alone or under ``data``), or one record a line.
+
+    A CSV table has the columns image, question and answer, a conversation of one turn each. Encodings, delimiters and
+    the names of the image's column are those of ``llava.tables``.
 
     Raises:
         DataError: A file is missing, empty or damaged, or a row is no record; the message names it.
@@ -59,17 +66,47 @@ def read_records(paths: Sequence[Path]) -> list[Record]:
 
 def _read_file(path: Path) -> list[Record]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
+        records = [_to_record(value, origin) for value, origin in _entries(path)]
+    except MissingFileError:
         raise DataError(f"there is no data file {path}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not text in UTF-8 (byte {error.start}); name a JSON file") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    records = [_to_record(value, f"{path}, row {row}") for row, value in enumerate(_json_values(text, path), 1)]
+    except FileError as error:
+        raise DataError(str(error)) from error
     if not records:
         raise DataError(f"{path} is empty; it must hold a list of records, each {_LAYOUT}")
     return records
+
+
+def _entries(path: Path) -> Iterator[tuple[Any, str]]:
+    """Gives what a file holds, one record after the other, each with its origin."""
+    if path.suffix.lower() in CSV_SUFFIXES:
+        for row in read_rows(path):
+            yield _conversation(row), row.where
+        return
+    row_number = 0
+    for value in _json_values(read_text(path), path):
+        under_data = isinstance(value, dict) and "conversations" not in value and isinstance(value.get("data"), list)
+        for entry in value["data"] if under_data else [value]:
+            row_number += 1
+            yield entry, f"{path}, row {row_number}"
+
+
+def _conversation(row: Row) -> dict[str, Any]:
+    """Returns a table's row as a record: a question about an image, and its answer."""
+    columns = [name for name in row.values if name is not None]
+    image, question, answer = (
+        find_column(columns, known, role, row.where)
+        for known, role in ((IMAGE_HEADERS, "image"), (_QUESTION_HEADERS, "question"), (_ANSWER_HEADERS, "answer"))
+    )
+    if question is None or answer is None:
+        raise DataError(
+            f"{row.where} needs the columns question and answer (and image); it has {', '.join(columns) or 'none'}. "
+            "A table of images and labels becomes a training file by forgery data from-folder --to train"
+        )
+    file, asked = row.values[image] if image else None, row.values[question]
+    if file and asked and DEFAULT_IMAGE_TOKEN not in asked:
+        asked = f"{DEFAULT_IMAGE_TOKEN}\n{asked}"
+    turns = zip(SPEAKERS, (asked, row.values[answer]), strict=True)
+    return {"image": file or None, "conversations": [{"from": speaker, "value": text} for speaker, text in turns]}
 
 
 def _json_values(text: str, path: Path) -> Iterator[Any]:
@@ -129,13 +166,21 @@ def _to_record(value: Any, origin: str) -> Record:
             raise DataError(f"{origin}, turn {number}: human and gpt must take turns, human first")
     if len(turns) % 2:
         raise DataError(f"{origin}: the last turn is a question without an answer; add a gpt turn or remove it")
-    image = value.get("image")
+    image = _image_of(value, turns, origin)
     if image is not None and (not isinstance(image, str) or not image.strip()):
         raise DataError(f"{origin}: the image must be one file's path as text, not {_shown(image)}")
     if image and _has_half_letter(image):
         raise DataError(f"{origin}: the image has half a surrogate pair (\\ud800 to \\udfff), which is no letter")
     _check_marks(turns, image, origin)
     return Record(image, turns, origin)
+
+
+def _image_of(value: dict[str, Any], turns: Sequence[dict[str, str]], origin: str) -> Any:
+    """Returns a record's image, under another known name too if a question shows one."""
+    if "image" in value or not any(DEFAULT_IMAGE_TOKEN in turn["value"] for turn in turns):
+        return value.get("image")
+    column = find_column(list(value), IMAGE_HEADERS, "image", origin)
+    return None if column is None else value[column]
 
 
 def _to_turn(turn: Any, where: str) -> dict[str, str]:

@@ -31,6 +31,7 @@ from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.verdict import VerdictTokens
 from llava.systems import registry
 from llava.systems.base import AnswerFormat, CheckpointFiles
+from llava.tables import NameFinder
 
 _GREY, _REVERSED, _PLAIN = "\033[2m", "\033[7m", "\033[0m"
 _PUBLISHED_IMAGE_TOKENS = 576
@@ -77,7 +78,7 @@ def describe(
 ) -> str:
     """Returns a sample for people: a line of facts, its text, and what is wrong with it."""
     image = record.image or "no image"
-    if record.image and image_folder and not is_file(image_folder / record.image):
+    if record.image and image_folder and not is_file(NameFinder(image_folder).find(record.image)):
         image += f" (not in {image_folder})"
     facts = f"{record.origin}: {image}, verdict {record.verdict(answer_format).verdict or 'none'}"
     placeholder_tokens = {IMAGE_TOKEN_INDEX: num_image_tokens}
