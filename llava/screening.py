@@ -109,7 +109,8 @@ def _says_something(text: str) -> bool:
 # --- verdicts
 
 _GENERATED = (
-    r"(?:ai|a\.i\.|computer|machine|artificially|digitally)[- ](?:generated|created|made|altered|manipulated)|deep ?fake"
+    r"deep ?fake|(?:ai|a\.i\.|computer|machine|artificially|digitally)[- ]"
+    r"(?:generated|created|made|altered|manipulated)"
     r"|(?:generated|created|made) by (?:an? )?(?:ai|artificial intelligence|(?:image )?generator|neural network"
     r"|diffusion model)"
 )

@@ -14,12 +14,12 @@ from llava.cli import DefaultsHelpFormatter, OptionParser, format_list, log, run
 from llava.errors import DataError, FileError, ImageReadError, OptionError
 from llava.files import file_errors, write_json
 from llava.images import load_image
-from llava.labels import LABELS, Label
+from llava.labels import CLASS_FOLDERS, LABELS, Label, label_from_folders
 from llava.systems.fakereasoning.answer import FORM_STAGES, Form
 from llava.tables import LABEL_MAP_HELP, Columns, NameFinder, Row, parse_label_map, read_label, read_rows
 from mmfr_generation.build_cot import read_captions, read_reasoning, training_record, write_training_file
 from mmfr_generation.get_jsonl import check_set_name
-from mmfr_generation.images import CLASS_FOLDERS, label_from_folders, list_images, read_reason
+from mmfr_generation.images import list_images, read_reason
 from mmfr_generation.output_control import Reasoning
 
 SET_FOLDERS: dict[Label, str] = {"real": "0_real", "fake": "1_fake"}

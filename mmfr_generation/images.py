@@ -1,7 +1,6 @@
-"""What annotation needs of images: their encoding for the API, the class that a folder names, and near-duplicates."""
+"""What annotation needs of images: their encoding for the API, and near-duplicates."""
 
 import io
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from PIL import Image
 
 from llava.errors import FileError, MissingFileError
 from llava.images import image_errors, open_image, to_rgb, walk_images
-from llava.labels import Label
 
 MEDIA_TYPES = {
     "PNG": "image/png",
@@ -21,15 +19,6 @@ MEDIA_TYPES = {
 }
 """Media type of each format that the chat API takes, by Pillow's name; an MPO file is a JPEG with an appendix."""
 
-CLASS_FOLDERS: dict[str, Label] = {
-    "real": "real",
-    "0_real": "real",
-    "fake": "fake",
-    "1_fake": "fake",
-}
-"""What the name of a folder says of the images below it."""
-PUBLISHED_FOLDERS: dict[str, Label] = {"laion": "real", "diffusiondb": "fake"}
-"""The same for folders of the published training data, if no other folder says it."""
 _PNG_MODES = frozenset({"L", "LA", "RGB", "RGBA", "P", "1", "I;16"})
 
 _HASH_SIDE = 8
@@ -89,22 +78,6 @@ def encode_image(path: Path) -> EncodedImage:
 def read_reason(error: FileError, path: Path) -> str:
     """Returns why an image cannot be read, without its path."""
     return str(error).removeprefix(f"{path}: ")
-
-
-def label_from_folders(path: str) -> Label | None:
-    """Returns the class that the folders of a relative path name, or None if they name none or both."""
-    return _label_from(path, CLASS_FOLDERS)
-
-
-def published_label(path: str) -> Label | None:
-    """Returns the class of an image by the folders of the published data, or None if they do not say."""
-    folders = {name.lower() for name in path.split("/")[:-1]}
-    return _label_from(path, CLASS_FOLDERS if folders & CLASS_FOLDERS.keys() else PUBLISHED_FOLDERS)
-
-
-def _label_from(path: str, meanings: Mapping[str, Label]) -> Label | None:
-    labels = {meanings[name.lower()] for name in path.split("/")[:-1] if name.lower() in meanings}
-    return labels.pop() if len(labels) == 1 else None
 
 
 def perceptual_hash(image: Image.Image) -> int | None:

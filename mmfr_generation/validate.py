@@ -14,14 +14,13 @@ from llava.cli import DefaultsHelpFormatter, OptionParser, run_cli
 from llava.errors import DataError, FileError, MissingFileError
 from llava.files import digest_file, file_errors, read_json, write_json
 from llava.images import load_image
-from llava.labels import Label
+from llava.labels import Label, published_label
 from llava.systems.fakereasoning.answer import ATTRIBUTES, parse_answer
 from mmfr_generation.build_cot import IMAGE_MARK, label_of
 from mmfr_generation.images import (
     hamming_distances,
     list_images,
     perceptual_hash,
-    published_label,
     read_reason,
 )
 

@@ -23,6 +23,12 @@ def fresh_notes(monkeypatch) -> None:
     monkeypatch.setattr(cli, "_quiet", False)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory) -> None:
+    """Keeps what is kept between runs out of the user's home; processes that tests start inherit it."""
+    os.environ["FORGERY_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def bundled() -> Reference:
     """The reference folder that the repository has."""

@@ -2,16 +2,19 @@
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from llava.constants import IGNORE_INDEX
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import Conversation
+from llava.data.image_check import open_images
 from llava.data.prompting import (
     TokenizedConversation,
     encode_together,
@@ -21,6 +24,7 @@ from llava.data.prompting import (
     label_answers,
 )
 from llava.data.records import Record
+from llava.data.summary import Measured, list_some
 from llava.errors import DataError
 from llava.labels import LABELS
 from llava.model.verdict import VerdictTokens
@@ -30,7 +34,32 @@ from llava.tables import NameFinder
 logger = logging.getLogger(__name__)
 
 TOKENIZED_TOGETHER = 1024
-_NAMED = 5
+KINDS = {
+    "layout": "rows that are no records",
+    "missing image": "images that are not there",
+    "unreadable image": "images that do not open",
+    "verdict": "answers without a verdict",
+    "text": "answers that must not be learnt",
+    "length": "answers or verdicts that are cut off",
+    "tokens": "texts that the tokenizer takes for something else",
+}
+"""Every kind of problem, with what it means."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a record cannot be trained on.
+
+    Attributes:
+        kind: One of ``KINDS``.
+        text: What is wrong with this record.
+    """
+
+    kind: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
 
 
 def check_records(
@@ -43,11 +72,14 @@ def check_records(
     placeholder_tokens: Mapping[int, int],
     image_folder: Path | None,
     drop_invalid: bool,
+    faults: Mapping[str, str] = MappingProxyType({}),
+    opened: Path | None = None,
+    measured: Measured | None = None,
 ) -> list[Record]:
     """Finds records that would train on nothing or on something wrong.
 
-    A record is invalid whose image file is missing, whose answer has no verdict, or of whose answer or verdict
-    truncation leaves nothing. Images are not opened.
+    A record is invalid whose image is missing or does not open, whose answer has no verdict or holds what must not be
+    learnt, or of whose answer or verdict truncation leaves nothing.
 
     Args:
         records: What ``read_records`` returned.
@@ -58,6 +90,9 @@ def check_records(
         placeholder_tokens: How many tokens each placeholder id becomes.
         image_folder: Where the records' images lie; None if their paths are complete.
         drop_invalid: Whether invalid records are left out and counted in the log, rather than refused.
+        faults: Rows that are no records, as ``read_records`` gives them: they count as invalid records.
+        opened: Where it is kept which images open, see ``open_images``; None does not open them.
+        measured: Takes what the checks learn of the records.
 
     Returns:
         The valid records in their order.
@@ -67,17 +102,24 @@ def check_records(
             or all are.
         CheckpointError: The tokenizer spells real and fake alike.
     """
-    _check_images_present(records)
+    if records or not faults:
+        _check_images_present(records)
     verdict = VerdictTokens.from_tokenizer(tokenizer, answer_format.verdict_prefix, answer_format.verdict_words)
-    problems = _image_problems(records, image_folder)
-    records = _found_by_other_names(records, problems, image_folder)
-    if drop_invalid or not problems:
-        readable = [record for record in records if record.origin not in problems]
-        found = zip(readable, tokenize_records(readable, tokenizer, template), strict=True)
-        for record, tokenized in tqdm(found, "checking", total=len(readable), unit=" records", leave=False):
-            problem = find_problem(record, tokenized, answer_format, verdict, max_length, placeholder_tokens)
-            if problem:
-                problems[record.origin] = problem
+    measured = measured or Measured()
+    problems = {origin: Problem("layout", fault) for origin, fault in faults.items()}
+    missing = _missing_images(records, image_folder)
+    records = _found_by_other_names(records, missing, image_folder)
+    problems |= {origin: Problem("missing image", text) for origin, text in missing.items()}
+    readable = [record for record in records if record.origin not in problems]
+    found = zip(readable, tokenize_records(readable, tokenizer, template), strict=True)
+    for record, tokenized in tqdm(found, "checking", total=len(readable), unit=" records", leave=False):
+        problem = find_problem(record, tokenized, answer_format, verdict, max_length, placeholder_tokens)
+        if problem:
+            problems[record.origin] = problem
+        elif isinstance(tokenized, TokenizedConversation):
+            measured.tokens[record.origin] = expanded_length(tokenized.input_ids, placeholder_tokens)
+    if opened is not None and (drop_invalid or not problems):
+        problems |= _unreadable_images(records, problems, image_folder, opened, measured)
     valid = _without(records, problems, drop_invalid)
     _check_images_present(valid)
     return valid
@@ -88,13 +130,24 @@ def tokenize_records(
 ) -> Iterator[TokenizedConversation | str]:
     """Tokenises records, many at a time; gives a text where a record cannot be tokenised, saying why."""
     rest = iter(records)
-    while together := [fill_template(record.turns, template) for record in islice(rest, TOKENIZED_TOGETHER)]:
-        encode = encode_together(together, tokenizer)
-        for conversation in together:
+    marks = [token for token in map(str, getattr(tokenizer, "all_special_tokens", ())) if _is_mark(token)]
+    while together := list(islice(rest, TOKENIZED_TOGETHER)):
+        conversations = [fill_template(record.turns, template) for record in together]
+        encode = encode_together(conversations, tokenizer)
+        for record, conversation in zip(together, conversations, strict=True):
+            mark = next((mark for mark in marks for turn in record.turns if mark in turn["value"]), None)
+            if mark is not None:
+                yield f"a turn holds {mark}, which means something else to the tokenizer; write it in another way"
+                continue
             try:
                 yield label_answers(conversation, encode)
             except DataError as error:
                 yield str(error)
+
+
+def _is_mark(token: str) -> bool:
+    """Whether a special token cannot be a word of a text; some tokenizers take an ordinary one for padding."""
+    return token != DEFAULT_IMAGE_TOKEN and len(token) > 2 and not token.isalnum() and token[0] in "<[|｜"
 
 
 def find_problem(
@@ -104,26 +157,31 @@ def find_problem(
     verdict: VerdictTokens,
     max_length: int,
     placeholder_tokens: Mapping[int, int],
-) -> str:
-    """Says why a record cannot be trained on; nothing if it can."""
+) -> Problem | None:
+    """Says why a record cannot be trained on; None if it can."""
     if isinstance(tokenized, str):
-        return tokenized
+        return Problem("tokens", tokenized)
     labels = tokenized.labels
     kept = fitting_length(tokenized.input_ids, placeholder_tokens, max_length)
     if all(label == IGNORE_INDEX for label in labels[:kept]):
-        return f"no word of its answer lies within the first {max_length} tokens; raise the length or shorten it"
+        too_long = f"no word of its answer lies within the first {max_length} tokens; raise the length or shorten it"
+        return Problem("length", too_long)
     conclusion = record.verdict(answer_format)
-    if conclusion.verdict is None:
-        return conclusion.problem
+    text_problem = record.problem(answer_format)
+    if conclusion.verdict is None or text_problem:
+        return Problem("text" if conclusion.verdict else "verdict", text_problem)
     position = _verdict_position(labels, verdict)
     if position is None or labels[position] != (verdict.real, verdict.fake)[LABELS.index(conclusion.verdict)]:
         word = answer_format.verdict_words[LABELS.index(conclusion.verdict)]
         spelling = f"{answer_format.verdict_prefix} {word}"
-        return f"its answer does not spell its verdict {spelling!r}, so the score cannot be trained on it"
+        return Problem(
+            "tokens", f"its answer does not spell its verdict {spelling!r}, so the score cannot be trained on it"
+        )
     if position >= kept:
         needed = expanded_length(tokenized.input_ids[: position + 1], placeholder_tokens)
-        return f"its verdict is token {needed}, but all after {max_length} is cut off; raise the length or shorten it"
-    return ""
+        cut = f"its verdict is token {needed}, but all after {max_length} is cut off; raise the length or shorten it"
+        return Problem("length", cut)
+    return None
 
 
 def is_file(path: Path) -> bool:
@@ -148,8 +206,30 @@ def _verdict_position(labels: Sequence[int], verdict: VerdictTokens) -> int | No
     return None
 
 
-def _image_problems(records: Sequence[Record], image_folder: Path | None) -> dict[str, str]:
-    """What is wrong with the records' images, by origin; each folder is listed once, no image opened."""
+def _unreadable_images(
+    records: Sequence[Record],
+    problems: Mapping[str, Problem],
+    image_folder: Path | None,
+    opened: Path,
+    measured: Measured,
+) -> dict[str, Problem]:
+    """Opens the images of all records without a problem; returns which of these have one now, by origin."""
+    files = {
+        record.origin: (image_folder or Path()) / record.image
+        for record in records
+        if record.image is not None and record.origin not in problems
+    }
+    found = open_images(list(files.values()), opened)
+    measured.digests |= {origin: found[path].sha256 for origin, path in files.items()}
+    return {
+        origin: Problem("unreadable image", f"the image does not open: {found[path].problem}")
+        for origin, path in files.items()
+        if found[path].problem
+    }
+
+
+def _missing_images(records: Sequence[Record], image_folder: Path | None) -> dict[str, str]:
+    """Which of the records' images are not there, by origin; each folder is listed once, no image opened."""
     if image_folder is not None and not image_folder.is_dir():
         raise DataError(f"there is no image folder {image_folder}")
     files: dict[Path, set[str]] = {}
@@ -189,16 +269,19 @@ def _files_in(folder: Path) -> set[str]:
         return set()
 
 
-def _without(records: Sequence[Record], problems: Mapping[str, str], drop_invalid: bool) -> list[Record]:
+def _without(records: Sequence[Record], problems: Mapping[str, Problem], drop_invalid: bool) -> list[Record]:
     if not problems:
         return list(records)
     valid = [record for record in records if record.origin not in problems]
-    count = len(records) - len(valid)
-    named = "; ".join(f"{origin}: {problem}" for origin, problem in islice(problems.items(), _NAMED))
-    listing = f"{named}; and {count - _NAMED} more" if count > _NAMED else named
+    count, total = len(problems), len(valid) + len(problems)
+    kinds = Counter(problem.kind for problem in problems.values())
+    counts = ", ".join(f"{kinds[kind]} {meaning}" for kind, meaning in KINDS.items() if kinds[kind])
+    listing = list_some([f"{origin}: {problem}" for origin, problem in problems.items()])
     if not drop_invalid:
-        raise DataError(f"{count} of {len(records)} records cannot be trained on; --drop_invalid drops them. {listing}")
+        raise DataError(
+            f"{count} of {total} records cannot be trained on ({counts}); --drop_invalid drops them. {listing}"
+        )
     if not valid:
-        raise DataError(f"none of the {len(records)} records can be trained on. {listing}")
-    logger.warning("dropped %d of %d records that cannot be trained on. %s", count, len(records), listing)
+        raise DataError(f"none of the {total} records can be trained on ({counts}). {listing}")
+    logger.warning("dropped %d of %d records that cannot be trained on (%s). %s", count, total, counts, listing)
     return valid

@@ -11,6 +11,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.errors import DataError, FileError, MissingFileError
 from llava.files import read_text
 from llava.labels import LABELS
+from llava.screening import find_fault
 from llava.systems.base import AnswerFormat, ParsedAnswer
 from llava.tables import CSV_SUFFIXES, IMAGE_HEADERS, Row, find_column, read_rows
 
@@ -46,44 +47,68 @@ class Record:
         """Returns what its answers conclude, in a system's words; if there is no verdict, ``problem`` says why."""
         return answer_format.parse_training(self.answers)
 
+    def problem(self, answer_format: AnswerFormat) -> str:
+        """Says why its answers must not be learnt, whatever the tokenizer: no verdict, or what ``screen`` finds."""
+        conclusion = self.verdict(answer_format)
+        screen = getattr(answer_format, "screen", _screen)
+        return screen(self.answers) if conclusion.verdict else conclusion.problem
+
     def forgery_label(self, answer_format: AnswerFormat) -> int:
         """Returns real = 0, fake = 1, -100 if there is no verdict."""
         verdict = self.verdict(answer_format).verdict
         return IGNORE_INDEX if verdict is None else LABELS.index(verdict)
 
 
-def read_records(paths: Sequence[Path]) -> list[Record]:
+def _screen(answers: Sequence[str]) -> str:
+    """Screens the answers of a system that does not say how."""
+    fault = next((fault for answer in answers if (fault := find_fault(answer, prose=False))), None)
+    return f"an answer must not be learnt: {fault}" if fault else ""
+
+
+def read_records(paths: Sequence[Path], faults: dict[str, str] | None = None) -> list[Record]:
     """Reads training files: a JSON list of records (alone or under ``data``), or one record a line.
 
     A CSV table has the columns image, question and answer, a conversation of one turn each. Encodings, delimiters and
     the names of the image's column are those of ``llava.tables``.
 
+    Args:
+        paths: The files.
+        faults: Takes what is wrong with each row that is no record, by its origin; without it such a row is an error.
+
     Raises:
         DataError: A file is missing, empty or damaged, or a row is no record; the message names it.
     """
-    return [record for path in paths for record in _read_file(path)]
+    return [record for path in paths for record in _read_file(path, faults)]
 
 
-def _read_file(path: Path) -> list[Record]:
+def _read_file(path: Path, faults: dict[str, str] | None) -> list[Record]:
+    records, is_empty = [], True
     try:
-        records = [_to_record(value, origin) for value, origin in _entries(path)]
+        for value, origin in _entries(path, lenient=faults is not None):
+            is_empty = False
+            try:
+                records.append(_to_record(value, origin))
+            except DataError as error:
+                if faults is None:
+                    raise
+                faults[origin] = str(error).removeprefix(origin).lstrip(":, ")
     except MissingFileError:
         raise DataError(f"there is no data file {path}") from None
     except FileError as error:
         raise DataError(str(error)) from error
-    if not records:
+    if is_empty:
         raise DataError(f"{path} is empty; it must hold a list of records, each {_LAYOUT}")
     return records
 
 
-def _entries(path: Path) -> Iterator[tuple[Any, str]]:
-    """Gives what a file holds, one record after the other, each with its origin."""
+def _entries(path: Path, *, lenient: bool) -> Iterator[tuple[Any, str]]:
+    """Gives what a file holds, one record after the other, each with its origin; see ``_json_values``."""
     if path.suffix.lower() in CSV_SUFFIXES:
         for row in read_rows(path):
             yield _conversation(row), row.where
         return
     row_number = 0
-    for value in _json_values(read_text(path), path):
+    for value in _json_values(read_text(path), path, lenient=lenient):
         under_data = isinstance(value, dict) and "conversations" not in value and isinstance(value.get("data"), list)
         for entry in value["data"] if under_data else [value]:
             row_number += 1
@@ -109,8 +134,12 @@ def _conversation(row: Row) -> dict[str, Any]:
     return {"image": file or None, "conversations": [{"from": speaker, "value": text} for speaker, text in turns]}
 
 
-def _json_values(text: str, path: Path) -> Iterator[Any]:
-    """Gives the entries of a JSON list, or the values that stand one after the other."""
+def _json_values(text: str, path: Path, *, lenient: bool) -> Iterator[Any]:
+    """Gives the entries of a JSON list, or the values that stand one after the other.
+
+    A list that breaks off has lost what follows and is always an error. Where values stand on lines of their own,
+    ``lenient`` gives the error in the place of one that is no JSON, and goes on with the next line.
+    """
     decoder = json.JSONDecoder(object_pairs_hook=_without_repeated_keys)
     position = _after_space(text, 0)
     in_list = text.startswith("[", position)
@@ -119,11 +148,11 @@ def _json_values(text: str, path: Path) -> Iterator[Any]:
     while position < len(text) and not (in_list and row == 1 and text[position] == "]"):
         try:
             value, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            place = f"line {error.lineno}, column {error.colno}"
-            raise DataError(f"{path}, row {row}: this is not JSON: {error.msg} ({place})") from None
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, row {row}: {error}") from None
+            value = DataError(f"{path}, row {row}: {_why_not_json(error)}")
+            if in_list or not lenient:
+                raise value from None
+            position = text.find("\n", position) % (len(text) + 1)  # the end where there is no further line
         yield value
         position = _after_space(text, position)
         if in_list:
@@ -138,6 +167,14 @@ def _json_values(text: str, path: Path) -> Iterator[Any]:
             raise DataError(f"{path}: the list breaks off in row {row}; is the file complete?")
         if _after_space(text, position + 1) != len(text):
             raise DataError(f"{path}: there is more after the end of the list; one file must hold one list")
+
+
+def _why_not_json(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"this is not JSON: {error.msg} (line {error.lineno}, column {error.colno})"
+    if isinstance(error, RecursionError):
+        return "this is no usable JSON: it is nested too deeply"
+    return str(error)
 
 
 def _after_space(text: str, position: int) -> int:
@@ -155,6 +192,8 @@ def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _to_record(value: Any, origin: str) -> Record:
+    if isinstance(value, DataError):
+        raise value
     if not isinstance(value, dict):
         raise DataError(f"{origin}: a record must be an object {_LAYOUT}, not {_shown(value)}")
     given = value.get("conversations")

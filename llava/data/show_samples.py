@@ -23,6 +23,7 @@ from llava.conversation import conv_templates
 from llava.data.checks import find_problem, is_file, tokenize_records
 from llava.data.prompting import TokenizedConversation, fitting_length
 from llava.data.records import Record, read_records
+from llava.data.summary import default_length
 from llava.errors import CheckpointError, OptionError
 from llava.model.builder import DEFAULT_CONTEXT_LENGTH, load_tokenizer
 from llava.model.checkpoint_files import read_json, resolve_folder
@@ -189,7 +190,7 @@ def _with_lengths(arguments: argparse.Namespace, folder: Path) -> argparse.Names
     stored = read_json(folder / "config.json") if arguments.model_name_or_path else {}
     filled = argparse.Namespace(**vars(arguments))
     if filled.max_length is None:
-        filled.max_length = stored.get("tokenizer_model_max_length") or DEFAULT_CONTEXT_LENGTH
+        filled.max_length = default_length(stored)
     if filled.num_image_tokens is None:
         filled.num_image_tokens = _image_tokens(stored, folder)
     return filled

@@ -106,11 +106,18 @@ class DataArguments:
     eval_data_path: str | None = _option(None, "validation records, below the same image folder")
     validation_share: float = _option(0.0, "share of the training records to validate on instead, 0..1")
     version: str = _option("v1", "prompt template (published: v1)")
-    model_max_length: int = _option(2048, "longest sequence, image positions included; the rest is cut")
+    model_max_length: int | None = _option(
+        None, "longest sequence, image positions included; the rest is cut (default: the model's, published: 2048)"
+    )
     image_aspect_ratio: str | None = _option(
         None, "pad to a square, or crop one (default: the checkpoint's)", choices=["pad", "square"]
     )
     drop_invalid: bool = _option(False, "leave out and count invalid records, rather than stop")
+    check_images: bool = _option(True, "open every image before the first step; what opened is not opened again")
+    allow_contradictions: bool = _option(
+        False, "train on records that contradict each other or their image's folder, rather than stop"
+    )
+    accept_changed_data: bool = _option(False, "resume although records have changed since the run began")
     verdict_only_share: float = _option(0.0, "share of the answers that are only their CONCLUSION, 0..1")
     group_by_modality_length: bool = _option(False, "batches of similar total length and one modality, as published")
     group_by_length: bool = _option(

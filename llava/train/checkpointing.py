@@ -4,7 +4,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -111,8 +111,8 @@ def _remove_leftovers(output: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def check_same_run(file: Path, run: Mapping[str, Any]) -> None:
-    """Compares a run with the one that a folder holds.
+def check_same_run(file: Path, run: Mapping[str, Any], *, but: Collection[str] = ()) -> None:
+    """Compares a run with the one that a folder holds, but for some of what describes it.
 
     Raises:
         OptionError: They differ; the message says in what.
@@ -123,7 +123,9 @@ def check_same_run(file: Path, run: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{file} describes no run; start in another --output_dir")
     before = {current_name(name): value for name, value in before.items()}  # of a run by an older version
     other = [
-        f"{name} was {before[name]!r}, is {value!r}" for name, value in run.items() if before.get(name, value) != value
+        f"{name} was {before[name]!r}, is {value!r}"
+        for name, value in run.items()
+        if name not in but and before.get(name, value) != value
     ]
     if other:
         raise OptionError(f"{file.parent} holds a run with other options, which cannot be resumed: {'; '.join(other)}")

@@ -13,10 +13,18 @@ from transformers import PreTrainedTokenizerBase
 from transformers.integrations import deepspeed as deepspeed_integration
 
 from llava.conversation import conv_templates
+from llava.data.summary import default_length
 from llava.errors import CheckpointError, OptionError
 from llava.model.adapter import add_update
 from llava.model.branches import FIRST, source_field, tower_name
-from llava.model.builder import load_tokenizer, materialize, quantization, resolve_attention, set_generation_defaults
+from llava.model.builder import (
+    DEFAULT_CONTEXT_LENGTH,
+    load_tokenizer,
+    materialize,
+    quantization,
+    resolve_attention,
+    set_generation_defaults,
+)
 from llava.model.checkpoint import check_keys, complete_config, open_checkpoint
 from llava.model.checkpoint_files import TensorLike, read_json
 from llava.model.checkpoint_layout import stored_state_dict
@@ -48,6 +56,11 @@ class StartingPoint:
     tensors: dict[str, TensorLike]
     new: frozenset[str]
     folder: Path | None
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence, image positions included."""
+        return int(self.config.tokenizer_model_max_length or DEFAULT_CONTEXT_LENGTH)
 
 
 def load_start(model: ModelArguments, data: DataArguments) -> StartingPoint:
@@ -154,7 +167,7 @@ def _with_options(config: LlavaConfig, model: ModelArguments, data: DataArgument
     if model.cpm_temperature is not None:
         config.cpm_temperature = model.cpm_temperature
     config.verdict_only_share = data.verdict_only_share
-    config.tokenizer_model_max_length = data.model_max_length
+    config.tokenizer_model_max_length = data.model_max_length or default_length(config.to_dict())
     config.tokenizer_padding_side = "right"
     if data.image_aspect_ratio is not None:
         config.image_aspect_ratio = data.image_aspect_ratio

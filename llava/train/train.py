@@ -4,7 +4,6 @@ Under torchrun or DeepSpeed's launcher, one process a device; alone, on one. ``l
 there are devices, by a recipe.
 """
 
-import hashlib
 import logging
 import os
 import random
@@ -14,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,12 @@ from llava.conversation import conv_templates
 from llava.data.checks import check_records
 from llava.data.collator import collate
 from llava.data.dataset import SupervisedDataset
+from llava.data.image_check import cache_file
 from llava.data.records import Record, read_records
 from llava.data.sampler import ModalityLengthSampler
+from llava.data.summary import Measured, describe_data, find_contradictions, list_some, model_positions
 from llava.errors import DataError, OptionError
-from llava.files import make_folder, write_json
+from llava.files import make_folder, read_json, write_json
 from llava.model.branches import is_projector
 from llava.model.builder import resolve_attention
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
@@ -48,6 +50,7 @@ from llava.train.export import export_model
 from llava.train.feature_cache import CachedDataset, cache_features
 from llava.train.loading import StartingPoint, answer_format, build_model, load_start
 from llava.train.lora import apply_lora, choose_trainable, parameter_part, prepare_quantized, trainable_table
+from llava.train.run_data import check_same_data, digest_records, write_run_data
 from llava.train.trainer import ForgeryTrainer
 from llava.train.validation import verdict_predictor
 
@@ -99,16 +102,17 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     _set_up_logs(args)
     transformers.set_seed(args.seed)
     start = load_start(model_args, data_args)
+    data_args = replace(data_args, model_max_length=start.max_length)
     if args.save_layout == "published" and not start.config.mm_vision_tower:
         raise OptionError(
             "--save_layout published names its vision tower rather than describing it; name it by --vision_tower"
         )
-    records, validation_records = _records(data_args, args, start)
     output = Path(args.output_dir)
     checkpoint = resume_checkpoint(output, args.resume)
+    records, validation_records = _records(data_args, args, start)
     run = describe_run(model_args, data_args, args, records)
     if checkpoint is not None:
-        check_same_run(output / RUN_FILE, run)
+        _check_same(output, run, records, data_args)
         logger.info("resuming from %s", checkpoint)
     make_folder(output, "--output_dir")
     if data_args.cache_features:
@@ -127,6 +131,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         print(trainable_table(model), file=sys.stderr)
     _trial_save(trainer, output)
     if args.should_save:
+        write_run_data(output, records)
         write_json(output / RUN_FILE, run, indent=2)
     if _is_muted():
         sys.stderr = sys.__stderr__
@@ -172,19 +177,9 @@ def _records(
     data_args: DataArguments, args: TrainingArguments, start: StartingPoint
 ) -> tuple[list[Record], list[Record]]:
     """Reads and checks the records; returns those to train on and those to validate on."""
-    check = partial(
-        check_records,
-        tokenizer=start.tokenizer,
-        template=conv_templates[data_args.version],
-        max_length=data_args.model_max_length,
-        answer_format=answer_format(start.config),
-        placeholder_tokens=start.placeholder_tokens,
-        image_folder=None if data_args.image_folder is None else Path(data_args.image_folder),
-        drop_invalid=data_args.drop_invalid,
-    )
-    records = check(read_records([Path(path) for path in data_args.data_path]))
+    records = _read_checked(data_args.data_path, "training data", data_args, start)
     if data_args.eval_data_path:
-        return records, check(read_records([Path(data_args.eval_data_path)]))
+        return records, _read_checked([data_args.eval_data_path], "validation data", data_args, start)
     count = round(data_args.validation_share * len(records))
     if data_args.validation_share and not 0 < count < len(records):
         raise OptionError(
@@ -197,19 +192,61 @@ def _records(
     )
 
 
+def _read_checked(paths: Sequence[str], name: str, data_args: DataArguments, start: StartingPoint) -> list[Record]:
+    """Reads and checks records, and says what they hold in all."""
+    faults: dict[str, str] = {}
+    measured = Measured()
+    image_folder = None if data_args.image_folder is None else Path(data_args.image_folder)
+    words = answer_format(start.config)
+    records = check_records(
+        read_records([Path(path) for path in paths], faults),
+        tokenizer=start.tokenizer,
+        template=conv_templates[data_args.version],
+        max_length=start.max_length,
+        answer_format=words,
+        placeholder_tokens=start.placeholder_tokens,
+        image_folder=image_folder,
+        drop_invalid=data_args.drop_invalid,
+        faults=faults,
+        opened=cache_file(image_folder) if data_args.check_images else None,
+        measured=measured,
+    )
+    positions = model_positions(start.config.to_dict())
+    for line in describe_data(records, words, measured, max_length=start.max_length, positions=positions, name=name):
+        logger.log(logging.WARNING if line.startswith("warning") else logging.INFO, "%s", line)
+    contradictions = find_contradictions(records, words, measured.digests)
+    if contradictions:
+        said = f"{len(contradictions)} contradictions in the {name}: {list_some(contradictions)}"
+        if not data_args.allow_contradictions:
+            raise DataError(f"{said}. Correct them, or --allow_contradictions True trains on them as they are")
+        logger.warning("warning: %s", said)
+    return records
+
+
+def _check_same(output: Path, run: Mapping[str, Any], records: Sequence[Record], data_args: DataArguments) -> None:
+    """Checks that the run to resume has these options and records."""
+    before = read_json(output / RUN_FILE) if (output / RUN_FILE).is_file() else {}
+    accept = data_args.accept_changed_data
+    if isinstance(before, dict):
+        if accept and data_args.validation_share and before.get("records", len(records)) != len(records):
+            raise OptionError(
+                "--validation_share would choose other records now that their number has changed, so that some would "
+                "be trained and validated on; keep the number, or name --eval_data_path"
+            )
+        check_same_data(output, records, before, accept=accept)
+    check_same_run(output / RUN_FILE, run, but=("data", "records") if accept else ())
+
+
 def describe_run(
     model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, records: Sequence[Record]
 ) -> dict[str, Any]:
     """Returns what a resumed run must have in common with its start."""
-    digest = hashlib.blake2b(digest_size=16)
-    for record in records:
-        digest.update(repr((record.image, record.turns)).encode())
     given = {**vars(model_args), **vars(data_args), **args.to_dict()}
     stage = _zero_stage(args)
     return {
         **{name: given[name] for name in (*vars(model_args), *_KEPT_OPTIONS) if name != "attn_implementation"},
         "records": len(records),
-        "data": digest.hexdigest(),
+        "data": digest_records(records),
         "global_batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "sharding": f"ZeRO-{stage} over {args.world_size} processes" if stage else "none",
     }
@@ -258,7 +295,7 @@ def _dataset_options(data_args: DataArguments, start: StartingPoint, model: Llav
         "answer_format": answer_format(start.config),
         "placeholder_tokens": start.placeholder_tokens,
         "extra_inputs": None if model.objective is None else model.objective.sample_inputs,
-        "max_length": data_args.model_max_length,
+        "max_length": start.max_length,
     }
 
 
@@ -304,7 +341,7 @@ def _trainer(
         raise OptionError("under ZeRO-3 answers cannot be generated in validation; use --validation_verdict score")
     predict = verdict_predictor(
         core,
-        context_length=data_args.model_max_length,
+        context_length=start.max_length,
         score_only=by_score,
         max_new_tokens=args.validation_new_tokens,
         precision=partial(_precision, args),
@@ -320,7 +357,7 @@ def _trainer(
     return ForgeryTrainer(
         model=model,
         args=args,
-        collator=partial(collate, pad_token_id=start.tokenizer.pad_token_id, max_length=data_args.model_max_length),
+        collator=partial(collate, pad_token_id=start.tokenizer.pad_token_id, max_length=start.max_length),
         train_dataset=train_set,
         eval_dataset=validation,
         objective=core.objective,
