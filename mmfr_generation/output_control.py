@@ -13,13 +13,15 @@ from llava.cli import DefaultsHelpFormatter, OptionParser, run_cli
 from llava.errors import DataError
 from llava.files import file_errors
 from llava.labels import LABELS, Label
-from llava.systems.fakereasoning.answer import ATTRIBUTES, STAGES, attribute_name, parse_answer
+from llava.screening import FAULTS, find_caption_fault, find_evidence_fault, find_fault
+from llava.systems.fakereasoning.answer import ATTRIBUTES, attribute_name, parse_answer
 from mmfr_generation.prompts import ANSWER_KEY, ATTRIBUTE_KEYS
 
 Reasoning = dict[str, str | None]
 """Sentence of every attribute of a label, in the fixed order; None where the annotator saw nothing."""
 
 REASONS = {
+    **FAULTS,
     "empty": "the answer is empty",
     "no_object": "the answer holds no JSON object",
     "unreadable": "no object in the answer can be read; it is cut off or is not plain data",
@@ -31,10 +33,9 @@ REASONS = {
     "attributes_not_object": "the attributes are not an object of names and sentences",
     "no_known_attribute": "none of the attributes belongs to the label",
     "different_answers": "the answer holds several objects that do not agree",
-    "holds_tag": "the text holds a tag of the training format",
     "too_long": "the answer is too long to be one",
     "truncated": "the answer was cut at the token limit",
-    "refused": "the annotator refused",
+    "filtered": "a content filter cut or withheld the answer",
     "request_failed": "the request was not answered",
     "unreadable_line": "the line is not an answer of the API",
 }
@@ -56,7 +57,7 @@ _PIECE = re.compile(
 _PYTHON_WORDS = {"null": "None", "true": "True", "false": "False"}
 _CANNOT = re.compile(r"\b(?:can ?not|can't|unable to|could not) (?:be )?determined?\b", flags=re.IGNORECASE)
 _NOTHING = frozenset({"", "null", "none", "n/a"})
-_TAG = re.compile(rf"</?(?:{'|'.join(STAGES)})>")
+_THINKS = re.compile(r"</?think", flags=re.IGNORECASE)
 
 
 class RejectedAnswer(DataError):
@@ -91,6 +92,9 @@ def output_control(answer: str | None, label: Label) -> Reasoning:
         raise RejectedAnswer("empty")
     if len(answer) > _MAX_CHARACTERS:
         raise RejectedAnswer("too_long", f"{len(answer)} characters")
+    before = find_fault(answer.partition("{")[0], prose=False)
+    if before is not None and (before.reason == "refused" or _THINKS.search(answer)):
+        raise RejectedAnswer(before.reason, before.passage)
     if "{" not in answer:
         raise RejectedAnswer("no_object")
     objects = list(_objects(answer))
@@ -113,15 +117,16 @@ def caption_control(answer: str | None) -> str:
     """Reads a caption from an answer.
 
     Raises:
-        RejectedAnswer: The answer is empty, too long, or holds a tag of the training format.
+        RejectedAnswer: The answer is empty, too long, or no caption, see ``llava.screening``.
     """
     caption = " ".join(_clean(answer or "").split())
     if not caption:
         raise RejectedAnswer("empty")
     if len(caption) > _MAX_CHARACTERS:
         raise RejectedAnswer("too_long", f"{len(caption)} characters")
-    if _TAG.search(caption):
-        raise RejectedAnswer("holds_tag")
+    fault = find_caption_fault(caption)
+    if fault is not None:
+        raise RejectedAnswer(fault.reason, fault.passage)
     return caption
 
 
@@ -157,8 +162,10 @@ def _read_attributes(value: dict[str, Any], label: Label) -> Reasoning:
     if not any(name in sentences for name in ATTRIBUTES[label]):
         raise RejectedAnswer("no_known_attribute", ", ".join(map(str, attributes))[:200])
     reasoning = {name: _sentence(sentences.get(name)) for name in ATTRIBUTES[label]}
-    if any(_TAG.search(text) for text in reasoning.values() if text):
-        raise RejectedAnswer("holds_tag")
+    for name, text in reasoning.items():
+        fault = find_evidence_fault(text, label) if text else None
+        if fault is not None:
+            raise RejectedAnswer(fault.reason, f"{name}: {fault.passage}")
     return reasoning
 
 

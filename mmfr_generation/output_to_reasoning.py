@@ -13,7 +13,7 @@ from llava.cli import DefaultsHelpFormatter, OptionParser, log, run_cli
 from llava.errors import MissingFileError
 from llava.files import write_json, write_jsonl
 from llava.labels import LABELS, Label
-from mmfr_generation.api.answers import Answer, read_answer, read_lines
+from mmfr_generation.api.answers import Answer, image_of, read_answer, read_lines
 from mmfr_generation.output_control import (
     REASONS,
     Reasoning,
@@ -69,35 +69,41 @@ def read_annotation(answer: Answer, task: Task, label: Label | None) -> Reasonin
         raise RejectedAnswer("request_failed", answer.failure[:500])
     if answer.refusal:
         raise RejectedAnswer("refused", answer.refusal[:500])
-    cut = answer.finish_reason == "length"
+    if answer.finish_reason == "content_filter":
+        raise RejectedAnswer("filtered")
+    if answer.finish_reason == "length":
+        raise RejectedAnswer("truncated")
     if task == "caption":
-        if cut:
-            raise RejectedAnswer("truncated")
         return caption_control(answer.text)
     if label is None:
         raise ValueError("the reasoning task needs a label")
-    try:
-        return output_control(answer.text, label)
-    except RejectedAnswer as rejection:
-        if cut and rejection.reason in {"no_object", "unreadable", "no_answer"}:
-            raise RejectedAnswer("truncated") from None
-        raise
+    return output_control(answer.text, label)
 
 
 def collect(files: Sequence[Path], task: Task, label: Label | None) -> Annotations:
-    """Reads answer files; of an image that was answered more than once, the last accepted answer counts."""
+    """Reads answer files; of an image that was answered more than once, the last accepted answer counts.
+
+    Answers about an earlier content of an image, which was then replaced under its name, do not count.
+    """
     result = Annotations()
     rejected: dict[str, dict[str, Any]] = {}
+    asked: dict[str, str] = {}
     for file in files:
         for where, answer in _answers(file):
             if answer is None or not answer.custom_id:
                 rejected[where] = _reject("", RejectedAnswer("unreadable_line"), None, where)
                 continue
+            image = image_of(answer.custom_id)
+            if asked.setdefault(image, answer.custom_id) != answer.custom_id:
+                asked[image] = answer.custom_id
+                result.accepted.pop(image, None)
             try:
-                result.accepted[answer.custom_id] = read_annotation(answer, task, label)
+                result.accepted[image] = read_annotation(answer, task, label)
+                rejected.pop(image, None)
             except RejectedAnswer as rejection:
-                rejected[answer.custom_id] = _reject(answer.custom_id, rejection, answer.text, where)
-    result.rejected = [entry for entry in rejected.values() if entry["custom_id"] not in result.accepted]
+                if image not in result.accepted:
+                    rejected[image] = _reject(image, rejection, answer.text, where)
+    result.rejected = list(rejected.values())
     return result
 
 

@@ -44,7 +44,7 @@ def check_same_data(output: Path, records: Sequence[Record], run: Mapping[str, o
     """
     if run.get("data") in (None, digest_records(records)):
         return
-    change = f"the records of {output} have changed since its run began: {_describe_change(output, records)}"
+    change = f"the data was another when the run in {output} began: {_describe_change(output, records)}"
     if not accept:
         raise OptionError(f"{change}. --accept_changed_data True resumes with the records of now")
     logger.warning("%s; the run goes on with the records of now", change)

@@ -1,12 +1,14 @@
 """Request files and their answers on disk."""
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llava.errors import DataError, MissingFileError
-from llava.files import write_jsonl
-from mmfr_generation.api.answers import read_answer, read_lines
+from llava.files import digest_json, write_jsonl
+from mmfr_generation.api.answers import image_of, read_answer, read_lines
 
 
 def request_files(folder: Path) -> list[Path]:
@@ -21,13 +23,27 @@ def request_files(folder: Path) -> list[Path]:
     return files
 
 
-def request_ids(path: Path) -> list[str]:
-    """Returns the ``custom_id`` of each request in a file, in order.
+@dataclass(frozen=True)
+class Requests:
+    """What a request file asks.
+
+    Attributes:
+        ids: The ``custom_id`` of each request, in order.
+        setting: Digest of what all its requests have in common: all but the image.
+    """
+
+    ids: list[str]
+    setting: str
+
+
+def read_requests(path: Path) -> Requests:
+    """Reads a request file.
 
     Raises:
-        DataError: A line is no request, or an id occurs twice.
+        DataError: A line is no request, an id occurs twice, or two requests ask for different things.
     """
     ids: dict[str, int] = {}
+    setting = ""
     for number, request in read_lines(path):
         custom_id = (request or {}).get("custom_id")
         if request is None or not isinstance(custom_id, str) or not isinstance(request.get("body"), dict):
@@ -35,9 +51,37 @@ def request_ids(path: Path) -> list[str]:
         if custom_id in ids:
             raise DataError(f"{path}, line {number}, asks about {custom_id} again, as line {ids[custom_id]} does")
         ids[custom_id] = number
+        asked = digest_json(_without_images(request["body"]))
+        if setting and asked != setting:
+            raise DataError(f"{path}, line {number}, asks another thing than the lines before; {_ONE_SETTING}")
+        setting = asked
     if not ids:
         raise DataError(f"{path} holds no request")
-    return list(ids)
+    return Requests(list(ids), setting)
+
+
+_ONE_SETTING = "a request folder is of one task, label, model and limit: put the others into a folder of their own"
+
+
+def check_one_setting(settings: Mapping[Path, str]) -> None:
+    """Checks that request files ask the same; a setting may be unknown, which is an empty text.
+
+    Raises:
+        DataError: They do not.
+    """
+    first: dict[str, Path] = {}
+    for path, setting in settings.items():
+        if setting:
+            first.setdefault(setting, path)
+    if len(first) > 1:
+        one, other, *_ = first.values()
+        raise DataError(f"{one} and {other} ask for different things; {_ONE_SETTING}")
+
+
+def _without_images(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: "" if key == "url" else _without_images(item) for key, item in value.items()}
+    return [_without_images(item) for item in value] if isinstance(value, list) else value
 
 
 class AnswerStore:
@@ -53,13 +97,17 @@ class AnswerStore:
         self.output_folder = Path(output_folder)
         self.work_folder = self.output_folder / ".batch_api"
         self.files = request_files(self.input_folder)
-        self._ids: dict[Path, list[str]] = {}
+        self._requests: dict[Path, Requests] = {}
+
+    def requests(self, path: Path) -> Requests:
+        """Returns what a request file asks; it is read once: request files are large."""
+        if path not in self._requests:
+            self._requests[path] = read_requests(path)
+        return self._requests[path]
 
     def ids(self, path: Path) -> list[str]:
-        """Returns the ``custom_id`` of each request in a file, which is read once: request files are large."""
-        if path not in self._ids:
-            self._ids[path] = request_ids(path)
-        return self._ids[path]
+        """Returns the ``custom_id`` of each request in a file."""
+        return self.requests(path).ids
 
     def raw_path(self, path: Path, origin: str) -> Path:
         """Returns where answers to a request file lie as they came; ``origin`` as in ``raw_answers``."""
@@ -108,7 +156,7 @@ class AnswerStore:
             }
             failure = read_answer(line).failure
             if failure:
-                failed.append(f"{custom_id}: {failure}")
+                failed.append(f"{image_of(custom_id)}: {failure}")
             lines.append(line)
         write_jsonl(self.output_folder / path.name, lines)
         return failed

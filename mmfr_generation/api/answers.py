@@ -1,6 +1,8 @@
 """Answers of the API on disk: one JSON object a line, in the layout of the Batch API's output files."""
 
+import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +14,29 @@ ENDPOINT = "/v1/chat/completions"
 """Where every request goes."""
 
 
+_ID = re.compile(r"(?P<image>.+)#(?P<digest>[0-9a-f]{16})", flags=re.DOTALL)
+
+
+def request_id(image: str, data: bytes) -> str:
+    """Returns the ``custom_id`` of a request: the image's path in its set, and a digest of the bytes sent."""
+    return f"{image}#{hashlib.sha256(data).hexdigest()[:16]}"
+
+
+def image_of(custom_id: str) -> str:
+    """Returns the image's path that a ``custom_id`` begins with; those of earlier versions have no digest."""
+    match = _ID.fullmatch(custom_id)
+    return match["image"] if match else custom_id
+
+
 @dataclass(frozen=True)
 class Answer:
     """One answered or failed request.
 
     Attributes:
-        custom_id: Path of the image in its set; empty if the line does not say.
+        custom_id: Of the request, see ``request_id``; empty if the line does not say.
         text: What the annotator wrote; None if nothing.
-        finish_reason: ``stop``, or ``length`` if the token limit cut the text; empty if the server does not say.
+    """Returns the ``custom_id`` of a request: its image's path in the set, and a digest of the bytes sent."""
+            the server does not say.
         refusal: Why the annotator refused; empty if it did not.
         failure: Why there is no answer; empty if there is one.
         retryable: Whether asking again may help, as it may after a busy server or an expired batch.

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from llava.cli import log
 from llava.errors import DataError
 from llava.files import atomic_file, atomic_write, digest_file, file_errors, read_json, write_json
-from mmfr_generation.api.answer_store import AnswerStore
+from mmfr_generation.api.answer_store import AnswerStore, check_one_setting
 from mmfr_generation.api.answers import ENDPOINT, read_lines
 from mmfr_generation.api.chat_client import ChatClient, ChatError, is_retryable
 
@@ -73,12 +73,14 @@ class RequestFile:
         sha256: Hash of its content when it was first met.
         stamp: Its size in bytes and its time of change in nanoseconds when it was last hashed.
         requests: Number of requests in it.
+        setting: What its requests have in common, see ``Requests``; empty in the state of an earlier version.
         attempts: Its batches, oldest first; the first asks everything, each later one what is still without an answer.
     """
 
     sha256: str
     stamp: list[int]
     requests: int
+    setting: str = ""
     attempts: list[Attempt] = field(default_factory=list)
 
 
@@ -348,18 +350,38 @@ class BatchJobs(AnswerStore):
         if self._state_path.exists():
             for name, entry in read_json(self._state_path)["files"].items():
                 attempts = [Attempt(**attempt) for attempt in entry["attempts"]]
-                state[name] = RequestFile(entry["sha256"], entry["stamp"], entry["requests"], attempts)
+                setting = entry.get("setting", "")
+                state[name] = RequestFile(entry["sha256"], entry["stamp"], entry["requests"], setting, attempts)
         for path in tqdm(self.files, desc="checking request files", unit="", delay=2, leave=False):
             entry = state.get(path.name)
             stamp = [path.stat().st_size, path.stat().st_mtime_ns]
-            if entry is None:
-                state[path.name] = RequestFile(digest_file(path), stamp, len(self.ids(path)))
-            elif entry.stamp != stamp and entry.sha256 != digest_file(path):
-                raise DataError(
-                    f"{path} has changed since its submission; put changed requests into a file of another name, "
-                    "or name another output folder"
-                )
+            if entry is None or (entry.stamp != stamp and entry.sha256 != digest_file(path)):
+                requests = self.requests(path)
+                state[path.name] = RequestFile(digest_file(path), stamp, len(requests.ids), requests.setting)
+                if entry is not None:
+                    state[path.name].attempts = self._attempts_of_changed(path, entry)
+        state = {path.name: state[path.name] for path in self.files}
+        check_one_setting({path: state[path.name].setting for path in self.files})
         return {name: state[name] for name in sorted(state)}
+
+    def _attempts_of_changed(self, path: Path, entry: RequestFile) -> list[Attempt]:
+        """Returns what was done with a file whose requests were withdrawn or added since.
+
+        An id says what is asked and of which image, so that answers stay right while the setting is the same.
+
+        Raises:
+            DataError: The setting is another, or not known, or a batch of the old requests may have begun.
+        """
+        attempts = list(entry.attempts)
+        if attempts and attempts[-1].status == "new" and not attempts[-1].file_id:
+            attempts.pop()  # it was only planned
+        begun = bool(attempts) and attempts[-1].status == "new"
+        if begun or (attempts and entry.setting != self.requests(path).setting):
+            raise DataError(
+                f"{path} has changed since its submission; put changed requests into a file of another name, "
+                "or name another output folder"
+            )
+        return attempts
 
     def _save_state(self) -> None:
         files = {name: asdict(entry) for name, entry in self.state.items()}

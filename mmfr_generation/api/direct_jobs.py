@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llava.files import JsonlLog
-from mmfr_generation.api.answer_store import AnswerStore
+from mmfr_generation.api.answer_store import AnswerStore, check_one_setting
 from mmfr_generation.api.answers import read_answer, read_lines
 from mmfr_generation.api.chat_client import ChatClient, ChatError, is_fatal
 
@@ -48,6 +48,7 @@ class DirectJobs(AnswerStore):
             UserError: The server does not accept the key, does not know the model, or cannot be reached.
         """
         failed = []
+        check_one_setting({path: self.requests(path).setting for path in self.files})
         for path in self.files:
             answered = {
                 custom_id for custom_id, line in self.answers(path.name).items() if not read_answer(line).failure
