@@ -35,7 +35,7 @@ class Answer:
     Attributes:
         custom_id: Of the request, see ``request_id``; empty if the line does not say.
         text: What the annotator wrote; None if nothing.
-    """Returns the ``custom_id`` of a request: its image's path in the set, and a digest of the bytes sent."""
+        finish_reason: ``stop``; ``length`` if the token limit cut the text, ``content_filter`` if a filter did; empty if
             the server does not say.
         refusal: Why the annotator refused; empty if it did not.
         failure: Why there is no answer; empty if there is one.
