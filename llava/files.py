@@ -148,6 +148,14 @@ def make_folder(folder: Path, option: str) -> None:
         raise FileError(f"{option}: nothing may be written into {folder}")
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a file; a name that no file can have is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 # --- JSON
 
 

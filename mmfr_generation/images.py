@@ -24,6 +24,7 @@ _PNG_MODES = frozenset({"L", "LA", "RGB", "RGBA", "P", "1", "I;16"})
 _HASH_SIDE = 8
 _DCT_SIDE = 32
 _FLAT = 2.0
+_THUMB_SIDE = 16
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,14 @@ def perceptual_hash(image: Image.Image) -> int | None:
     # Against the median, half of the bits are set whatever the contrast.
     bits = (frequencies > np.median(frequencies)).ravel()
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def thumbnail(image: Image.Image) -> np.ndarray:
+    """Returns a grey image of 16 x 16 pixels as 256 numbers of mean 0 and length 1; zeros for a uniform image."""
+    grey = np.asarray(image.convert("L").resize((_THUMB_SIDE, _THUMB_SIDE), Image.Resampling.BOX), dtype=np.float32)
+    centred = grey.ravel() - grey.mean()
+    length = float(np.linalg.norm(centred))
+    return centred / length if length > 0 else centred
 
 
 _ONES = np.array([value.bit_count() for value in range(1 << 16)], dtype=np.uint8)

@@ -1,5 +1,6 @@
 """Checks a training file, a reasoning file or an evaluation set, and finds images that two of them share."""
 
+import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,32 +12,41 @@ import numpy as np
 from tqdm import tqdm
 
 from llava.cli import DefaultsHelpFormatter, OptionParser, run_cli
+from llava.data.records import Record, read_records
+from llava.data.summary import find_contradictions
 from llava.errors import DataError, FileError, MissingFileError
-from llava.files import digest_file, file_errors, read_json, write_json
+from llava.files import digest_file, file_errors, is_file, read_json, read_text, write_json
 from llava.images import load_image
-from llava.labels import Label, published_label
-from llava.systems.fakereasoning.answer import ATTRIBUTES, parse_answer
+from llava.labels import published_label
+from llava.screening import find_caption_fault, find_evidence_fault
+from llava.systems.fakereasoning.answer import ATTRIBUTES, FORMAT
+from llava.tables import CSV_SUFFIXES, NameFinder
 from mmfr_generation.build_cot import IMAGE_MARK, label_of
 from mmfr_generation.images import (
     hamming_distances,
     list_images,
     perceptual_hash,
     read_reason,
+    thumbnail,
 )
 
 CHECKS = {
     "schema": "entries that are not of the layout",
     "image mark": f"conversations without exactly one {IMAGE_MARK}, in the first question",
     "verdict": "answers without a verdict",
+    "text": "answers, sentences or captions that must not be learnt",
     "attributes": "attributes that do not belong to the class",
     "folder": "verdict or attributes against the folder's class",
     "missing image": "images that are not there",
     "unreadable image": "images that do not open",
     "duplicate": "images that occur more than once, by path or by bytes",
     "leakage": "images that are also in the other set, or look like one there",
+    "contradiction": "images that are called both real and fake",
     "class": "evaluation sets without images of both classes",
 }
 """Every fault that is checked for."""
+_ALIKE = 0.95
+"""Least correlation of two thumbnails of the same image: copies have more than .98, unlike renders less than .94."""
 REMARKS = {
     "similar": "images that look alike in the same set",
     "file type": "classes that the file type alone tells apart",
@@ -91,34 +101,39 @@ class SetImage:
         path: Where it is.
         sha256: Of its bytes.
         hash: Its perceptual hash, None for a nearly uniform image.
+        thumb: Its thumbnail, see ``thumbnail``.
     """
 
     name: str
     path: Path
     sha256: str
     hash: int | None
+    thumb: np.ndarray
 
 
 def check_training_file(path: Path, image_folder: Path, findings: Findings) -> list[SetImage]:
-    """Checks a training file; returns its images.
+    """Checks a training file, as training reads it; returns its images.
 
     Raises:
-        UserError: It cannot be read or is not a list.
+        UserError: It cannot be read, or holds nothing.
     """
-    records = read_json(path)
-    if not isinstance(records, list):
-        raise DataError(f"{path} must hold a list of conversations")
-    names = []
-    for number, record in enumerate(records):
-        findings.entries += 1
-        image = _check_record(f"entry {number}", record, findings)
-        if image is not None:
-            names.append(image)
-    return list(_read_images(names, image_folder, findings))
+    faults: dict[str, str] = {}
+    records = read_records([path], faults)
+    findings.entries += len(records) + len(faults)
+    for origin, fault in faults.items():
+        findings.add("image mark" if IMAGE_MARK in fault else "schema", f"{origin}: {fault}")
+    for record in records:
+        _check_record(record, findings)
+    images = list(_read_images([record.image for record in records if record.image], image_folder, findings))
+    digests = {image.name: image.sha256 for image in images}
+    same = {record.origin: digests[record.image] for record in records if record.image in digests}
+    for text in find_contradictions(records, FORMAT, same):
+        findings.add("folder" if "lies in a folder" in text else "contradiction", text)
+    return images
 
 
 def check_reasoning_file(path: Path, image_folder: Path, findings: Findings) -> list[SetImage]:
-    """Checks a reasoning file ``{image: {attribute: sentence or null}}``; returns its images.
+    """Checks a file ``{image: {attribute: sentence or null}}`` or, of captions, ``{image: text}``; returns its images.
 
     Raises:
         UserError: It cannot be read or is not an object.
@@ -168,51 +183,28 @@ def check_evaluation_set(folder: Path, findings: Findings) -> list[SetImage]:
     return list(_read_images(images, folder.parent, findings))
 
 
-def _check_record(place: str, record: Any, findings: Findings) -> str | None:
-    """Checks one conversation; returns its image's name."""
-    turns = record.get("conversations") if isinstance(record, dict) else None
-    problem = _layout_problem(record, turns)
-    if problem or not isinstance(turns, list):
-        findings.add("schema", f"{place}: {problem}")
-        return None
-    image = record.get("image")
-    place = f"{place} ({image})" if image else place
-    marks = [turn["value"].count(IMAGE_MARK) for turn in turns]
-    if image is None:
+def _check_record(record: Record, findings: Findings) -> None:
+    """Checks what one conversation says."""
+    place = f"{record.origin} ({record.image})" if record.image else record.origin
+    if record.image is None:
         findings.add("no image", place)
-        if sum(marks):
-            findings.add("image mark", f"{place}: {sum(marks)} marks and no image")
-        return None
-    if marks[0] != 1 or sum(marks) != 1:
-        findings.add("image mark", f"{place}: {marks[0]} in the first question, {sum(marks)} in all")
-    parsed = parse_answer(turns[1]["value"])
+    parsed = record.verdict(FORMAT)
     if parsed.verdict is None:
         findings.add("verdict", f"{place}: {parsed.problem}")
-        return str(image)
+        return
     unknown_names = sorted(set(parsed.attributes) - set(ATTRIBUTES[parsed.verdict]))
     if unknown_names:
         findings.add("attributes", f"{place}: a {parsed.verdict} image with {', '.join(unknown_names)}")
-    _check_folder(place, image, parsed.verdict, findings)
-    return str(image)
-
-
-def _layout_problem(record: Any, turns: Any) -> str:
-    if not isinstance(record, dict):
-        return "it is not an object"
-    if "image" in record and not (isinstance(record["image"], str) and record["image"]):
-        return '"image" is not a path'
-    if not isinstance(turns, list) or len(turns) < 2 or len(turns) % 2:
-        return '"conversations" is not a list of questions and answers'
-    for number, turn in enumerate(turns):
-        speaker = ("human", "gpt")[number % 2]
-        if not isinstance(turn, dict) or turn.get("from") != speaker or not isinstance(turn.get("value"), str):
-            return f'turn {number} is not {{"from": "{speaker}", "value": text}}'
-        if not turn["value"].strip():
-            return f"turn {number} is empty"
-    return ""
+    elif problem := record.problem(FORMAT):
+        findings.add("text", f"{place}: {problem}")
 
 
 def _check_sentences(image: str, sentences: Any, findings: Findings) -> None:
+    if isinstance(sentences, str):
+        fault = find_caption_fault(sentences)
+        if fault is not None:
+            findings.add("text", f"{image}: {fault}")
+        return
     if not isinstance(sentences, dict) or not all(
         value is None or isinstance(value, str) for value in sentences.values()
     ):
@@ -226,33 +218,32 @@ def _check_sentences(image: str, sentences: Any, findings: Findings) -> None:
     unknown_names = sorted(set(sentences) - set(ATTRIBUTES[label]))
     if unknown_names:
         findings.add("attributes", f"{image}: unknown {', '.join(unknown_names)}")
-    _check_folder(image, image, label, findings)
-
-
-def _check_folder(place: str, image: str, label: Label, findings: Findings) -> None:
+    for name, text in sentences.items():
+        evidence_fault = find_evidence_fault(text, label) if text else None
+        if evidence_fault is not None:
+            findings.add("text", f"{image}, {name}: {evidence_fault}")
     folder = published_label(image)
     if folder is not None and folder != label:
-        findings.add("folder", f"{place}: annotated as {label}, lies in a folder of {folder} images")
+        findings.add("folder", f"{image}: annotated as {label}, lies in a folder of {folder} images")
 
 
 def _read_images(names: Iterable[str], image_folder: Path, findings: Findings) -> Iterator[SetImage]:
     """Opens each image once and yields those that open."""
     seen: set[str] = set()
     bytes_seen: dict[str, str] = {}
+    finder = NameFinder(image_folder)
     for name in tqdm(list(names), desc=f"images in {image_folder}", unit="", delay=2):
         if name in seen:
             findings.add("duplicate", f"{name} occurs more than once")
             continue
         seen.add(name)
-        path = image_folder / name
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            findings.add("schema", f"{name} leads out of the image folder")
-            continue
-        if not path.is_file():
+        path = finder.find(name)
+        if not is_file(path):
             findings.add("missing image", f"{name} is not in {image_folder}")
             continue
         try:
-            image = SetImage(name, path, digest_file(path), perceptual_hash(load_image(path)))
+            pixels = load_image(path)
+            image = SetImage(name, path, digest_file(path), perceptual_hash(pixels), thumbnail(pixels))
         except FileError as error:
             findings.add("unreadable image", f"{name}: {read_reason(error, path)}")
             continue
@@ -283,12 +274,17 @@ def check_leakage(images: Sequence[SetImage], others: Sequence[SetImage], distan
 
 
 def _near(images: Sequence[SetImage], others: Sequence[SetImage], distance: int) -> Iterator[tuple[int, int]]:
-    """Yields the indices of all pairs whose hashes differ in at most ``distance`` bits."""
+    """Yields the indices of all pairs that look alike.
+
+    Their hashes differ in at most ``distance`` bits, and their thumbnails agree: among many thousand images of one
+    kind, some unlike ones have near hashes.
+    """
     hashes = np.array([other.hash for other in others], dtype=np.uint64)
     for index, image in enumerate(tqdm(images, desc="comparing", unit=" images", delay=2)):
         if image.hash is not None and len(hashes):
-            for match in np.flatnonzero(hamming_distances(image.hash, hashes) <= distance):
-                yield index, int(match)
+            for match in map(int, np.flatnonzero(hamming_distances(image.hash, hashes) <= distance)):
+                if float(image.thumb @ others[match].thumb) >= _ALIKE:
+                    yield index, match
 
 
 def evaluation_sets(folder: Path) -> list[Path]:
@@ -322,16 +318,27 @@ def check(path: Path, image_folder: Path | None, findings: Findings) -> list[Set
     if path.is_dir():
         return [image for folder in evaluation_sets(path) for image in check_evaluation_set(folder, findings)]
     reader: Callable[[Path, Path, Findings], list[SetImage]]
-    reader = check_training_file if isinstance(read_json(path), list) else check_reasoning_file
+    reader = check_training_file if _is_training_file(path) else check_reasoning_file
     return reader(path, image_folder or path.parent, findings)
+
+
+def _is_training_file(path: Path) -> bool:
+    """Whether it holds records; what is no JSON object is left to their reader, which says what is wrong."""
+    text = "" if path.suffix.lower() in CSV_SUFFIXES else read_text(path)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return True
+    return not isinstance(value, dict) or "conversations" in value or isinstance(value.get("data"), list)
 
 
 def build_parser() -> OptionParser:
     """Returns the options of this script."""
     parser = OptionParser(
-        description="Check a training file, a reasoning file or an evaluation set: layout, images, verdicts, "
-        "duplicates; and with --against, whether its images are in another set too. Images are compared by bytes and "
-        "by a perceptual hash, which survives scaling and compression but not mirroring or cropping.",
+        description="Check a training, reasoning or caption file or an evaluation set: layout, images, verdicts, "
+        "texts, duplicates; and with --against, whether its images are in another set too. Images are compared by bytes and "
+        "by looks (a perceptual hash and a thumbnail), which survives scaling and compression, not mirroring or "
+        "cropping.",
         formatter_class=DefaultsHelpFormatter,
     )
     parser.add_argument("path", type=Path, help="training or reasoning file (.json), evaluation set, or folder of sets")

@@ -40,7 +40,9 @@ ALLOWED: dict[str, set[str]] = {
     "llava.doctor": BELOW | ASK | {"llava"},
     "llava.merge": BELOW | ASK | {"llava.model"},
     "forgery_eval": BELOW | ASK | {"llava", "llava.detector", "forgery_eval"},
-    "mmfr_generation": BELOW | {"llava.systems.base", "llava.systems.fakereasoning.answer", "mmfr_generation"},
+    "mmfr_generation": BELOW
+    | {"llava.data.records", "llava.data.summary"}
+    | {"llava.systems.base", "llava.systems.fakereasoning.answer", "mmfr_generation"},
 }
 """What the modules of each room may import: a name stands for the module and all below it, ``llava`` for itself."""
 FORWARDED = {
@@ -59,6 +61,8 @@ TORCH_FREE = [
     "llava.systems.fakereasoning.answer",
     "llava.systems.fakereasoning.options",
     "llava.data.records",
+    "llava.data.summary",
+    "llava.data.image_check",
     "llava.__main__",
     "llava.doctor",
     "forgery_eval.inference",

@@ -26,6 +26,7 @@ from llava.data.prompting import (
 from llava.data.records import Record
 from llava.data.summary import Measured, list_some
 from llava.errors import DataError
+from llava.files import is_file
 from llava.labels import LABELS
 from llava.model.verdict import VerdictTokens
 from llava.systems.base import AnswerFormat
@@ -182,14 +183,6 @@ def find_problem(
         cut = f"its verdict is token {needed}, but all after {max_length} is cut off; raise the length or shorten it"
         return Problem("length", cut)
     return None
-
-
-def is_file(path: Path) -> bool:
-    """Whether there is a file; a name that no file can have is none."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
 
 
 def _check_images_present(records: Sequence[Record]) -> None:

@@ -20,11 +20,12 @@ from transformers import PreTrainedTokenizerBase
 from llava.cli import OptionParser, run_cli
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
-from llava.data.checks import find_problem, is_file, tokenize_records
+from llava.data.checks import find_problem, tokenize_records
+from llava.data.lengths import default_length
 from llava.data.prompting import TokenizedConversation, fitting_length
 from llava.data.records import Record, read_records
-from llava.data.summary import default_length
 from llava.errors import CheckpointError, OptionError
+from llava.files import is_file
 from llava.model.builder import DEFAULT_CONTEXT_LENGTH, load_tokenizer
 from llava.model.checkpoint_files import read_json, resolve_folder
 from llava.model.configuration import LlavaConfig

@@ -1,13 +1,11 @@
-"""What training data hold in all, and where they contradict themselves; said before the first step."""
+"""What training data hold in all, and where they contradict themselves. Imports no torch."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from llava.data.records import Record
 from llava.labels import Label, published_label
-from llava.model.builder import DEFAULT_CONTEXT_LENGTH
 from llava.systems.base import AnswerFormat
 
 _NAMED = 5
@@ -48,12 +46,16 @@ def find_contradictions(
         if folder is not None and folder != verdict:
             found.append(f"{record.origin}: {record.image} is called {verdict} and lies in a folder of {folder} images")
         seen = verdicts[digests.get(record.origin) or record.image]
-        seen.setdefault(verdict, record)
-        if len(seen) == 2 and seen[verdict] is record:
-            first, second = seen.values()
-            names = first.image if first.image == second.image else f"{first.image} and {second.image}, the same image,"
-            found.append(f"{names} called {' and '.join(seen)}: {first.origin}; {second.origin}")
+        if verdict not in seen:
+            seen[verdict] = record
+            if len(seen) == 2:
+                found.append(_both(*seen.values()))
     return found
+
+
+def _both(one: Record, other: Record) -> str:
+    names = one.image if one.image == other.image else f"{one.image}, the same image as {other.image},"
+    return f"{one.origin} and {other.origin}: {names} is called real and fake"
 
 
 def describe_data(
@@ -72,7 +74,7 @@ def describe_data(
         answer_format: Words of the system that is trained.
         measured: What ``check_records`` learnt of them.
         max_length: Where sequences are cut.
-        positions: How many the model was made for, see ``model_positions``.
+        positions: How many the model was made for, see ``llava.data.lengths``.
         name: What the data are.
     """
     verdicts = Counter(record.verdict(answer_format).verdict or "none" for record in records)
@@ -96,19 +98,6 @@ def describe_data(
         (only,) = verdicts
         lines.append(f"warning: all verdicts are {only}, so a model learns to say {only} of every image")
     return lines
-
-
-def model_positions(config: Mapping[str, Any]) -> float:
-    """How many positions a model was made for: those of its config, stretched as its rotary scaling says."""
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    kind = scaling.get("rope_type", scaling.get("type"))
-    factor = float(scaling.get("factor") or 1) if kind in ("linear", "dynamic") else 1.0
-    return float(config.get("max_position_embeddings") or float("inf")) * max(factor, 1.0)
-
-
-def default_length(config: Mapping[str, Any]) -> int:
-    """Where sequences are cut unless the user says so: at the model's own length, and within its positions."""
-    return int(min(config.get("tokenizer_model_max_length") or DEFAULT_CONTEXT_LENGTH, model_positions(config)))
 
 
 def list_some(texts: Sequence[str], limit: int = _NAMED) -> str:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.integrations import deepspeed as deepspeed_integration
 
 from llava.conversation import conv_templates
-from llava.data.summary import default_length
+from llava.data.lengths import default_length
 from llava.errors import CheckpointError, OptionError
 from llava.model.adapter import add_update
 from llava.model.branches import FIRST, source_field, tower_name

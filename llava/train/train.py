@@ -29,9 +29,10 @@ from llava.data.checks import check_records
 from llava.data.collator import collate
 from llava.data.dataset import SupervisedDataset
 from llava.data.image_check import cache_file
+from llava.data.lengths import model_positions
 from llava.data.records import Record, read_records
 from llava.data.sampler import ModalityLengthSampler
-from llava.data.summary import Measured, describe_data, find_contradictions, list_some, model_positions
+from llava.data.summary import Measured, describe_data, find_contradictions, list_some
 from llava.errors import DataError, OptionError
 from llava.files import make_folder, read_json, write_json
 from llava.model.branches import is_projector

@@ -35,8 +35,8 @@ class Answer:
     Attributes:
         custom_id: Of the request, see ``request_id``; empty if the line does not say.
         text: What the annotator wrote; None if nothing.
-        finish_reason: ``stop``; ``length`` if the token limit cut the text, ``content_filter`` if a filter did; empty if
-            the server does not say.
+        finish_reason: ``stop``; ``length`` if the token limit cut the text, ``content_filter`` if a filter did; empty
+            if the server does not say.
         refusal: Why the annotator refused; empty if it did not.
         failure: Why there is no answer; empty if there is one.
         retryable: Whether asking again may help, as it may after a busy server or an expired batch.

@@ -15,7 +15,7 @@ from tests.mmfr_generation.annotation_helpers import noise_image
 
 def record(image, label="fake", **more):
     names = {"fake": "Low Image Quality", "real": "High Image Quality"}
-    return {**training_record(image, label, reasoning={names[label]: "So."}, form="reasoning"), **more}
+    return {**training_record(image, label, reasoning={names[label]: "It is so."}, form="reasoning"), **more}
 
 
 def talk(*turns):
@@ -65,9 +65,10 @@ FAULTS = [
         {"image mark": 1},
     ),
     ({"image": "a.png", "conversations": talk(ASKED, "This image is fake.")}, {"verdict": 1}),
-    ({"conversations": talk("Hello", "Hello")}, {"no image": 1}),
-    ({"conversations": talk("<image>", "Hello")}, {"no image": 1, "image mark": 1}),
-    (record("../a.png"), {"schema": 1}),
+    ({"conversations": talk("Hello", "Hello")}, {"no image": 1, "verdict": 1}),
+    ({"conversations": talk("Hello", write_answer("real", form="verdict"))}, {"no image": 1}),
+    ({"conversations": talk("<image>", "Hello")}, {"image mark": 1}),
+    (record("../lost.png"), {"missing image": 1}),
     (record("lost.png"), {"missing image": 1}),
     (record("torn.png"), {"unreadable image": 1}),
     (record("0_real/b.png"), {"folder": 1}),
@@ -84,7 +85,7 @@ def test_each_fault_is_found(entry, expect, check, make_images):
 
 def test_attributes_of_the_other_class_are_found(check, make_images):
     make_images(["a.png"])
-    answer = write_answer("real", reasoning="Low Image Quality: Soft.", form="reasoning")
+    answer = write_answer("real", reasoning="Low Image Quality: It is soft.", form="reasoning")
     check([{"image": "a.png", "conversations": talk(ASKED, answer)}], expect={"attributes": 1})
 
 

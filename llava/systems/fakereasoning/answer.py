@@ -261,6 +261,9 @@ def screen(answers: Sequence[str]) -> str:
             faults.append(("CAPTION", find_caption_fault(stages["CAPTION"])))
         verdict, _ = _read_verdict(stages, {}, tolerant=False) if "CONCLUSION" in stages else (None, "")
         if "REASONING" in stages and verdict is not None:
+            foreign = sorted(set(_headed(stages["REASONING"])) - set(ATTRIBUTES[verdict]))
+            if foreign:
+                return f"REASONING names {', '.join(foreign)}, and the image is {verdict}"
             for name, text in _evidence(stages["REASONING"]):
                 faults.append((f"REASONING, {name}" if name else "REASONING", find_evidence_fault(text, verdict)))
         for where, fault in faults:
