@@ -14,10 +14,15 @@ from llava.errors import UserError
 
 Options = TypeVar("Options")
 
-INTERRUPTED = 130
-"""Exit status after Ctrl-C."""
-SOME_FAILED = 3
-"""Exit status where some items could not be processed and the others were."""
+ALL_DONE, NOTHING_DONE, WRONG_USAGE, SOME_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+EXIT_STATUSES = {
+    ALL_DONE: "all was done",
+    NOTHING_DONE: "nothing was done, or a check found faults; a line says why",
+    WRONG_USAGE: "the command line is wrong",
+    SOME_FAILED: "some items were left out, and are named; the others were done",
+    INTERRUPTED: "interrupted by Ctrl-C",
+}
+"""What a command's exit status means, the same for every command."""
 
 
 _NO_MEMORY = (
@@ -192,6 +197,13 @@ def format_list(names: Sequence[str], limit: int = 20) -> str:
     return "\n".join(lines)
 
 
+def exit_status(*, done: int, left_out: int) -> int:
+    """Returns the exit status of a command that did some items and left others out."""
+    if not left_out:
+        return ALL_DONE
+    return SOME_FAILED if done else NOTHING_DONE
+
+
 def run_cli(command: Callable[[], int | None]) -> int:
     """Runs a command and returns its exit status.
 
@@ -208,7 +220,7 @@ def run_cli(command: Callable[[], int | None]) -> int:
         return status
     except UserError as error:
         log(f"error: {error}")
-        return 1
+        return NOTHING_DONE
     except KeyboardInterrupt:
         log("interrupted")
         return INTERRUPTED

@@ -8,9 +8,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.cli import DefaultsHelpFormatter, OptionParser, format_list, log, positive_float, positive_int, run_cli
+from llava.cli import (
+    DefaultsHelpFormatter,
+    OptionParser,
+    exit_status,
+    format_list,
+    log,
+    positive_float,
+    positive_int,
+    run_cli,
+)
 from llava.files import exclusive_lock
-from mmfr_generation.api.answer_store import request_files
+from mmfr_generation.api.answer_store import AnswerStore, request_files
 from mmfr_generation.api.batch_jobs import BatchJobs
 from mmfr_generation.api.chat_client import make_client
 from mmfr_generation.api.direct_jobs import DirectJobs
@@ -55,7 +64,7 @@ def build_parser() -> OptionParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns 1 if a request is without an answer at the end."""
+    """Runs one command; returns its exit status."""
     options = build_parser().parse_args(arguments)
     folders = (options.input_folder, options.output_folder)
     request_files(options.input_folder)
@@ -67,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     with exclusive_lock(options.output_folder / ".batch_api" / "state.json"):
         if options.command == "direct":
-            return _finish(DirectJobs(client, *folders, concurrency=options.concurrency).run(), options.output_folder)
+            direct = DirectJobs(client, *folders, concurrency=options.concurrency)
+            return _finish(direct, direct.run())
         jobs = BatchJobs(
             client,
             *folders,
@@ -78,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "run":
             failed = jobs.run(rounds=options.rounds)
             print(jobs.summary())
-            return _finish(failed, options.output_folder)
+            return _finish(jobs, failed)
         if options.command == "submit":
             waiting = jobs.submit()
             if waiting:
@@ -92,12 +102,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _finish(failed: Sequence[str], output_folder: Path) -> int:
-    print(f"answers are in {output_folder}")
-    if not failed:
-        return 0
-    log(f"without an answer: {len(failed)} requests\n{format_list(failed)}\nrun the same command to ask again")
-    return 1
+def _finish(store: AnswerStore, failed: Sequence[str]) -> int:
+    print(f"answers are in {store.output_folder}")
+    if failed:
+        log(f"without an answer: {len(failed)} requests\n{format_list(failed)}\nrun the same command to ask again")
+    asked = sum(len(store.ids(path)) for path in store.files)
+    return exit_status(done=asked - len(failed), left_out=len(failed))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava.cli import DefaultsHelpFormatter, OptionParser, format_list, log, run_cli
+from llava.cli import DefaultsHelpFormatter, OptionParser, exit_status, format_list, log, run_cli
 from llava.errors import DataError, MissingFileError
 from llava.files import file_errors, read_json, write_json, write_jsonl
 from llava.labels import LABELS, Label
@@ -170,7 +170,7 @@ def build_parser() -> OptionParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes a training file."""
+    """Writes a training file; returns its exit status."""
     parser = build_parser()
     options = parser.parse_args(arguments)
     if options.form == "cot" and not options.captions:
@@ -178,8 +178,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.image_folder and not options.image_folder.is_dir():
         raise MissingFileError(f"there is no folder {options.image_folder}")
     reasoning, captions = read_reasoning(options.reasoning), read_captions(options.captions)
-    write_training_file(options.output, *build(reasoning, captions, options.form, options.image_folder))
-    return 0
+    records, dropped = build(reasoning, captions, options.form, options.image_folder)
+    write_training_file(options.output, records, dropped)
+    return exit_status(done=len(records), left_out=len(dropped))
 
 
 if __name__ == "__main__":

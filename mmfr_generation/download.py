@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.cli import DefaultsHelpFormatter, OptionParser, run_cli
+from llava.cli import ALL_DONE, SOME_FAILED, DefaultsHelpFormatter, OptionParser, run_cli
 from llava.files import exclusive_lock
 from mmfr_generation.published.sources import FolderSource, HubSource, Source
 from mmfr_generation.published.unpacker import WORK_FOLDER, Unpacker
@@ -74,7 +74,7 @@ def build_parser() -> OptionParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Unpacks the wanted parts; returns 1 if something was refused, damaged or missing."""
+    """Unpacks the wanted parts; returns 3 if something was refused, damaged or missing."""
     options = build_parser().parse_args(arguments)
     work_folder = options.output_folder / WORK_FOLDER
     with exclusive_lock(work_folder / "state.json"):
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         unpacker.run(options.parts, delete_parts=delete_parts)
         text, complete = unpacker.summary(options.parts)
     print(text)
-    return 0 if complete else 1
+    return ALL_DONE if complete else SOME_FAILED
 
 
 if __name__ == "__main__":

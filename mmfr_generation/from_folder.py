@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llava.cli import DefaultsHelpFormatter, OptionParser, format_list, log, run_cli
+from llava.cli import DefaultsHelpFormatter, OptionParser, exit_status, format_list, log, run_cli
 from llava.errors import DataError, FileError, ImageReadError, OptionError
 from llava.files import file_errors, write_json
 from llava.images import load_image
@@ -137,10 +137,31 @@ def find_entry(entries: Mapping[str, Any], image: str, root: Path, set_name: str
 
     Its key may be the path below the root, or that path behind the set's or the root folder's name.
     """
-    for key in (image, f"{set_name}/{image}", f"{root.name}/{image}"):
-        if key in entries:
-            return entries[key]
-    return None
+    return next((entries[name] for name in _names_of(image, root, set_name) if name in entries), None)
+
+
+def _names_of(image: str, root: Path, set_name: str) -> list[str]:
+    return list(dict.fromkeys((image, f"{set_name}/{image}", f"{root.name}/{image}")))
+
+
+def check_names(
+    entries: Mapping[str, Any], images: Sequence[LabelledImage], root: Path, set_name: str, option: str
+) -> None:
+    """Says which entries of reasoning or caption files fit no image.
+
+    Raises:
+        DataError: None does, though there are some.
+    """
+    fitting = {name for image in images for name in _names_of(image.path, root, set_name)}
+    unused = [name for name in entries if name not in fitting]
+    if unused and len(unused) == len(entries):
+        wanted = " or ".join(_names_of(images[0].path, root, set_name))
+        raise DataError(
+            f"none of the {len(entries)} names in {option} fits an image, such as {unused[0]!r}; an image is named by "
+            f"its path below {root}, or behind a set's name that --set-name gives, such as {wanted}"
+        )
+    if unused:
+        log(f"note: {len(unused)} of {len(entries)} names in {option} fit no image\n{format_list(unused, 5)}")
 
 
 def write_evaluation_set(
@@ -175,7 +196,7 @@ def write_evaluation_set(
         for sub in SET_FOLDERS.values():
             (unfinished / sub).mkdir(parents=True)
         for target, image in tqdm(targets.items(), desc="writing", unit=" images", delay=2):
-            place(root / image.path, unfinished / target)
+            _place(place, root / image.path, unfinished / target)
             entry = find_entry(reasoning, image.path, root, set_name)
             if entry is not None:
                 sentences[f"{set_name}/{target}"] = entry
@@ -185,6 +206,13 @@ def write_evaluation_set(
         unfinished.rename(folder)
     print(f"images: {len(targets)} in {folder}, {len(sentences)} of them with reasoning")
     return folder
+
+
+def _place(place: Callable[[Path, Path], Any], source: Path, target: Path) -> None:
+    """Puts an image into a set; the source is named only where it is at fault."""
+    with file_errors(source, "read"), source.open("rb"):
+        pass
+    place(source, target)
 
 
 def _flat_name(path: str) -> str:
@@ -256,7 +284,7 @@ def build_parser() -> OptionParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes an evaluation set or a training file; returns 1 if an image had to be left out."""
+    """Writes an evaluation set or a training file; returns its exit status."""
     parser = build_parser()
     options = parser.parse_args(arguments)
     left_out: list[str] = []
@@ -273,9 +301,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if left_out:
         log(f"left out: {len(left_out)} images\n{format_list(left_out)}")
     if not images:
-        raise DataError(f"{options.input} gives no usable image; it needs folders named real and fake, or a table")
+        kind = "folders named real and fake" if options.input.is_dir() else "rows with an image and a label"
+        first = f" (the first that was left out: {left_out[0]})" if left_out else ""
+        raise DataError(f"{options.input} gives no usable image{first}; it needs {kind}")
     reasoning, captions = read_reasoning(options.reasoning), read_captions(options.captions)
+    dropped: list[dict[str, str]] = []
     set_name = check_set_name(options.set_name or (root.name if options.input.is_dir() else options.input.stem))
+    check_names(reasoning, images, root, set_name, "--reasoning")
+    check_names(captions, images, root, set_name, "--captions")
     if options.to == "eval":
         if len(PurePosixPath(set_name).parts) > 1:
             parser.error("--set-name of an evaluation set is one folder's name")
@@ -286,7 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         records, dropped = training_records(images, root, set_name, reasoning, captions, form)
         write_training_file(options.output, records, dropped)
         log(f"form: {form}; train with the image folder {root}")
-    return 1 if left_out else 0
+    return exit_status(done=len(images), left_out=len(left_out) + len(dropped))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llava.cli import DefaultsHelpFormatter, OptionParser, format_list, log, positive_float, positive_int, run_cli
+from llava.cli import (
+    DefaultsHelpFormatter,
+    OptionParser,
+    exit_status,
+    format_list,
+    log,
+    positive_float,
+    positive_int,
+    run_cli,
+)
 from llava.errors import DataError, ImageReadError, OptionError
 from llava.files import atomic_file, exclusive_lock, file_errors, write_jsonl
 from llava.labels import LABELS
@@ -303,7 +312,7 @@ def build_parser() -> OptionParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes request files or prints the cost; returns 1 if an image had to be left out."""
+    """Writes request files or prints the cost; returns its exit status."""
     parser = build_parser()
     options = parser.parse_args(arguments)
     if options.task == "reasoning" and options.label is None:
@@ -337,6 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 max_bytes=options.max_bytes,
                 images_per_file=options.images_per_file,
             )
+        count = outcome.written + outcome.kept
         print(f"requests written: {outcome.written} in {len(outcome.files)} files in {options.output_folder}")
         if outcome.kept:
             print(f"requests that existed already: {outcome.kept}")
@@ -345,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"requests withdrawn, their images are gone or others now: {len(outcome.withdrawn)}\n{names}")
     if outcome.skipped:
         log(f"left out: {len(outcome.skipped)} images\n{format_list(outcome.skipped)}")
-    return 1 if outcome.skipped else 0
+    return exit_status(done=count, left_out=len(outcome.skipped))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from llava.errors import DataError
 from llava.files import file_errors
 from llava.labels import LABELS, Label
 from llava.screening import FAULTS, find_caption_fault, find_evidence_fault, find_fault
-from llava.systems.fakereasoning.answer import ATTRIBUTES, attribute_name, parse_answer
+from llava.systems.fakereasoning.answer import ATTRIBUTES, STAGES, attribute_name, parse_answer
 from mmfr_generation.prompts import ANSWER_KEY, ATTRIBUTE_KEYS
 
 Reasoning = dict[str, str | None]
@@ -57,6 +57,7 @@ _PIECE = re.compile(
 _PYTHON_WORDS = {"null": "None", "true": "True", "false": "False"}
 _CANNOT = re.compile(r"\b(?:can ?not|can't|unable to|could not) (?:be )?determined?\b", flags=re.IGNORECASE)
 _NOTHING = frozenset({"", "null", "none", "n/a"})
+_TAG = re.compile(rf"</?(?:{'|'.join(STAGES)})>")
 _THINKS = re.compile(r"</?think", flags=re.IGNORECASE)
 
 
@@ -92,9 +93,6 @@ def output_control(answer: str | None, label: Label) -> Reasoning:
         raise RejectedAnswer("empty")
     if len(answer) > _MAX_CHARACTERS:
         raise RejectedAnswer("too_long", f"{len(answer)} characters")
-    before = find_fault(answer.partition("{")[0], prose=False)
-    if before is not None and (before.reason == "refused" or _THINKS.search(answer)):
-        raise RejectedAnswer(before.reason, before.passage)
     if "{" not in answer:
         raise RejectedAnswer("no_object")
     objects = list(_objects(answer))
@@ -117,13 +115,43 @@ def caption_control(answer: str | None) -> str:
     """Reads a caption from an answer.
 
     Raises:
-        RejectedAnswer: The answer is empty, too long, or no caption, see ``llava.screening``.
+        RejectedAnswer: The answer is empty, too long, or holds a tag of the training format.
     """
     caption = " ".join(_clean(answer or "").split())
     if not caption:
         raise RejectedAnswer("empty")
     if len(caption) > _MAX_CHARACTERS:
         raise RejectedAnswer("too_long", f"{len(caption)} characters")
+    if _TAG.search(caption):
+        raise RejectedAnswer("holds_tag")
+    return caption
+
+
+def screened_reasoning(answer: str | None, label: Label) -> Reasoning:
+    """Reads an answer as ``output_control`` does, and refuses what must not be learnt, see ``llava.screening``.
+
+    Raises:
+        RejectedAnswer: It gives no annotation, is a refusal, thinks aloud, or a sentence of it has a fault.
+    """
+    before = find_fault((answer or "").partition("{")[0], prose=False)
+    # Polite words around an object do no harm; what was thought can hold objects that were thought better of.
+    if before is not None and (before.reason == "refused" or _THINKS.search(answer or "")):
+        raise RejectedAnswer(before.reason, before.passage)
+    reasoning = output_control(answer, label)
+    for name, text in reasoning.items():
+        fault = find_evidence_fault(text, label) if text else None
+        if fault is not None:
+            raise RejectedAnswer(fault.reason, f"{name}: {fault.passage}")
+    return reasoning
+
+
+def screened_caption(answer: str | None) -> str:
+    """Reads a caption as ``caption_control`` does, and refuses what must not be learnt, see ``llava.screening``.
+
+    Raises:
+        RejectedAnswer: It is no caption, or has a fault.
+    """
+    caption = caption_control(answer)
     fault = find_caption_fault(caption)
     if fault is not None:
         raise RejectedAnswer(fault.reason, fault.passage)
@@ -162,10 +190,8 @@ def _read_attributes(value: dict[str, Any], label: Label) -> Reasoning:
     if not any(name in sentences for name in ATTRIBUTES[label]):
         raise RejectedAnswer("no_known_attribute", ", ".join(map(str, attributes))[:200])
     reasoning = {name: _sentence(sentences.get(name)) for name in ATTRIBUTES[label]}
-    for name, text in reasoning.items():
-        fault = find_evidence_fault(text, label) if text else None
-        if fault is not None:
-            raise RejectedAnswer(fault.reason, f"{name}: {fault.passage}")
+    if any(_TAG.search(text) for text in reasoning.values() if text):
+        raise RejectedAnswer("holds_tag")
     return reasoning
 
 
@@ -253,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with file_errors(options.answer, "read"):
         data = sys.stdin.buffer.read() if options.answer == "-" else Path(options.answer).read_bytes()
     try:
-        reasoning = output_control(data.decode("utf-8", "replace"), options.label)
+        reasoning = screened_reasoning(data.decode("utf-8", "replace"), options.label)
     except RejectedAnswer as rejection:
         raise DataError(f"rejected as {rejection.reason}: {rejection.detail}") from None
     print(json.dumps(reasoning, ensure_ascii=False, indent=1))

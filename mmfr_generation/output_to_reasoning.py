@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llava.cli import DefaultsHelpFormatter, OptionParser, log, run_cli
+from llava.cli import DefaultsHelpFormatter, OptionParser, exit_status, log, run_cli
 from llava.errors import MissingFileError
 from llava.files import write_json, write_jsonl
 from llava.labels import LABELS, Label
@@ -18,8 +18,8 @@ from mmfr_generation.output_control import (
     REASONS,
     Reasoning,
     RejectedAnswer,
-    caption_control,
-    output_control,
+    screened_caption,
+    screened_reasoning,
 )
 from mmfr_generation.prompts import TASKS, Task
 
@@ -74,10 +74,10 @@ def read_annotation(answer: Answer, task: Task, label: Label | None) -> Reasonin
     if answer.finish_reason == "length":
         raise RejectedAnswer("truncated")
     if task == "caption":
-        return caption_control(answer.text)
+        return screened_caption(answer.text)
     if label is None:
         raise ValueError("the reasoning task needs a label")
-    return output_control(answer.text, label)
+    return screened_reasoning(answer.text, label)
 
 
 def collect(files: Sequence[Path], task: Task, label: Label | None) -> Annotations:
@@ -155,7 +155,7 @@ def build_parser() -> OptionParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes the reasoning or caption file and the rejects, and prints the counts."""
+    """Writes the reasoning or caption file and the rejects, and prints the counts; returns its exit status."""
     parser = build_parser()
     options = parser.parse_args(arguments)
     if options.task == "reasoning" and options.label is None:
@@ -166,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_jsonl(rejects, result.rejected)
     print(report(result))
     log(f"written: {options.output} and {rejects}")
-    return 0
+    return exit_status(done=len(result.accepted), left_out=len(result.rejected))
 
 
 if __name__ == "__main__":

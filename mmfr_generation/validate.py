@@ -336,9 +336,9 @@ def build_parser() -> OptionParser:
     """Returns the options of this script."""
     parser = OptionParser(
         description="Check a training, reasoning or caption file or an evaluation set: layout, images, verdicts, "
-        "texts, duplicates; and with --against, whether its images are in another set too. Images are compared by bytes and "
-        "by looks (a perceptual hash and a thumbnail), which survives scaling and compression, not mirroring or "
-        "cropping.",
+        "texts, duplicates; and with --against, whether its images are in another set too. Images are compared by "
+        "bytes and by looks (a perceptual hash and a thumbnail), which survives scaling and compression, not mirroring "
+        "or cropping.",
         formatter_class=DefaultsHelpFormatter,
     )
     parser.add_argument("path", type=Path, help="training or reasoning file (.json), evaluation set, or folder of sets")

@@ -29,7 +29,7 @@ class Requests:
 
     Attributes:
         ids: The ``custom_id`` of each request, in order.
-        setting: Digest of what all its requests have in common: all but the image.
+        setting: Digest of what all its requests have in common: all but the image; empty where they show no image.
     """
 
     ids: list[str]
@@ -51,10 +51,10 @@ def read_requests(path: Path) -> Requests:
         if custom_id in ids:
             raise DataError(f"{path}, line {number}, asks about {custom_id} again, as line {ids[custom_id]} does")
         ids[custom_id] = number
-        asked = digest_json(_without_images(request["body"]))
-        if setting and asked != setting:
+        asked = _setting_of(request["body"])
+        if asked and setting and asked != setting:
             raise DataError(f"{path}, line {number}, asks another thing than the lines before; {_ONE_SETTING}")
-        setting = asked
+        setting = asked or setting
     if not ids:
         raise DataError(f"{path} holds no request")
     return Requests(list(ids), setting)
@@ -76,6 +76,11 @@ def check_one_setting(settings: Mapping[Path, str]) -> None:
     if len(first) > 1:
         one, other, *_ = first.values()
         raise DataError(f"{one} and {other} ask for different things; {_ONE_SETTING}")
+
+
+def _setting_of(body: dict[str, Any]) -> str:
+    bare = _without_images(body)
+    return digest_json(bare) if bare != body else ""
 
 
 def _without_images(value: Any) -> Any:

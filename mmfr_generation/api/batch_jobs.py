@@ -376,7 +376,8 @@ class BatchJobs(AnswerStore):
         if attempts and attempts[-1].status == "new" and not attempts[-1].file_id:
             attempts.pop()  # it was only planned
         begun = bool(attempts) and attempts[-1].status == "new"
-        if begun or (attempts and entry.setting != self.requests(path).setting):
+        same = entry.setting and entry.setting == self.requests(path).setting
+        if begun or (attempts and not same):
             raise DataError(
                 f"{path} has changed since its submission; put changed requests into a file of another name, "
                 "or name another output folder"

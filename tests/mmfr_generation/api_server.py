@@ -135,8 +135,12 @@ def answer_for(request):
     if "Describe what this image shows" in prompt:
         return completion(f"A picture called {request.get('custom_id', 'x')}.")
     if "The image is fake." in prompt:
-        return completion('{"Answer": "The image is fake.", "Forgery Attributes": {"Low Image Quality": "Soft."}}')
-    return completion('```json\n{"Answer": "The image is real.", "Attributes": {"High Image Quality": "Sharp."}}\n```')
+        return completion(
+            '{"Answer": "The image is fake.", "Forgery Attributes": {"Low Image Quality": "It is soft."}}'
+        )
+    return completion(
+        '```json\n{"Answer": "The image is real.", "Attributes": {"High Image Quality": "It is sharp."}}\n```'
+    )
 
 
 class Handler(BaseHTTPRequestHandler):

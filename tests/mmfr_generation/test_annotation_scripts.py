@@ -142,9 +142,9 @@ def test_the_notebook_runs_and_holds_no_output(server, tmp_path):
 
 
 def test_control_of_one_answer(tmp_path, run_script):
-    (tmp_path / "a.txt").write_text('{"Answer": "fake", "Forgery Attributes": {"Low Image Quality": "Soft."}}')
+    (tmp_path / "a.txt").write_text('{"Answer": "fake", "Forgery Attributes": {"Low Image Quality": "It is soft."}}')
     good = run_script("output_control", "a.txt", "--label", "fake", cwd=tmp_path)
-    assert json.loads(good.stdout)["Low Image Quality"] == "Soft."
+    assert json.loads(good.stdout)["Low Image Quality"] == "It is soft."
     bad = run_script("output_control", "a.txt", "--label", "real", cwd=tmp_path)
     assert (bad.returncode, bad.stdout) == (1, "")
     assert "rejected as other_label" in bad.stderr

@@ -78,7 +78,7 @@ def test_a_table(make_images, tmp_path, capsys):
     )
     out = tmp_path / "o.json"
     common = ["--input", str(table), "--image-folder", str(root), "--to=train", "--output", str(out)]
-    assert main([*common, "--form", "verdict"]) == 1
+    assert main([*common, "--form", "verdict"]) == 3
     assert verdicts(out) == {"x/1.png": "real", "x/2.png": "fake", "3.png": "fake"}
     told = capsys.readouterr().err
     assert "left out: 6 images" in told
@@ -98,7 +98,7 @@ def test_a_table(make_images, tmp_path, capsys):
 
 def test_images_of_no_class_are_named(make_images, tmp_path, capsys):
     root = make_images(["real/a.png", "b.png", "fake/real/c.png"])
-    assert main(["--input", str(root), "--to", "train", "--output", str(tmp_path / "o.json")]) == 1
+    assert main(["--input", str(root), "--to", "train", "--output", str(tmp_path / "o.json")]) == 3
     assert list(verdicts(tmp_path / "o.json")) == ["real/a.png"]
     told = capsys.readouterr().err
     assert "left out: 2 images" in told

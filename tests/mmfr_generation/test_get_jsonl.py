@@ -1,6 +1,7 @@
 """Images become request files that the API takes, with ids that stay."""
 
 import base64
+import hashlib
 import io
 import itertools
 import json
@@ -10,8 +11,10 @@ import tracemalloc
 import pytest
 from PIL import Image
 
+from llava.errors import DataError
+from mmfr_generation.api.answers import image_of
 from mmfr_generation.api.costs import PRICES, TileRule
-from mmfr_generation.get_jsonl import main
+from mmfr_generation.get_jsonl import limit_name, main
 from mmfr_generation.prompts import reasoning_prompt
 from tests.mmfr_generation.annotation_helpers import noise_image
 
@@ -28,7 +31,11 @@ def ask(images, out, *more):
     return main(["--image-folder", str(images), "--output-folder", str(out), "--label", "fake", *more])
 
 
-def image_of(request):
+def names_in(folder):
+    return [image_of(request["custom_id"]) for request in requests_in(folder)]
+
+
+def content_of(request):
     url = request["body"]["messages"][0]["content"][1]["image_url"]["url"]
     head, data = url.split(",", 1)
     return head, base64.b64decode(data)
@@ -39,7 +46,7 @@ def test_requests_are_what_the_batch_api_takes(make_images, tmp_path):
     assert ask(root, tmp_path / "out", "--set_name", "gallery/1_fake", "--max_tokens", "77", "--model", "m") == 0
     assert list(bytes_in(tmp_path / "out")) == ["gallery_1_fake_fake_reasoning_0001.jsonl"]
     requests = requests_in(tmp_path / "out")
-    assert [request["custom_id"] for request in requests] == [
+    assert names_in(tmp_path / "out") == [
         "gallery/1_fake/a.jpg",
         "gallery/1_fake/b.png",
         "gallery/1_fake/sub/deeper/x.gif",
@@ -49,9 +56,10 @@ def test_requests_are_what_the_batch_api_takes(make_images, tmp_path):
         assert (request["method"], request["url"]) == ("POST", "/v1/chat/completions")
         assert (request["body"]["model"], request["body"]["max_tokens"]) == ("m", 77)
         assert request["body"]["messages"][0]["content"][0]["text"] == reasoning_prompt("fake")
-        head, data = image_of(request)
+        head, data = content_of(request)
         assert head == f"data:image/{kind};base64"
-        assert data == (root / request["custom_id"].removeprefix("gallery/1_fake/")).read_bytes()
+        assert data == (root / image_of(request["custom_id"]).removeprefix("gallery/1_fake/")).read_bytes()
+        assert request["custom_id"].endswith(f"#{hashlib.sha256(data).hexdigest()[:16]}")
 
 
 def test_media_type_comes_from_the_content(make_images, tmp_path):
@@ -63,7 +71,7 @@ def test_media_type_comes_from_the_content(make_images, tmp_path):
     frames = [noise_image(seed) for seed in range(3)]
     frames[0].save(root / "moving.gif", save_all=True, append_images=frames[1:])
     assert ask(root, tmp_path / "out") == 0
-    found = {request["custom_id"]: image_of(request) for request in requests_in(tmp_path / "out")}
+    found = {image_of(request["custom_id"]): content_of(request) for request in requests_in(tmp_path / "out")}
     assert sorted(found) == [f"photos/{name}" for name in ["a.bmp", "c.tif", "called.jpg", "moving.gif", "no_suffix"]]
     assert all(head == "data:image/png;base64" for head, _ in found.values())
     for name, (_, data) in found.items():
@@ -83,12 +91,12 @@ def test_unreadable_images_are_named_and_counted(make_images, tmp_path, run_scri
     bad_name = str(root).encode() + b"/\xff.png"
     shutil.copy(root / "good.png", bad_name)
     done = run_script("get_jsonl", "--image-folder", root, "--output-folder", "out", "--label", "real", cwd=tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert "left out: 6 images" in done.stderr
     for name in ("torn.png", "torn.jpg", "text.png", "empty.jpg", "dangling.png", "\\udcff.png"):
         assert name in done.stderr
     assert "Traceback" not in done.stderr
-    assert [request["custom_id"] for request in requests_in(tmp_path / "out")] == ["photos/good.png"]
+    assert names_in(tmp_path / "out") == ["photos/good.png"]
 
 
 @pytest.mark.parametrize(("limit", "per_file"), [(30_000, 50), (10**9, 3), (25_000, 2)])
@@ -107,7 +115,7 @@ def test_files_are_split_by_bytes_and_images(limit, per_file, make_images, tmp_p
 def test_an_image_above_the_limit_is_named(make_images, tmp_path, capsys):
     root = make_images(["a.png", "b.png"])
     noise_image(1, (900, 900)).save(root / "big.bmp")
-    assert ask(root, tmp_path / "out", "--max-bytes", "30000") == 1
+    assert ask(root, tmp_path / "out", "--max-bytes", "30000") == 3
     assert "big.bmp: its request has" in capsys.readouterr().err
     assert len(requests_in(tmp_path / "out")) == 2
 
@@ -133,11 +141,82 @@ def test_new_images_are_added_and_written_requests_stay(make_images, tmp_path):
     assert ask(root, tmp_path / "out") == 0
     after = bytes_in(tmp_path / "out")
     assert before.items() < after.items()
-    assert [request["custom_id"] for request in requests_in(tmp_path / "out")] == [
-        "photos/b.png",
-        "photos/c.png",
-        "photos/a.png",
-    ]
+    assert names_in(tmp_path / "out") == ["photos/b.png", "photos/c.png", "photos/a.png"]
+
+
+def test_a_replaced_image_is_asked_about_anew_and_a_removed_one_is_not_paid_for(make_images, tmp_path, capsys):
+    root = make_images(["a.png", "b.png", "c.png", "d.png"])
+    ask(root, tmp_path / "out", "--images-per-file", "2")
+    before = requests_in(tmp_path / "out")
+    noise_image(99).save(root / "a.png")
+    (root / "c.png").unlink()
+    (root / "d.png").write_bytes(b"torn")  # what cannot be read now may be mended, so its request stays
+    assert ask(root, tmp_path / "out", "--images-per-file", "2") == 3
+    after = requests_in(tmp_path / "out")
+    assert names_in(tmp_path / "out") == ["photos/b.png", "photos/d.png", "photos/a.png"]
+    assert content_of(after[-1])[1] == (root / "a.png").read_bytes()
+    assert after[:2] == [before[1], before[3]]
+    assert "photos/a.png\n  photos/c.png" in capsys.readouterr().out
+    for name in ("b.png", "d.png", "a.png"):
+        (root / name).unlink()
+    make_images(["z.png"], start=5)
+    ask(root, tmp_path / "out", "--images-per-file", "2")
+    assert list(bytes_in(tmp_path / "out")) == ["photos_fake_reasoning_0004.jsonl"]
+
+
+def test_requests_of_earlier_versions_are_known_by_what_they_send(make_images, tmp_path):
+    root = make_images(["a.png", "b.png"])
+    ask(root, tmp_path / "out")
+    (path,) = (tmp_path / "out").glob("*.jsonl")
+    old = [{**request, "custom_id": image_of(request["custom_id"])} for request in requests_in(tmp_path / "out")]
+    path.write_text("".join(json.dumps(request) + "\n" for request in old))
+    noise_image(99).save(root / "b.png")
+    ask(root, tmp_path / "out")
+    assert requests_in(tmp_path / "out")[0]["custom_id"] == "photos/a.png"
+    assert names_in(tmp_path / "out") == ["photos/a.png", "photos/b.png"]
+    assert content_of(requests_in(tmp_path / "out")[1])[1] == (root / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ["--label", "real"],
+        ["--task", "caption"],
+        ["--label", "fake", "--model", "o4-mini"],
+        ["--label", "fake", "--detail", "low"],
+        ["--label", "fake", "--max-tokens", "9"],
+    ],
+)
+def test_a_folder_is_of_one_task_label_and_setting(other, make_images, tmp_path):
+    root = make_images(["a.png"])
+    ask(root, tmp_path / "out")
+    before = bytes_in(tmp_path / "out")
+    common = ["--image-folder", str(root), "--output-folder", str(tmp_path / "out"), "--set-name", "elsewhere"]
+    with pytest.raises(DataError, match="asks something else"):
+        main([*common, *other])
+    assert bytes_in(tmp_path / "out") == before
+    assert main([*common, "--label", "fake"]) == 0
+    assert len(bytes_in(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        *[(model, "max_completion_tokens") for model in ("o1", "o3-mini", "gpt-5", "gpt-5.1-nano", "ft:o4-mini:x")],
+        *[(model, "max_tokens") for model in ("gpt-4o-2024-08-06", "gpt-4.1", "qwen3-vl", "a/gpt-oss-20b", "olmo")],
+    ],
+)
+def test_the_limit_has_the_name_that_the_model_takes(model, name, make_images, tmp_path):
+    assert limit_name(model) == name
+    root = make_images(["a.png"])
+    ask(root, tmp_path / "out", "--model", model, "--max-tokens", "7")
+    (request,) = requests_in(tmp_path / "out")
+    assert request["body"][name] == 7 and len({"max_tokens", "max_completion_tokens"} & set(request["body"])) == 1
+
+
+def test_the_limits_name_can_be_given(make_images, tmp_path):
+    ask(make_images(["a.png"]), tmp_path / "out", "--model", "own", "--limit-name", "max_completion_tokens")
+    assert requests_in(tmp_path / "out")[0]["body"]["max_completion_tokens"] == 300
 
 
 def test_other_settings_need_another_folder(make_images, tmp_path, run_script):
