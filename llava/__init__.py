@@ -2,6 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
+from llava.interrupts import leave_at_once
+
+leave_at_once()  # before anything that takes long to import
+
 if TYPE_CHECKING:
     from llava.detector import ForgeryDetector
     from llava.model.builder import load_pretrained_model

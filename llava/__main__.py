@@ -105,7 +105,8 @@ def dispatch(path: Sequence[str], verbs: Mapping[str, Verb], arguments: Sequence
     except OptionError as error:
         log(f"error: {error}")
         return USAGE_ERROR
-    return run_cli(lambda: resolve(verb.command)(adapted))
+    command = resolve(verb.command)
+    return run_cli(lambda: command(adapted))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from llava.errors import UserError
+from llava.interrupts import INTERRUPTED, begin_work, leave_at_once
 
 Options = TypeVar("Options")
 
-ALL_DONE, NOTHING_DONE, WRONG_USAGE, SOME_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+ALL_DONE, NOTHING_DONE, WRONG_USAGE, SOME_FAILED = 0, 1, 2, 3
 EXIT_STATUSES = {
     ALL_DONE: "all was done",
     NOTHING_DONE: "nothing was done, or a check found faults; a line says why",
@@ -212,6 +213,7 @@ def run_cli(command: Callable[[], int | None]) -> int:
     Returns:
         What the command returned (None counts as 0), 1 after a ``UserError``, 130 after Ctrl-C.
     """
+    begin_work()
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding cannot show
     try:
@@ -222,6 +224,7 @@ def run_cli(command: Callable[[], int | None]) -> int:
         log(f"error: {error}")
         return NOTHING_DONE
     except KeyboardInterrupt:
+        leave_at_once()  # should Ctrl-C come once more while the interpreter ends
         log("interrupted")
         return INTERRUPTED
     except MemoryError:

@@ -13,7 +13,7 @@ PACKAGES = ("llava", "forgery_eval", "mmfr_generation", "scripts")
 
 GROUND = {
     f"llava.{name}" for name in ("labels", "errors", "cli", "files", "images", "tables", "sources", "image_operations")
-} | {"llava.screening"}
+} | {"llava.screening", "llava.interrupts"}
 VOCABULARY = {f"llava.{name}" for name in ("constants", "conversation", "mm_utils")}
 ASK = {"llava.systems", "llava.systems.base", "llava.systems.registry"}
 BELOW = GROUND | {"llava.report", "llava.assets", "llava.abstention"}

@@ -9,6 +9,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
+from llava.interrupts import begin_work
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Starts processes as torchrun does, with its options; its messages start below a progress bar's line.
@@ -16,6 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status of the process that failed first, 128 and the signal's number after a signal, or 0.
     """
+    begin_work()
     _quiet_loggers()
     given = list(sys.argv[1:] if arguments is None else arguments)
     if "--standalone" in given:
