@@ -87,8 +87,7 @@ def dispatch(path: Sequence[str], verbs: Mapping[str, Verb], arguments: Sequence
         arguments: What is left of the command line.
     """
     if not arguments or arguments[0] in _HELP:
-        print(help_text(path, verbs))
-        return 0 if arguments else USAGE_ERROR
+        return run_cli(lambda: print(help_text(path, verbs))) or (0 if arguments else USAGE_ERROR)
     word, *rest = arguments
     verb = verbs.get(word)
     if verb is None:
@@ -115,8 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] == ["--version"]:
         from llava import __version__
 
-        print(f"{NAME} {__version__}")
-        return 0
+        return run_cli(lambda: print(f"{NAME} {__version__}"))
     return dispatch([NAME], VERBS, words)
 
 

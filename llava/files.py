@@ -217,6 +217,27 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path} is not JSON: {error}") from None
 
 
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the objects of a file that has one a line, each with file and line for messages; blank lines are passed.
+
+    Raises:
+        UserError: It cannot be read, see ``read_text``, or a line is no JSON object.
+    """
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except RecursionError:
+            raise DataError(f"{where}: this is no usable JSON: it is nested too deeply") from None
+        except ValueError as error:
+            raise DataError(f"{where}: this is not JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise DataError(f"{where}: this is no object")
+        yield where, value
+
+
 class JsonlLog:
     """A file of JSON objects, one a line, that only grows; what ``append`` was given is on disk when it returns.
 

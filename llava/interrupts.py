@@ -3,6 +3,8 @@
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -35,6 +37,20 @@ def begin_work() -> None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
     except ValueError:
         return
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Lets processes that are started inside the block, and all that they start, pass over Ctrl-C."""
+    try:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:  # only the main thread may say what a signal does, and it gets Ctrl-C
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def is_own_program(command_line: list[str]) -> bool:

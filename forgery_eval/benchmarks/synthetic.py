@@ -1,6 +1,5 @@
 """MMFR-Synthetic: the MMFR layout with a ``manifest.jsonl`` that knows how each image was made."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from forgery_eval.benchmarks import mmfr
 from forgery_eval.benchmarks.base import Sample
 from llava.errors import DataError
-from llava.files import file_errors
+from llava.files import read_jsonl
 
 MANIFEST = "manifest.jsonl"
 _FIELDS = ("generator", "split_role")
@@ -48,10 +47,7 @@ def _delivery_groups(steps: list[Any]) -> dict[str, str]:
 
 
 def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with file_errors(file, "read"), file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                entry = json.loads(line)
-                yield str(entry["image"]).removeprefix("evaluation_sets/"), entry
-            except (ValueError, KeyError, TypeError):
-                raise DataError(f"{file}, line {number}: this is no line of a manifest") from None
+    for where, entry in read_jsonl(file):
+        if not isinstance(entry.get("image"), str):
+            raise DataError(f"{where}: this is no line of a manifest")
+        yield entry["image"].removeprefix("evaluation_sets/"), entry

@@ -3,7 +3,6 @@
 Accuracies are balanced: the mean of that on reals and that on fakes.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +15,7 @@ from forgery_eval.answers import attribute_names
 from forgery_eval.pages.base import render
 from forgery_eval.store import Prediction, read_run
 from llava.errors import DataError
-from llava.files import file_errors
+from llava.files import read_jsonl
 from llava.labels import FAKE, LABELS, Label
 
 STRENGTH_EDGES = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -74,12 +73,9 @@ def read_rows(dataset: Path, results: Path) -> list[Row]:
 
 def _read_manifest(file: Path) -> list[dict[str, Any]]:
     """The evaluation images' lines."""
-    with file_errors(file, "read"):
-        lines = file.read_bytes().splitlines()
     try:
-        entries = [json.loads(line) for line in lines]
-        return [entry for entry in entries if entry["split"] == "evaluation"]
-    except (ValueError, KeyError, TypeError):
+        return [entry for _, entry in read_jsonl(file) if entry["split"] == "evaluation"]
+    except KeyError:
         raise DataError(f"{file} is no manifest of MMFR-Synthetic") from None
 
 
