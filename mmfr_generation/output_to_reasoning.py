@@ -23,6 +23,9 @@ from mmfr_generation.output_control import (
 )
 from mmfr_generation.prompts import TASKS, Task
 
+REJECTS = ".rejects.jsonl"
+"""Ending of the file of rejected answers, which can lie among the answers and is none."""
+
 
 @dataclass
 class Annotations:
@@ -47,7 +50,7 @@ def answer_files(paths: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(path.glob("*.jsonl"))
+            inside = sorted(file for file in path.glob("*.jsonl") if not file.name.endswith(REJECTS))
             if not inside:
                 raise MissingFileError(f"there is no .jsonl file in {path}; give the folder that batch_api.py wrote")
             files += inside
@@ -161,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.task == "reasoning" and options.label is None:
         parser.error("--task reasoning needs --label real or --label fake")
     result = collect(answer_files(options.input), options.task, options.label)
-    rejects = options.rejects or options.output.with_name(options.output.name + ".rejects.jsonl")
+    rejects = options.rejects or options.output.with_name(options.output.name + REJECTS)
     write_json(options.output, result.accepted)
     write_jsonl(rejects, result.rejected)
     print(report(result))

@@ -224,9 +224,9 @@ def test_training_is_cut_at_the_models_positions_and_shown_so(trained, folder, c
     path = written(folder, [row(), row("b.png", cot("real"))])
     assert train(options(folder / "run", model, path)) == 1
     said = capsys.readouterr().err
-    assert re.search(r"row 2: its verdict is token \d+, but all after 64 is cut off", said)
+    assert re.search(r"row 2: .*(first 64 tokens|after 64 is cut off)", said)
     assert show([str(path), "--model_name_or_path", str(model)]) == 0
-    assert re.search(r"problem: its verdict is token \d+, but all after 64 is cut off", capsys.readouterr().out)
+    assert re.search(r"problem: .*(first 64 tokens|after 64 is cut off)", capsys.readouterr().out)
 
 
 # --- contradictions
@@ -236,7 +236,7 @@ def test_training_is_cut_at_the_models_positions_and_shown_so(trained, folder, c
     ("rows", "said"),
     [
         ([row(), row("a.png", REAL)], ["row 1 and {path}, row 2: a.png is called real and fake"]),
-        ([row(), row("same.png", REAL)], ["same.png is called real and fake"]),
+        ([row(), row("same.png", REAL)], ["a.png, the same image as same.png, is called real and fake"]),
         ([row("0_real/a.png"), row("b.png", REAL)], ["0_real/a.png is called fake and lies in a folder of real"]),
         ([row("1_fake/a.png", REAL), row("b.png")], ["1_fake/a.png is called real and lies in a folder of fake"]),
         ([row(), row("a.png"), row("b.png", REAL), row("real/fake/a.png")], []),
@@ -271,7 +271,10 @@ def test_contradictions_stop_a_training_unless_allowed(trained, folder, capsys, 
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        (cot(caption="I'm sorry, but I can't assist with that."), "CAPTION must not be learnt: the annotator refused"),
+        (
+            cot(caption="I'm sorry, but I can't assist with that."),
+            "an answer must not be learnt: the annotator refused",
+        ),
         (cot(caption="Okay, let me look at it. A cat."), "CAPTION must not be learnt: it thinks aloud"),
         (cot(caption='{"caption": "A cat."}'), "CAPTION must not be learnt: it is JSON"),
         (cot(caption="An AI-generated image of a cat."), "CAPTION must not be learnt: a caption that says"),

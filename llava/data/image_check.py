@@ -16,6 +16,7 @@ from llava.cli import note
 from llava.errors import FileError, ImageReadError
 from llava.files import digest_file, encode_json
 from llava.images import load_image
+from llava.interrupts import COMMAND
 
 CACHE_VARIABLE = "FORGERY_CACHE"
 """Environment variable that names the folder of what is kept between runs."""
@@ -41,7 +42,7 @@ class OpenedImage:
 
 def cache_file(image_folder: Path | None) -> Path:
     """Returns where it is kept which images of a folder open."""
-    folder = os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "fakereasoning"
+    folder = os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / COMMAND
     name = hashlib.sha256(os.fsencode((image_folder or Path()).resolve())).hexdigest()[:16]
     return Path(folder) / "opened_images" / f"{name}.jsonl"
 

@@ -28,7 +28,7 @@ def files(tmp_path):
 
 @pytest.mark.parametrize("form", FORM_STAGES)
 def test_each_form_has_its_stages(form, files, tmp_path, capsys):
-    assert main([*files, "--form", form]) == 0
+    assert main([*files, "--form", form]) == (3 if form == "cot" else 0)
     records = json.loads((tmp_path / "out.json").read_text())
     images = ["s/1.png", "s/3.jpg"] if form == "cot" else ["s/1.png", "s/2.png", "s/3.jpg"]
     assert [record["image"] for record in records] == images
@@ -65,12 +65,12 @@ def test_what_cannot_be_used_is_dropped_with_its_reason(tmp_path, capsys):
     path = write(tmp_path / "r.json", reasoning)
     out = tmp_path / "o.json"
     assert (
-        main(["--reasoning", path, "--form", "reasoning", "--image_folder", str(tmp_path), "--output", str(out)]) == 0
+        main(["--reasoning", path, "--form", "reasoning", "--image_folder", str(tmp_path), "--output", str(out)]) == 3
     )
     assert [record["image"] for record in json.loads(out.read_text())] == ["good.png"]
     assert "dropped: 6 images" in capsys.readouterr().err
     verdict = ["--reasoning", path, "--form", "verdict", "--output", str(out)]
-    assert main(verdict) == 0
+    assert main(verdict) == 3
     assert [record["image"] for record in json.loads(out.read_text())] == [
         "no sentence.png",
         "alien.png",

@@ -1,11 +1,14 @@
 """Any tree or table becomes an evaluation set or a training file that the validator finds sound."""
 
+import errno
 import json
+import re
 
 import pytest
 
+from llava.errors import DataError, FileError
 from llava.systems.fakereasoning.answer import parse_answer
-from mmfr_generation import validate
+from mmfr_generation import from_folder, validate
 from mmfr_generation.from_folder import main
 from tests.mmfr_generation.annotation_helpers import noise_image
 
@@ -23,15 +26,18 @@ def names_in(folder):
 @pytest.mark.parametrize("way", ["copy", "hardlink", "symlink"])
 def test_a_tree_becomes_an_evaluation_set(way, make_images, tmp_path):
     root = make_images(TREE)
-    reasoning = {"photos/FAKE/c.png": {"Low Image Quality": "Soft."}, "real/a.jpg": {"High Image Quality": "Sharp."}}
+    reasoning = {
+        "photos/FAKE/c.png": {"Low Image Quality": "It is soft."},
+        "real/a.jpg": {"High Image Quality": "It is sharp."},
+    }
     (tmp_path / "r.json").write_text(json.dumps(reasoning))
     arguments = ["--input", str(root), "--to=eval", "--output", str(tmp_path / "sets"), "--set_name", "mine"]
     assert main([*arguments, "--reasoning", str(tmp_path / "r.json"), "--files", way]) == 0
     names = ["0_real/a.jpg", "0_real/deep__b.jpg", "1_fake/c.png", "1_fake/other__d.webp", "mine_reasoning.json"]
     assert names_in(tmp_path / "sets" / "mine") == names
     assert json.loads((tmp_path / "sets" / "mine" / "mine_reasoning.json").read_text()) == {
-        "mine/0_real/a.jpg": {"High Image Quality": "Sharp."},
-        "mine/1_fake/c.png": {"Low Image Quality": "Soft."},
+        "mine/0_real/a.jpg": {"High Image Quality": "It is sharp."},
+        "mine/1_fake/c.png": {"Low Image Quality": "It is soft."},
     }
     assert (tmp_path / "sets/mine/0_real/deep__b.jpg").read_bytes() == (root / "real/deep/b.jpg").read_bytes()
     assert (tmp_path / "sets/mine/1_fake/c.png").is_symlink() == (way == "symlink")
@@ -51,12 +57,12 @@ def test_a_tree_becomes_a_training_file(make_images, tmp_path):
     }
     assert validate.main([str(out), "--image-folder", str(root)]) == 0
     reasoning = {
-        "photos/FAKE/c.png": {"Low Image Quality": "Soft."},
+        "photos/FAKE/c.png": {"Low Image Quality": "It is soft."},
         "real/a.jpg": {"Low Image Quality": "wrong class"},
     }
     (tmp_path / "r.json").write_text(json.dumps(reasoning))
     (tmp_path / "c.json").write_text(json.dumps({"FAKE/c.png": "A car."}))
-    assert main([*common, "--reasoning", str(tmp_path / "r.json"), "--captions", str(tmp_path / "c.json")]) == 0
+    assert main([*common, "--reasoning", str(tmp_path / "r.json"), "--captions", str(tmp_path / "c.json")]) == 3
     assert verdicts(out) == {"FAKE/c.png": "fake"}
     stages = parse_answer(json.loads(out.read_text())[0]["conversations"][1]["value"]).stages
     assert stages["CAPTION"] == "A car."
@@ -127,7 +133,7 @@ def test_an_existing_set_and_equal_names_are_refused(make_images, tmp_path, run_
     [
         (["--input", "lost.csv"], "there is no file or folder lost.csv"),
         (["--input", "columns.csv"], "needs the column image"),
-        (["--input", "bytes.csv"], "is no text in UTF-8 or UTF-16"),
+        (["--input", "bytes.csv"], "is not text in UTF-8 or UTF-16"),
         (["--input", "empty"], "gives no usable image"),
         (["--input", "columns.csv", "--real-words", "fake"], "cannot mean both"),
     ],
@@ -140,3 +146,53 @@ def test_wrong_use_is_explained(arguments, told, tmp_path, run_script):
     assert done.returncode == 1
     assert told in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_reasoning_names_that_fit_no_image_are_said(make_images, tmp_path, capsys):
+    root = make_images(["real/a.png", "fake/b.png"])
+    common = ["--input", str(root), "--to", "train", "--output", str(tmp_path / "o.json"), "--form", "verdict"]
+    for names, option in ((["x/real/a.png", "fake/b.jpg"], "--reasoning"), (["a.png"], "--captions")):
+        entries = {
+            name: {"Low Image Quality": "It is soft."} if option == "--reasoning" else "A car." for name in names
+        }
+        (tmp_path / "e.json").write_text(json.dumps(entries))
+        with pytest.raises(DataError, match=f"none of the {len(names)} names in {option} fits an image, such as"):
+            main([*common, option, str(tmp_path / "e.json")])
+    (tmp_path / "e.json").write_text(json.dumps({"photos/real/a.png": "A car.", "lost.png": "A cat."}))
+    assert main([*common, "--captions", str(tmp_path / "e.json")]) == 0
+    assert "note: 1 of 2 names in --captions fit no image\n  lost.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("picture_id,label\n1,fake\n", "needs the column image"),
+        ("image,score\na.png,1\n", "needs the column label"),
+        ("image,label\na.png,maybe\n", "gives no usable image (the first that was left out: "),
+    ],
+)
+def test_a_table_that_cannot_be_used_says_why(table, said, make_images, tmp_path):
+    root = make_images(["a.png"])
+    (root / "t.csv").write_text(table)
+    with pytest.raises(DataError, match=re.escape(said)):
+        main(["--input", str(root / "t.csv"), "--to", "train", "--output", str(tmp_path / "o.json")])
+
+
+def test_a_full_disk_and_a_source_that_cannot_be_read_name_the_right_path(make_images, tmp_path, monkeypatch):
+    root = make_images(["real/a.png", "fake/b.png"])
+    common = ["--input", str(root), "--to", "eval", "--output", str(tmp_path / "sets")]
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device", str(source))
+
+    monkeypatch.setitem(from_folder.PLACING, "copy", full)
+    with pytest.raises(FileError, match=r"sets/photos cannot be written: the disk is full"):
+        main(common)
+
+    def gone(source, target):
+        source.unlink()
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(source))
+
+    monkeypatch.setitem(from_folder.PLACING, "copy", gone)
+    with pytest.raises(FileError, match=r"there is no file or folder .*real/a\.png|.*fake/b\.png"):
+        main(common)

@@ -120,15 +120,18 @@ def test_leakage_by_bytes_and_by_looks(check, make_images, tmp_path):
 
 
 def test_an_evaluation_set(tmp_path, capsys):
-    names = {"gen/0_real/1.jpg": {"High Image Quality": "a"}, "gen/1_fake/2.png": {"Low Image Quality": None}}
+    names = {
+        "gen/0_real/1.jpg": {"High Image Quality": "It is sharp."},
+        "gen/1_fake/2.png": {"Low Image Quality": None},
+    }
     folder = evaluation_set(tmp_path / "gen", [1], [2], names)
     assert main([str(folder)]) == 0
     assert "file type: 1" in capsys.readouterr().out
     bad = {
-        "gen/0_real/1.jpg": {"Low Image Quality": "a"},
-        "gen/1_fake/lost.png": {"Low Image Quality": "a"},
+        "gen/0_real/1.jpg": {"Low Image Quality": "It is soft."},
+        "gen/1_fake/lost.png": {"Low Image Quality": "It is soft."},
         "gen/1_fake/2.png": {"Low Image Quality": 5},
-        "x": {"Low Image Quality": "a", "Funny": "b"},
+        "x": {"Low Image Quality": "It is soft.", "Funny": "It is odd."},
     }
     evaluation_set(tmp_path / "gen", [1, 3], [2], bad)
     report = tmp_path / "r.json"
@@ -154,7 +157,7 @@ def test_an_evaluation_set(tmp_path, capsys):
 def test_a_reasoning_file(tmp_path, capsys, make_images):
     root = make_images(["1_fake/a.png"])
     path = tmp_path / "r.json"
-    path.write_text(json.dumps({"1_fake/a.png": {"Low Image Quality": "a"}}))
+    path.write_text(json.dumps({"1_fake/a.png": {"Low Image Quality": "It is soft."}}))
     assert main([str(path), "--image-folder", str(root)]) == 0
     assert main([str(path)]) == 1
     assert "1 images that are not there" in capsys.readouterr().out
