@@ -8,7 +8,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.cli import DefaultsHelpFormatter, OptionParser, format_list, log, positive_float, positive_int, run_cli
+from llava.cli import (
+    DefaultsHelpFormatter,
+    OptionParser,
+    format_list,
+    inform,
+    log,
+    positive_float,
+    positive_int,
+    run_cli,
+)
 from llava.files import exclusive_lock
 from mmfr_generation.api.answer_store import request_files
 from mmfr_generation.api.batch_jobs import BatchJobs
@@ -82,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "submit":
             waiting = jobs.submit()
             if waiting:
-                log(f"{waiting} files wait for earlier batches (--max-pending); watch or run submits them")
+                inform(f"{waiting} files wait for earlier batches (--max-pending); watch or run submits them")
         elif options.command == "watch":
             jobs.watch()
         else:

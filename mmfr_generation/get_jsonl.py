@@ -9,9 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tqdm import tqdm
-
-from llava.cli import DefaultsHelpFormatter, OptionParser, format_list, log, positive_float, positive_int, run_cli
+from llava.cli import (
+    DefaultsHelpFormatter,
+    OptionParser,
+    format_list,
+    log,
+    positive_float,
+    positive_int,
+    progress,
+    run_cli,
+)
 from llava.errors import DataError, ImageReadError, OptionError
 from llava.files import atomic_file, exclusive_lock
 from llava.labels import LABELS
@@ -141,7 +148,7 @@ def _images(
     paths = list(list_images(image_folder))
     if not paths:
         raise DataError(f"there is no image in {image_folder}")
-    for path in tqdm(paths, desc="images", unit="", delay=2):
+    for path in progress(paths, desc="images", unit="", delay=2):
         custom_id = (PurePosixPath(set_name) / path).as_posix()
         if custom_id in there:
             outcome.kept += 1

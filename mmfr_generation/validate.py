@@ -8,9 +8,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from llava.cli import DefaultsHelpFormatter, OptionParser, run_cli
+from llava.cli import DefaultsHelpFormatter, OptionParser, progress, run_cli
 from llava.errors import DataError, FileError, MissingFileError
 from llava.files import digest_file, file_errors, read_json, write_json
 from llava.images import load_image
@@ -240,7 +239,7 @@ def _read_images(names: Iterable[str], image_folder: Path, findings: Findings) -
     """Opens each image once and yields those that open."""
     seen: set[str] = set()
     bytes_seen: dict[str, str] = {}
-    for name in tqdm(list(names), desc=f"images in {image_folder}", unit="", delay=2):
+    for name in progress(list(names), desc=f"images in {image_folder}", unit="", delay=2):
         if name in seen:
             findings.add("duplicate", f"{name} occurs more than once")
             continue
@@ -286,7 +285,7 @@ def check_leakage(images: Sequence[SetImage], others: Sequence[SetImage], distan
 def _near(images: Sequence[SetImage], others: Sequence[SetImage], distance: int) -> Iterator[tuple[int, int]]:
     """Yields the indices of all pairs whose hashes differ in at most ``distance`` bits."""
     hashes = np.array([other.hash for other in others], dtype=np.uint64)
-    for index, image in enumerate(tqdm(images, desc="comparing", unit=" images", delay=2)):
+    for index, image in enumerate(progress(images, desc="comparing", unit=" images", delay=2)):
         if image.hash is not None and len(hashes):
             for match in np.flatnonzero(hamming_distances(image.hash, hashes) <= distance):
                 yield index, int(match)

@@ -7,9 +7,9 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from llava.cli import progress
 from llava.constants import IGNORE_INDEX
 from llava.conversation import Conversation
 from llava.data.prompting import (
@@ -74,7 +74,7 @@ def check_records(
     if drop_invalid or not problems:
         readable = [record for record in records if record.origin not in problems]
         found = zip(readable, tokenize_records(readable, tokenizer, template), strict=True)
-        for record, tokenized in tqdm(found, "checking", total=len(readable), unit=" records", leave=False):
+        for record, tokenized in progress(found, desc="checking", total=len(readable), unit=" records", leave=False):
             problem = find_problem(record, tokenized, answer_format, verdict, max_length, placeholder_tokens)
             if problem:
                 problems[record.origin] = problem

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import openai
-from tqdm import tqdm
 
-from llava.cli import log
+from llava.cli import log, progress
 from llava.errors import DataError
 from llava.files import atomic_file, atomic_write, digest_file, file_errors, read_json, write_json
 from mmfr_generation.api.answer_store import AnswerStore
@@ -163,7 +162,7 @@ class BatchJobs(AnswerStore):
         """
         total = sum(self.state[path.name].requests for path in self.files)
         failures = 0
-        with tqdm(total=total, desc="answers", unit="") as bar:
+        with progress(total=total, desc="answers", unit="") as bar:
             while True:
                 try:
                     self.refresh()
@@ -349,7 +348,7 @@ class BatchJobs(AnswerStore):
             for name, entry in read_json(self._state_path)["files"].items():
                 attempts = [Attempt(**attempt) for attempt in entry["attempts"]]
                 state[name] = RequestFile(entry["sha256"], entry["stamp"], entry["requests"], attempts)
-        for path in tqdm(self.files, desc="checking request files", unit="", delay=2, leave=False):
+        for path in progress(self.files, desc="checking request files", unit="", delay=2, leave=False):
             entry = state.get(path.name)
             stamp = [path.stat().st_size, path.stat().st_mtime_ns]
             if entry is None:

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from llava.cli import progress
 from llava.errors import DataError, OptionError, UserError
 from llava.files import atomic_write, file_errors, read_json, write_json, write_jsonl
 from llava.labels import FAKE, REAL
@@ -142,7 +142,7 @@ def write_dataset(run: Job, out: Path, workers: int) -> None:
         _reserve(run, out)
         keys, known = run.keys(), _known(run, out)
         pending = [shard for shard in _shards(keys) if not all(_complete(known.get(key), out) for key in shard[1])]
-        with tqdm(total=len(keys), unit="image", smoothing=0.05) as bar:
+        with progress(total=len(keys), unit="image", smoothing=0.05) as bar:
             bar.update(len(keys) - sum(len(part) for _, part in pending))
             for count in _render(run, pending, out, workers):
                 bar.update(count)
