@@ -17,7 +17,7 @@ from forgery_eval.perturbations import Perturbation, keep_images
 from forgery_eval.runner import fill_store, image_source
 from forgery_eval.store import Prediction, Run, RunStore, read_run
 from llava.abstention import LIGHT_DELIVERIES
-from llava.cli import log
+from llava.cli import inform, note
 from llava.errors import DataError, MissingFileError
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Conditions:
             run = replace(run, settings={**run.settings, "perturbation": [perturbation.name, steps]})
             folder = _folder(self.folder, perturbation)
             change = perturbation if images is None else keep_images(perturbation, images / perturbation.folder)
-            log(f"perturbed: {perturbation.name}")
+            inform(f"perturbed: {perturbation.name}")
         with closing(RunStore(folder, run, [sample.id for sample in self.samples])) as store:
             fill_store(self.detector, self.samples, self.options, store, oriented=self.oriented, change=change)
         _, found = read_run(store.path)
@@ -146,7 +146,7 @@ def read_evidence(
     delivered = [_read(clean, step, samples, answer_format)[1] for step in _STABILITY[: plan.deliveries]]
     features = stored_features(clean, ids) if plan.features else None
     if plan.features and features is None:
-        log("note: no features of these images lie beside the predictions; only the band of scores is used")
+        note("no features of these images lie beside the predictions; only the band of scores is used")
     perturbed = {}
     for cell in plan.perturbations:
         path, predictions = _read(clean, cell, samples, answer_format)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
-from tqdm import tqdm
 
 from forgery_eval.benchmarks import Sample
+from llava.cli import progress
 from llava.errors import FileError
 from llava.files import atomic_write, digest_json, file_errors
 
@@ -67,7 +67,7 @@ def compute_features(
     if found is not None:
         return found
     rows = list(
-        tqdm(detector.features_many(map(image_of, samples)), total=len(samples), unit=" images", desc="features")
+        progress(detector.features_many(map(image_of, samples)), total=len(samples), unit=" images", desc="features")
     )
     width = next((len(row) for row in rows if row is not None), 0)
     features = np.array([np.full(width, np.nan) if row is None else row for row in rows], np.float32)

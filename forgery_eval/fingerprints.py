@@ -5,8 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from llava.cli import progress
 from llava.files import digest_files, digest_json, read_json
 
 _CONFIGS = ("config.json", "adapter_config.json")
@@ -41,7 +40,7 @@ def images_digest(ids: Sequence[str], images: Sequence[Path]) -> str:
 
 
 def _progress(files: Sequence[Path], title: str) -> Iterator[str]:
-    return iter(tqdm(digest_files(files), desc=title, total=len(files), unit=" files", leave=False))
+    return iter(progress(digest_files(files), desc=title, total=len(files), unit=" files", leave=False))
 
 
 def weight_locations(checkpoint: Path, given: Iterable[str | None] = ()) -> list[str | None]:

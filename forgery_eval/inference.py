@@ -30,7 +30,7 @@ from forgery_eval.pages.overlay import draw_overlay
 from forgery_eval.runner import Batch, analyze_batches
 from forgery_eval.store import AnswersFile
 from llava.abstention import CALIBRATION
-from llava.cli import SOME_FAILED, OptionParser, log, run_cli, set_quiet
+from llava.cli import SOME_FAILED, OptionParser, inform, is_verbose, log, progress, run_cli
 from llava.errors import DataError, FileError, ImageReadError, OptionError
 from llava.files import atomic_file, digest_file, file_errors
 from llava.images import describe_passed_over, list_images, load_image
@@ -63,12 +63,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="images, folders (with subfolders), patterns such as 'a/*.png', .txt lists or tables; - is standard input",
     )
     images.add_argument("--json", type=Path, metavar="OUT.jsonl", help="write one line an image; run again to resume")
-    images.add_argument("-v", "--verbose", action="store_true", help="print every part of each report")
     images.add_argument("--sort", choices=("score",), help="print a short table, the most likely fakes first")
     images.add_argument(
         "--csv", type=Path, metavar="OUT.csv", help="write a row an image: image, verdict, score, error"
     )
-    images.add_argument("--quiet", action="store_true", help="print results and errors only")
     images.add_argument("--attention-map", type=Path, metavar="FOLDER", help="draw where the model looked")
     images.add_argument(
         "--calibration",
@@ -80,7 +78,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add_batch_size(images)
     add_model_options(parser)
     parsed = parse_with_system(parser, arguments)
-    set_quiet(parsed.quiet)
     finder = NameFinder(Path())
     parsed.img_path = [path for word in parsed.img_path for path in _paths(word, finder)]
     finder.report("--img_path")
@@ -128,8 +125,8 @@ def main(arguments: argparse.Namespace) -> int:
         }
         with closing(AnswersFile(arguments.json, settings)) as answers:
             failed = _Inference(arguments, options, answers).run(total)
-    if passed_over and not arguments.quiet:
-        log(describe_passed_over(passed_over))
+    if passed_over:
+        inform(describe_passed_over(passed_over))
     if failed:
         log(f"{failed} images could not be analysed; they are named above")
     return SOME_FAILED if failed else 0
@@ -171,7 +168,7 @@ class _Inference:
         self._failed = 0
         self._short = False
         self._rows: list[tuple[float, str]] = []
-        self._left_out = () if arguments.verbose else AnswerKind.of(arguments.options_of).constant_stages
+        self._left_out = () if is_verbose() else AnswerKind.of(arguments.options_of).constant_stages
         self._table = _Table(arguments.csv, answers)
 
     def run(self, total: int) -> int:
@@ -179,14 +176,13 @@ class _Inference:
         detector = open_detector(
             self._arguments, calibration=self._arguments.calibration, abstain=not self._arguments.no_abstain
         )
-        self._short = self._arguments.sort is not None or (total > _MANY and not self._arguments.verbose)
+        self._short = self._arguments.sort is not None or (total > _MANY and not is_verbose())
         done = len(self._answers.done) if self._answers else 0
         batches = analyze_batches(detector, self._remaining(), _source, self._options, self._arguments.batch_size)
-        quiet = self._arguments.quiet
-        with self._table, tqdm(total=total, initial=done, unit=" images", disable=quiet) as progress:
+        with self._table, progress(total=total, initial=done, unit=" images") as bar:
             for batch in batches:
                 self._finish(batch)
-                progress.update(len(batch.items))
+                bar.update(len(batch.items))
         for _, row in sorted(self._rows):
             print(row)
         return self._failed
@@ -227,7 +223,7 @@ class _Inference:
 
     def _fail(self, complaint: str) -> None:
         self._failed += 1
-        tqdm.write(complaint, file=sys.stderr)
+        log(complaint)
 
 
 def _source(file: Path) -> Any:

@@ -8,11 +8,10 @@ from itertools import islice
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from PIL import Image
-from tqdm import tqdm
 
 from forgery_eval.benchmarks import Sample
 from forgery_eval.store import Prediction, RunStore
-from llava.cli import log
+from llava.cli import log, progress
 from llava.errors import ImageReadError
 from llava.images import load_image
 
@@ -98,18 +97,17 @@ def fill_store(
     rest = samples[store.done :]
     image_of = image_source(oriented, change)
 
-    with tqdm(total=len(samples), initial=store.done, unit=" images") as progress:
+    with progress(total=len(samples), initial=store.done, unit=" images") as bar:
         for batch in analyze_batches(detector, rest, image_of, options, store.batch_size):
             pairs = list(zip(batch.items, batch.reports, strict=True))
             for _, report in pairs:
                 if report.error:
-                    with progress.external_write_mode():
-                        log(f"cannot analyse {report.error}")
+                    log(f"cannot analyse {report.error}")
             store.write(
                 [Prediction.from_report(s.id, s.label, report, batch.seconds) for s, report in pairs],
                 {sample.id: report.mask for sample, report in pairs if report.mask is not None},
             )
-            progress.update(len(pairs))
+            bar.update(len(pairs))
 
 
 def image_source(

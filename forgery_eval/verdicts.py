@@ -13,7 +13,7 @@ from forgery_eval.metrics.calibration import is_for_fitting
 from forgery_eval.metrics.scoring import Scored
 from forgery_eval.store import Prediction
 from llava.abstention import AbstentionRule
-from llava.cli import log
+from llava.cli import note
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,12 @@ class Judgement:
         """Says what a fitted rule cannot do."""
         if rule.low is None or rule.high is None:
             missing = " and ".join(name for name, bound in (("real", rule.low), ("fake", rule.high)) if bound is None)
-            log(
-                f"note: on these calibration data no verdict {missing} can be given with an error of at most "
+            note(
+                f"on these calibration data no verdict {missing} can be given with an error of at most "
                 f"{fit.level:g}: calibrate on more images or permit more (--error-level), or --no-abstain"
             )
         if self.evidence.features is not None and rule.known is None:
-            log("note: too few calibration images to say which images are known; only the band of scores is used")
+            note("too few calibration images to say which images are known; only the band of scores is used")
 
     def measured(self, rows: Sequence[Scored], indices: Sequence[int]) -> dict[str, Any]:
         """Measures the verdicts that the rule gives on some of the images.

@@ -1,5 +1,6 @@
 """Tells AI-generated and manipulated images from real ones, and says why."""
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from llava.interrupts import leave_at_once
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from llava.report import ForgeryReport
 
     __version__: str
+
+# It warns, as soon as peft imports it, of a kernel that nobody asked for; --verbose shows it.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __all__ = ["ForgeryDetector", "ForgeryReport", "__version__", "load_pretrained_model"]
 DISTRIBUTION = "fakereasoning"

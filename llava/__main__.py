@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from llava.cli import log, run_cli
+from llava.cli import log, quiet_libraries, run_cli, set_messages
 from llava.errors import OptionError
 from llava.systems.base import resolve
 
@@ -104,7 +104,9 @@ def dispatch(path: Sequence[str], verbs: Mapping[str, Verb], arguments: Sequence
     except OptionError as error:
         log(f"error: {error}")
         return USAGE_ERROR
-    command = resolve(verb.command)
+    set_messages(verbose=bool({"-v", "--verbose"} & set(adapted)))
+    with quiet_libraries():
+        command = resolve(verb.command)
     return run_cli(lambda: command(adapted))
 
 

@@ -4,16 +4,22 @@ import argparse
 import dataclasses
 import difflib
 import io
+import logging
 import os
 import sys
 import types
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from tqdm import tqdm
 
 from llava.errors import UserError
 from llava.interrupts import INTERRUPTED, begin_work, leave_at_once
 
 Options = TypeVar("Options")
+Item = TypeVar("Item")
 
 ALL_DONE, NOTHING_DONE, WRONG_USAGE, SOME_FAILED = 0, 1, 2, 3
 EXIT_STATUSES = {
@@ -33,17 +39,32 @@ _NO_MEMORY = (
 
 
 class OptionParser(argparse.ArgumentParser):
-    """A parser whose long options answer to ``-`` and ``_`` alike, and which says in one line what is wrong."""
+    """A parser whose long options answer to ``-`` and ``_`` alike, and which says in one line what is wrong.
+
+    Every command has ``--quiet`` and ``--verbose``, which hold from when its options are read.
+    """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **settings})
+        if self.add_help:
+            # Without a default, so that a command below another one does not undo what stood before it.
+            how_much: dict[str, Any] = {"action": "store_true", "default": argparse.SUPPRESS}
+            messages = self.add_mutually_exclusive_group()
+            messages.add_argument("--quiet", help="print results and errors only", **how_much)
+            messages.add_argument(
+                "-v", "--verbose", help="print every part of each report, and what libraries say", **how_much
+            )
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parses arguments after giving every long option the spelling that it was declared with."""
         given = list(sys.argv[1:] if args is None else args)
         end = given.index("--") if "--" in given else len(given)
         declared = {_folded(option): option for option in self._option_string_actions if option.startswith("--")}
-        return super().parse_known_args([_respelled(word, declared) for word in given[:end]] + given[end:], namespace)
+        words = [_respelled(word, declared) for word in given[:end]] + given[end:]
+        parsed, unknown = super().parse_known_args(words, namespace)
+        if self.add_help:
+            set_messages(quiet="quiet" in parsed, verbose="verbose" in parsed)
+        return parsed, unknown
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parses arguments; an unknown option is answered with the nearest known one."""
@@ -162,25 +183,45 @@ def share(text: str) -> float:
 # --- messages and ends
 
 
-def log(text: str) -> None:
-    """Writes a remark for the user to standard error."""
-    print(text, file=sys.stderr, flush=True)
-
-
 _quiet = False
+_verbose = False
 _said: set[str] = set()
 
 
-def set_quiet(quiet: bool) -> None:
-    """Says whether notes are kept from the user; errors never are."""
-    global _quiet
-    _quiet = quiet
+def set_messages(*, quiet: bool = False, verbose: bool = False) -> None:
+    """Says whether remarks and progress are kept from the user, and whether libraries' messages are shown."""
+    global _quiet, _verbose
+    _quiet, _verbose = quiet, verbose
+    if verbose:
+        warnings.simplefilter("default")
+        logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)
+
+
+def is_quiet() -> bool:
+    """Whether only results and errors are wanted."""
+    return _quiet
+
+
+def is_verbose() -> bool:
+    """Whether all is wanted that can be said."""
+    return _verbose
+
+
+def log(text: str) -> None:
+    """Writes what went wrong to standard error, above any progress bar."""
+    tqdm.write(text, file=sys.stderr)
+    sys.stderr.flush()
+
+
+def inform(text: str) -> None:
+    """Writes a remark to standard error, unless remarks are not wanted."""
+    if not _quiet:
+        log(text)
 
 
 def note(text: str) -> None:
-    """Writes a note for the user to standard error, unless notes are not wanted."""
-    if not _quiet:
-        log(f"note: {text}")
+    """Writes a note to standard error, unless remarks are not wanted."""
+    inform(f"note: {text}")
 
 
 def note_once(text: str) -> None:
@@ -188,6 +229,46 @@ def note_once(text: str) -> None:
     if text not in _said:
         _said.add(text)
         note(text)
+
+
+def progress(items: Iterable[Item] | None = None, **settings: Any) -> "tqdm[Item]":
+    """Returns a progress bar on standard error; none is drawn if it is no terminal or remarks are not wanted.
+
+    Args:
+        items: What is gone through.
+        **settings: Of ``tqdm``.
+    """
+    return tqdm(items, **{**settings, "disable": True if _quiet or settings.get("disable") else None})
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keeps libraries' remarks, warnings and progress bars from the user, unless all is wanted; errors are shown."""
+    if _verbose:
+        yield
+        return
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with warnings.catch_warnings(), without_bars():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keeps the progress bars of transformers from the user, unless all is wanted."""
+    libraries: Any = sys.modules.get("transformers.utils.logging")
+    hides = not _verbose and libraries is not None and libraries.is_progress_bar_enabled()
+    if hides:
+        libraries.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hides:
+            libraries.enable_progress_bar()
 
 
 def format_list(names: Sequence[str], limit: int = 20) -> str:
@@ -210,10 +291,22 @@ def run_cli(command: Callable[[], int | None]) -> int:
 
     A ``UserError`` ends in one line; any other exception is a bug and keeps its traceback.
 
+    Python warnings, which are for programmers, are shown only with ``--verbose``.
+
     Returns:
         What the command returned (None counts as 0), 1 after a ``UserError``, 130 after Ctrl-C.
     """
     begin_work()
+    with warnings.catch_warnings():
+        if not (_verbose or sys.warnoptions):
+            warnings.simplefilter("ignore")
+        try:
+            return _run(command)
+        finally:
+            set_messages()
+
+
+def _run(command: Callable[[], int | None]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal's encoding cannot show
     try:

@@ -1,13 +1,10 @@
 """ForgeryDetector: images in, ForgeryReports out, batched; the one way that inference, evaluation and servers use."""
 
-import logging
 import math
 import os
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -17,7 +14,7 @@ import numpy as np
 
 from llava.abstention import LIGHT_DELIVERIES, AbstentionRule, Decision
 from llava.assets import demo_model_folder
-from llava.cli import note_once
+from llava.cli import note_once, quiet_libraries
 from llava.errors import CheckpointError, DataError, OptionError, UserError
 from llava.report import SCORE_KIND, ForgeryReport
 from llava.sources import load_source
@@ -46,23 +43,6 @@ class _Prepared:
 
     image: Any
     delivered: tuple[Any, ...] = ()
-
-
-@contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Keeps libraries' remarks and progress bars from the user while a model is opened; their errors are shown."""
-    before = logging.root.manager.disable
-    logging.disable(max(before, logging.WARNING))
-    libraries: Any = sys.modules.get("transformers.utils.logging")
-    shows_bars = libraries is not None and libraries.is_progress_bar_enabled()
-    if shows_bars:
-        libraries.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.disable(before)
-        if shows_bars:
-            libraries.enable_progress_bar()
 
 
 class ForgeryDetector:
@@ -106,10 +86,10 @@ class ForgeryDetector:
         if path is None:
             raise CheckpointError(NO_MODEL)
         files = registry.read_files(path, options.get("model_base"))
-        with _quiet_libraries():
+        with quiet_libraries():
             found: type[System] = resolve(registry.find(files, system).system)
         rule = _read_rule(files.folder, calibration) if abstain else None
-        with _quiet_libraries():  # again, for the libraries that were imported
+        with quiet_libraries():  # again, for the libraries that were imported
             return cls(found.load(str(files.folder), **options), rule)
 
     @property

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava.cli import OptionParser, log, run_cli
+from llava.cli import OptionParser, note, run_cli
 
 if TYPE_CHECKING:
     import torch
@@ -108,8 +108,8 @@ def _say_what_is_lost(model: "LlavaLlamaForCausalLM", checkpoint: "Checkpoint", 
     paths = sorted({name.split(".lora_")[0].removeprefix(LORA_PREFIX) for name in adapter if ".lora_" in name})
     after = {f"{path}.weight": model.get_submodule(path).weight.detach() for path in paths}
     lost = measure_lost(checkpoint.tensors, {name: t for name, t in after.items() if name in checkpoint.tensors}, dtype)
-    log(
-        f"note: {str(dtype).removeprefix('torch.')} loses {lost.share:.1%} of the adapter's update, and "
+    note(
+        f"{str(dtype).removeprefix('torch.')} loses {lost.share:.1%} of the adapter's update, and "
         f"{lost.unmoved:.1%} of the weights that it changes do not move; --dtype float32 loses nothing"
     )
 

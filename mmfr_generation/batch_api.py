@@ -13,6 +13,7 @@ from llava.cli import (
     OptionParser,
     exit_status,
     format_list,
+    inform,
     log,
     positive_float,
     positive_int,
@@ -92,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "submit":
             waiting = jobs.submit()
             if waiting:
-                log(f"{waiting} files wait for earlier batches (--max-pending); watch or run submits them")
+                inform(f"{waiting} files wait for earlier batches (--max-pending); watch or run submits them")
         elif options.command == "watch":
             jobs.watch()
         else:

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tqdm import tqdm
-
-from llava.cli import DefaultsHelpFormatter, OptionParser, exit_status, format_list, log, run_cli
+from llava.cli import DefaultsHelpFormatter, OptionParser, exit_status, format_list, inform, log, progress, run_cli
 from llava.errors import DataError, FileError, ImageReadError, OptionError
 from llava.files import file_errors, write_json
 from llava.images import load_image
@@ -118,7 +116,7 @@ def usable(images: Iterator[LabelledImage], root: Path, left_out: list[str]) -> 
     """Returns the images that open, each once; notes the others."""
     seen: dict[str, Label] = {}
     kept = []
-    for image in tqdm(images, desc="images", unit="", delay=2):
+    for image in progress(images, desc="images", unit="", delay=2):
         if image.path in seen:
             left_out.append(f"{image.path}: it is listed more than once")
             continue
@@ -195,7 +193,7 @@ def write_evaluation_set(
             shutil.rmtree(unfinished)
         for sub in SET_FOLDERS.values():
             (unfinished / sub).mkdir(parents=True)
-        for target, image in tqdm(targets.items(), desc="writing", unit=" images", delay=2):
+        for target, image in progress(targets.items(), desc="writing", unit=" images", delay=2):
             _place(place, root / image.path, unfinished / target)
             entry = find_entry(reasoning, image.path, root, set_name)
             if entry is not None:
@@ -318,7 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         form: Form = options.form or ("verdict" if not reasoning else "cot" if captioned else "reasoning")
         records, dropped = training_records(images, root, set_name, reasoning, captions, form)
         write_training_file(options.output, records, dropped)
-        log(f"form: {form}; train with the image folder {root}")
+        inform(f"form: {form}; train with the image folder {root}")
     return exit_status(done=len(images), left_out=len(left_out) + len(dropped))
 
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tqdm import tqdm
-
 from llava.cli import (
     DefaultsHelpFormatter,
     OptionParser,
@@ -20,6 +18,7 @@ from llava.cli import (
     log,
     positive_float,
     positive_int,
+    progress,
     run_cli,
 )
 from llava.errors import DataError, ImageReadError, OptionError
@@ -180,7 +179,7 @@ def _images(image_folder: Path, set_name: str, outcome: Outcome) -> Iterator[tup
     paths = list(list_images(image_folder))
     if not paths:
         raise DataError(f"there is no image in {image_folder}")
-    for path in tqdm(paths, desc="images", unit="", delay=2):
+    for path in progress(paths, desc="images", unit="", delay=2):
         name = (PurePosixPath(set_name) / path).as_posix()
         try:
             name.encode()

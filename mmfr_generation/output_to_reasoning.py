@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from llava.cli import DefaultsHelpFormatter, OptionParser, exit_status, log, run_cli
+from llava.cli import DefaultsHelpFormatter, OptionParser, exit_status, inform, progress, run_cli
 from llava.errors import MissingFileError
 from llava.files import write_json, write_jsonl
 from llava.labels import LABELS, Label
@@ -111,7 +109,7 @@ def collect(files: Sequence[Path], task: Task, label: Label | None) -> Annotatio
 
 
 def _answers(file: Path) -> Iterator[tuple[str, Answer | None]]:
-    for number, line in tqdm(read_lines(file), desc=file.name, unit=" answers", leave=False, delay=2):
+    for number, line in progress(read_lines(file), desc=file.name, unit=" answers", leave=False, delay=2):
         yield f"{file.name}, line {number}", None if line is None else read_answer(line)
 
 
@@ -168,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_json(options.output, result.accepted)
     write_jsonl(rejects, result.rejected)
     print(report(result))
-    log(f"written: {options.output} and {rejects}")
+    inform(f"written: {options.output} and {rejects}")
     return exit_status(done=len(result.accepted), left_out=len(result.rejected))
 
 

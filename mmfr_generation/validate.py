@@ -9,9 +9,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from llava.cli import DefaultsHelpFormatter, OptionParser, run_cli
+from llava.cli import DefaultsHelpFormatter, OptionParser, progress, run_cli
 from llava.data.records import Record, read_records
 from llava.data.summary import find_contradictions
 from llava.errors import DataError, FileError, MissingFileError
@@ -233,7 +232,7 @@ def _read_images(names: Iterable[str], image_folder: Path, findings: Findings) -
     seen: set[str] = set()
     bytes_seen: dict[str, str] = {}
     finder = NameFinder(image_folder)
-    for name in tqdm(list(names), desc=f"images in {image_folder}", unit="", delay=2):
+    for name in progress(list(names), desc=f"images in {image_folder}", unit="", delay=2):
         if name in seen:
             findings.add("duplicate", f"{name} occurs more than once")
             continue
@@ -281,7 +280,7 @@ def _near(images: Sequence[SetImage], others: Sequence[SetImage], distance: int)
     kind, some unlike ones have near hashes.
     """
     hashes = np.array([other.hash for other in others], dtype=np.uint64)
-    for index, image in enumerate(tqdm(images, desc="comparing", unit=" images", delay=2)):
+    for index, image in enumerate(progress(images, desc="comparing", unit=" images", delay=2)):
         if image.hash is not None and len(hashes):
             for match in map(int, np.flatnonzero(hamming_distances(image.hash, hashes) <= distance)):
                 if float(image.thumb @ others[match].thumb) >= _ALIKE:

@@ -468,10 +468,10 @@ def test_libraries_say_nothing_while_a_model_is_opened():
 
     from transformers.utils import logging as libraries
 
-    from llava.detector import _quiet_libraries
+    from llava.cli import quiet_libraries
 
     before = logging.root.manager.disable
-    with _quiet_libraries():
+    with quiet_libraries():
         assert not logging.getLogger("bitsandbytes").isEnabledFor(logging.WARNING)
         assert logging.getLogger("bitsandbytes").isEnabledFor(logging.ERROR)
         assert not libraries.is_progress_bar_enabled()

@@ -6,7 +6,6 @@ Exit status: 0 all images were analysed, 1 nothing could be done, 3 some images 
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from forgery_eval.demo.page import Shown, Truth, demo_page
 from forgery_eval.inference import describe
 from llava.assets import SAMPLES
-from llava.cli import SOME_FAILED, OptionParser, run_cli
+from llava.cli import SOME_FAILED, OptionParser, log, progress, run_cli
 from llava.files import atomic_write, read_json
 from llava.images import list_images
 
@@ -59,12 +58,10 @@ def analyze_shown(detector: "ForgeryDetector", images: Sequence[tuple[Path, Trut
     """Analyses the images and prints each report as it comes."""
     shown = []
     reports = detector.analyze_many([file for file, _ in images], attention=True)
-    for (file, truth), report in zip(
-        images, tqdm(reports, total=len(images), unit=" images", disable=None), strict=True
-    ):
+    for (file, truth), report in zip(images, progress(reports, total=len(images), unit=" images"), strict=True):
         shown.append(Shown(file, report, truth))
         if report.error:
-            tqdm.write(f"cannot analyse {report.error}", file=sys.stderr)
+            log(f"cannot analyse {report.error}")
         else:
             text = describe(Path(file.name), report)
             tqdm.write(f"{text}  truth       {truth.in_words}\n" if truth else text)

@@ -9,9 +9,9 @@ from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from llava.cli import progress
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import Conversation
 from llava.data.image_check import open_images
@@ -113,7 +113,7 @@ def check_records(
     problems |= {origin: Problem("missing image", text) for origin, text in missing.items()}
     readable = [record for record in records if record.origin not in problems]
     found = zip(readable, tokenize_records(readable, tokenizer, template), strict=True)
-    for record, tokenized in tqdm(found, "checking", total=len(readable), unit=" records", leave=False):
+    for record, tokenized in progress(found, desc="checking", total=len(readable), unit=" records", leave=False):
         problem = find_problem(record, tokenized, answer_format, verdict, max_length, placeholder_tokens)
         if problem:
             problems[record.origin] = problem

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
-from tqdm import tqdm
 
-from llava.cli import note
+from llava.cli import note, progress
 from llava.errors import FileError, ImageReadError
 from llava.files import digest_file, encode_json
 from llava.images import load_image
@@ -73,7 +72,7 @@ def open_images(paths: Sequence[Path], kept: Path, workers: int | None = None) -
         rest = [path for path in wanted if path not in found]
         with (
             ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as threads,
-            tqdm(total=len(rest), desc="opening images", unit=" images", delay=1, leave=False) as bar,
+            progress(total=len(rest), desc="opening images", unit=" images", delay=1, leave=False) as bar,
         ):
             for start in range(0, len(rest), _AT_ONCE):
                 part = rest[start : start + _AT_ONCE]

@@ -11,10 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from llava.cli import OptionParser, run_cli
+from llava.cli import OptionParser, progress, run_cli
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import conv_templates
 from llava.data.checks import tokenize_records
@@ -133,7 +132,7 @@ def run(arguments: argparse.Namespace) -> None:
     records = read_records(arguments.files)
     texts = [turn["value"].replace(DEFAULT_IMAGE_TOKEN, "") for record in records for turn in record.turns]
     with atomic_folder(arguments.output_dir) as partial:
-        tokenizer = train_tokenizer(tqdm(texts, "reading", unit=" turns", leave=False), arguments.vocab_size)
+        tokenizer = train_tokenizer(progress(texts, desc="reading", unit=" turns", leave=False), arguments.vocab_size)
         tokenizer.save_pretrained(partial)
     counts = measure(records[:_CHECKED_RECORDS], tokenizer)
     print(

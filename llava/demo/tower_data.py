@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from llava.cli import progress
 from llava.data.records import read_records
 from llava.errors import DataError
 from llava.images import load_image
@@ -94,7 +94,7 @@ def read_pixels(images: Sequence[Path], config: LlavaConfig, workers: int) -> Te
         levels[index] = pixels.round().clamp(0, 255).to(torch.uint8)
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        for _ in tqdm(pool.map(read, range(len(images))), total=len(images), desc="reading", unit="image"):
+        for _ in progress(pool.map(read, range(len(images))), total=len(images), desc="reading", unit="image"):
             pass
     return levels
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from llava.cli import progress
 from llava.demo.outliers import choose_outliers, make_outliers
 from llava.demo.residual_encoder import ResidualVisionTower
 from llava.demo.tower_data import Data, shared_pixels
@@ -139,19 +139,19 @@ class Training:
     def run(self, save_to: Path) -> None:
         """Trains to the end, and saves itself every ``save_minutes``."""
         saved, losses = time.monotonic(), dict.fromkeys(self.towers, 0.0)
-        progress = tqdm(total=self.total_steps, initial=self.step, desc="training", unit="step")
+        bar = progress(total=self.total_steps, initial=self.step, desc="training", unit="step")
         self.modules.train()
         for index in self._batches():
             for name, loss in self._train_step(index).items():
                 losses[name] += (loss - losses[name]) * max(0.02, 1 / (self.step + 1))
             self.step += 1
-            progress.update()
+            bar.update()
             if self.step % _LOG_EVERY == 0:
-                progress.set_postfix({name: f"{loss:.4f}" for name, loss in losses.items()})
+                bar.set_postfix({name: f"{loss:.4f}" for name, loss in losses.items()})
             if time.monotonic() - saved > 60 * self.options.save_minutes:
                 self.save(save_to)
                 saved = time.monotonic()
-        progress.close()
+        bar.close()
 
     def _batches(self) -> Iterator[Tensor]:
         """Yields the indices of each batch that is still to come; the order depends on seed and epoch only."""

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from transformers import AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedTokenizerBase
 
+from llava.cli import without_bars
 from llava.errors import CheckpointError, OptionError
 from llava.model.adapter import read_adapter
 from llava.model.branches import projector_name, tower_name
@@ -26,6 +27,7 @@ ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_a
 """Names of transformers' attentions that a language model here takes."""
 
 
+@without_bars()
 def load_pretrained_model(
     model_path: str | os.PathLike[str],
     model_base: str | os.PathLike[str] | None = None,

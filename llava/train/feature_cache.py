@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from llava.cli import progress
 from llava.data.collator import Sample
 from llava.data.dataset import SupervisedDataset
 from llava.data.records import Record
@@ -105,7 +105,7 @@ def cache_features(
     mine = [row for row in range(rank, len(images), world_size) if not done[row]]
     starts = range(0, len(mine), _BATCH)
     with ThreadPoolExecutor(_READERS) as readers:
-        for start in tqdm(starts, desc="towers", unit=f" x {_BATCH} images", disable=rank != 0, leave=False):
+        for start in progress(starts, desc="towers", unit=f" x {_BATCH} images", disable=rank != 0, leave=False):
             rows = mine[start : start + _BATCH]
             records = [dataset.records[first[images[row]]] for row in rows]
             pixels = torch.stack(list(readers.map(dataset.pixels, records)))

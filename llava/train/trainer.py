@@ -11,9 +11,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from tqdm import tqdm
 from transformers.trainer_callback import ProgressCallback
 
+from llava.cli import progress
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.data.collator import Sample
 from llava.data.dataset import SupervisedDataset
@@ -289,7 +289,7 @@ class ForgeryTrainer(transformers.Trainer):
         rank, world, size = self.args.process_index, self.args.world_size, self.args.per_device_eval_batch_size
         # Every process runs equally many batches, since sharded models wait for each other.
         rounds = math.ceil(len(dataset) / (world * size))
-        for number in tqdm(range(rounds), desc="validation", disable=rank != 0, leave=False):
+        for number in progress(range(rounds), desc="validation", disable=rank != 0, leave=False):
             first = (number * world + rank) * size
             indices = range(first, min(first + size, len(dataset)))
             samples = [dataset[index] for index in indices] or [_without_targets(dataset[0])]

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import openai
-from tqdm import tqdm
 
-from llava.cli import log
+from llava.cli import log, progress
 from llava.errors import DataError
 from llava.files import atomic_file, atomic_write, digest_file, file_errors, read_json, write_json
 from mmfr_generation.api.answer_store import AnswerStore, check_one_setting
@@ -165,7 +164,7 @@ class BatchJobs(AnswerStore):
         """
         total = sum(self.state[path.name].requests for path in self.files)
         failures = 0
-        with tqdm(total=total, desc="answers", unit="") as bar:
+        with progress(total=total, desc="answers", unit="") as bar:
             while True:
                 try:
                     self.refresh()
@@ -352,7 +351,7 @@ class BatchJobs(AnswerStore):
                 attempts = [Attempt(**attempt) for attempt in entry["attempts"]]
                 setting = entry.get("setting", "")
                 state[name] = RequestFile(entry["sha256"], entry["stamp"], entry["requests"], setting, attempts)
-        for path in tqdm(self.files, desc="checking request files", unit="", delay=2, leave=False):
+        for path in progress(self.files, desc="checking request files", unit="", delay=2, leave=False):
             entry = state.get(path.name)
             stamp = [path.stat().st_size, path.stat().st_mtime_ns]
             if entry is None or (entry.stamp != stamp and entry.sha256 != digest_file(path)):

@@ -5,8 +5,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from llava.cli import progress
 from llava.files import JsonlLog
 from mmfr_generation.api.answer_store import AnswerStore, check_one_setting
 from mmfr_generation.api.answers import read_answer, read_lines
@@ -54,7 +53,7 @@ class DirectJobs(AnswerStore):
                 custom_id for custom_id, line in self.answers(path.name).items() if not read_answer(line).failure
             }
             total = len(self.ids(path))
-            with tqdm(total=total, initial=min(len(answered), total), desc=path.name, unit=" requests") as bar:
+            with progress(total=total, initial=min(len(answered), total), desc=path.name, unit=" requests") as bar:
                 self._ask_file(path, answered, bar)
             failed += self.publish(path)
         return failed

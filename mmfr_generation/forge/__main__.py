@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.cli import DefaultsHelpFormatter, OptionParser, log, positive_int, run_cli, share
+from llava.cli import DefaultsHelpFormatter, OptionParser, inform, positive_int, run_cli, share
 from llava.errors import OptionError
 from llava.files import file_errors
 
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     photographs = find_photographs(arguments.images, MIN_SIDE)
     seed = max(0, arguments.seed)
     training, evaluation = split_photographs(photographs, arguments.eval_share, seed)
-    log(f"{len(training)} photographs to train on, {len(evaluation)} to evaluate on")
+    inform(f"{len(training)} photographs to train on, {len(evaluation)} to evaluate on")
     try:
         job = ForgeJob(
             tuple(training),

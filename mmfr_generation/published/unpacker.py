@@ -8,9 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
 
-from tqdm import tqdm
-
-from llava.cli import format_list
+from llava.cli import format_list, progress
 from llava.errors import DataError
 from llava.files import JsonlLog, atomic_file, file_errors, read_json, write_json
 from mmfr_generation.published.sources import Source
@@ -130,7 +128,7 @@ class Unpacker:
         ):
             self._plan_missing()
             total = sum(self._source.sizes[part] for run in runs for part in run if self._needed(part, run))
-            with tqdm(total=total, desc="unpacking", unit="B", unit_scale=True, unit_divisor=1024) as bar:
+            with progress(total=total, desc="unpacking", unit="B", unit_scale=True, unit_divisor=1024) as bar:
                 for run in runs:
                     for part in run:
                         if self._needed(part, run):

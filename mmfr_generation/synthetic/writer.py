@@ -16,8 +16,8 @@ from typing import Any, Protocol, overload
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from llava.cli import progress
 from llava.errors import DataError, OptionError, UserError
 from llava.files import atomic_write, file_errors, read_json, read_jsonl, write_json, write_jsonl
 from llava.interrupts import uninterrupted
@@ -183,7 +183,7 @@ def write_dataset(run: Job, out: Path, workers: int) -> None:
             for number in range(math.ceil(len(keys) / _SHARD_SIZE))
             if not all(_complete(known.get(key), out) for key in _shard(keys, number))
         ]
-        with tqdm(total=len(keys), unit="image", smoothing=0.05) as bar:
+        with progress(total=len(keys), unit="image", smoothing=0.05) as bar:
             bar.update(len(keys) - sum(len(_shard(keys, number)) for number in pending))
             for count in _render(run, pending, out, workers):
                 bar.update(count)

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from llava.cli import without_bars
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import CheckpointError, DataError
 from llava.model.checkpoint_layout import stored_state_dict
@@ -346,6 +347,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         )
         return super().generate(inputs_embeds=batch.inputs_embeds, attention_mask=batch.attention_mask.long(), **kwargs)
 
+    @without_bars()
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], state_dict: dict[str, Tensor] | None = None, **kwargs: Any
     ) -> None:
