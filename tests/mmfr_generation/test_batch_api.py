@@ -3,6 +3,7 @@
 import email.utils
 import json
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -11,10 +12,11 @@ import pytest
 
 from llava.errors import UserError
 from llava.files import exclusive_lock
+from mmfr_generation import get_jsonl
 from mmfr_generation.api.batch_jobs import BatchJobs
 from mmfr_generation.api.chat_client import ChatError, make_client
 from mmfr_generation.api.direct_jobs import DirectJobs
-from tests.mmfr_generation.annotation_helpers import REPOSITORY, script_environment
+from tests.mmfr_generation.annotation_helpers import REPOSITORY, noise_image, script_environment
 from tests.mmfr_generation.api_server import KEY, Failure, completion
 
 QUICK = ["--retry-pause", "0.01"]
@@ -400,3 +402,34 @@ def test_text_of_any_kind_arrives(server, folders, jobs):
     server.answer = lambda request: completion("half \ud83d, 😀, \0, \u2028")
     assert jobs().run() == []
     check_complete(folders)
+
+
+@pytest.mark.parametrize("kind", [BatchJobs, DirectJobs])
+def test_a_replaced_image_is_asked_again_and_a_removed_one_is_not(kind, server, tmp_path, jobs, make_images):
+    shutil.rmtree(tmp_path / "requests")
+    root = make_images(["a.png", "b.png", "c.png", "d.png"])
+    ask = ["--image-folder", str(root), "--output-folder", str(tmp_path / "requests"), "--label", "fake"]
+    get_jsonl.main([*ask, "--images-per-file", "2"])
+    assert jobs(kind).run() == []
+    assert len(server.asked) == 4
+    noise_image(99).save(root / "a.png")
+    (root / "c.png").unlink()
+    make_images(["e.png"], start=7)
+    get_jsonl.main([*ask, "--images-per-file", "2"])
+    assert jobs(kind).run() == []
+    assert len(server.asked) == 6 and set(server.asked.values()) == {1}
+    check_complete((tmp_path / "requests", tmp_path / "answers"))
+
+
+@pytest.mark.parametrize("kind", [BatchJobs, DirectJobs])
+def test_a_folder_that_asks_for_different_things_is_refused(kind, server, tmp_path, jobs, make_images):
+    shutil.rmtree(tmp_path / "requests")
+    ask = ["--image-folder", str(make_images(["a.png"])), "--output-folder"]
+    for number, more in enumerate((["--label", "fake"], ["--task", "caption"])):
+        get_jsonl.main([*ask, str(tmp_path / str(number)), *more])
+    (tmp_path / "0").rename(tmp_path / "requests")
+    for path in (tmp_path / "1").iterdir():
+        shutil.copy(path, tmp_path / "requests")
+    with pytest.raises(UserError, match=r"ask for different things; a request folder is of one task"):
+        jobs(kind).run()
+    assert not server.asked
