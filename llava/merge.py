@@ -97,16 +97,13 @@ def _say_what_is_lost(checkpoint: "Checkpoint", dtype: "torch.dtype") -> None:
     """Tells how much of the update the written dtype loses; float32 loses nothing."""
     import torch
 
-    from llava.model.adapter import measure_lost
+    from llava.model.adapter import describe_lost, measure_lost
 
     if dtype in (torch.float32, torch.float64):
         return
     before, after = checkpoint.tensors, checkpoint.with_update().tensors
     lost = measure_lost(before, {name: t for name, t in after.items() if t is not before[name]}, dtype)
-    log(
-        f"note: {str(dtype).removeprefix('torch.')} loses {lost.share:.1%} of the adapter's update, and "
-        f"{lost.unmoved:.1%} of the weights that it changes do not move; --dtype float32 loses nothing"
-    )
+    log(describe_lost(lost, dtype, "--dtype float32"))
 
 
 def _check_range(model: "LlavaLlamaForCausalLM", dtype: "torch.dtype") -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from llava.errors import CheckpointError
 from llava.model.adapter_config import AdapterConfig, read_adapter_config
 from llava.model.branches import LANGUAGE_MODEL, part_of
-from llava.model.checkpoint_files import TensorLike, list_keys, read_tensor_file
+from llava.model.checkpoint_files import TensorLike, list_keys, main_dtype, read_tensor_file
 from llava.model.checkpoint_layout import KeyMap, strip_lora_prefix
 
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -135,8 +135,8 @@ class Adapter:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of its tensors."""
-        return next(iter({**self.parts, **self.whole}.values())).dtype
+        """Type of most of its numbers."""
+        return main_dtype({**self.parts, **self.whole})
 
     @property
     def folder(self) -> Path:
@@ -277,7 +277,7 @@ def _check_magnitudes(
 
 def _check_whole(whole: Mapping[str, TensorLike], config: AdapterConfig) -> None:
     """Refuses a config that says of tensors that they were trained whole, if the file lacks them."""
-    missing = [name for name in config.modules_to_save if not any(f".{name}." in f".{path}" for path in whole)]
+    missing = [name for name in config.modules_to_save if not any(f"{name}." in path for path in whole)]
     if missing:
         raise CheckpointError(
             f"{config.file}: modules_to_save names {list_keys(missing)}, but the adapter holds no such tensors"
@@ -290,14 +290,13 @@ def whole_tensors(adapter: Adapter, base: Mapping[str, TensorLike], key_map: Key
     """Returns what an adapter's file holds whole, by native names.
 
     Raises:
-        CheckpointError: The base has no such tensors, or lacks of a module are the base's in silence.
+        CheckpointError: The base has no such tensors, or those that it lacks of a module would silently be the base's.
     """
     whole = key_map.to_native(adapter.whole)
     unknown = set(whole) - set(base)
     if unknown:
         raise CheckpointError(f"{adapter.folder}: the adapter holds tensors that its base lacks: {list_keys(unknown)}")
-    inside = [f".{module}." for module in adapter.config.modules_to_save]
-    missing = [name for name in base if name not in whole and any(module in f".{name}" for module in inside)]
+    missing = [name for name in base if name not in whole and adapter.config.saves(name)]
     if adapter.config.bias == "lora_only":
         biases = [name.removesuffix("weight") + "bias" for name in _by_weight(adapter.updates, key_map)]
         missing += [name for name in biases if name in base and name not in whole]
@@ -368,3 +367,11 @@ def measure_lost(before: Mapping[str, TensorLike], after: Mapping[str, TensorLik
         changed += int(moves.sum())
         unmoved += int((moves & (written == base.to(dtype).float())).sum())
     return Lost(math.sqrt(lost / total) if total else 0.0, unmoved / max(1, changed))
+
+
+def describe_lost(lost: Lost, dtype: torch.dtype, way: str) -> str:
+    """Returns a sentence on what a dtype loses; ``way`` is the option that loses nothing."""
+    return (
+        f"note: {str(dtype).removeprefix('torch.')} loses {lost.share:.1%} of the adapter's update, and "
+        f"{lost.unmoved:.1%} of the weights that it changes do not move; {way} loses nothing"
+    )

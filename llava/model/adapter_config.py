@@ -104,6 +104,12 @@ class AdapterConfig:
         rank = self.rank_of(path)
         return float(self.alpha_of(path) / (math.sqrt(rank) if self.rank_stabilised else rank))
 
+    def saves(self, name: str) -> bool:
+        """Whether a tensor belongs to a module that was trained whole; as in PEFT, ends of paths are compared."""
+        ends = tuple(self.modules_to_save)
+        parts = name.split(".")
+        return any(".".join(parts[:count]).endswith(ends) for count in range(1, len(parts)))
+
     def for_modules(self, paths: Mapping[str, str]) -> LoraConfig:
         """Returns PEFT's config of an adapter on these modules: native paths by those in the adapter's file."""
         ranks = {native: self.rank_of(path) for path, native in paths.items()}

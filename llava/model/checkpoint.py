@@ -14,7 +14,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from llava.errors import CheckpointError
 from llava.model.adapter import Adapter, read_adapter, whole_tensors
 from llava.model.branches import FIRST, LANGUAGE_MODEL, part_of, source_field, tower_name
-from llava.model.checkpoint_files import TensorLike, list_keys, read_json, read_tensor_file, read_tensors
+from llava.model.checkpoint_files import (
+    TensorLike,
+    list_keys,
+    main_dtype,
+    read_json,
+    read_tensor_file,
+    read_tensors,
+)
 from llava.model.checkpoint_layout import NON_LORA_FILE, KeyMap, stored_state_dict, strip_lora_prefix
 from llava.model.configuration import LlavaConfig
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
@@ -89,6 +96,7 @@ def open_checkpoint(
     model_base: str | os.PathLike[str] | None = None,
     *,
     system: str | None = None,
+    revision: str | None = None,
 ) -> Checkpoint:
     """Reads a checkpoint's config and lists its tensors, by native names; no weight is read.
 
@@ -96,11 +104,12 @@ def open_checkpoint(
         model_path: Folder or hub id.
         model_base: Base model of a LoRA folder; default: the one that ``adapter_config.json`` names.
         system: Name of the system where the files do not tell it.
+        revision: Branch, tag or commit of a hub id.
 
     Raises:
         CheckpointError: It is no checkpoint, or a LoRA folder lacks its base or a file.
     """
-    files = registry.read_files(model_path, model_base)
+    files = registry.read_files(model_path, model_base, revision)
     folder = files.folder
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file, but a folder with config.json and weights is needed")
@@ -119,13 +128,13 @@ def open_checkpoint(
 
 def _open_lora(files: CheckpointFiles, model_base: str | os.PathLike[str] | None, system: str | None) -> Checkpoint:
     folder = files.folder
-    base = model_base or registry.named_base(folder)
-    if not base:
+    base = registry.named_base(folder, model_base)
+    if not base.path:
         raise CheckpointError(f"{folder} is a LoRA folder that does not name its base model; pass model_base")
     name, layout = _system_of(files, system)
     try:
         # The base may be a plain LLaVA, which by itself belongs to no system.
-        opened = open_checkpoint(base, system=name or None)
+        opened = open_checkpoint(base.path, system=name or None, revision=base.revision)
     except CheckpointError as error:
         raise CheckpointError(f"{folder} is a LoRA folder whose base model cannot be opened: {error}") from error
     opened = opened.with_update()  # the base may be a LoRA folder itself, whose training was gone on with
@@ -367,14 +376,14 @@ def check_keys(config: LlavaConfig, checkpoint: Checkpoint) -> None:
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """Returns the dtype of the language model's layers in the checkpoint.
+    """Returns the dtype of most of the language model's layers in the checkpoint.
 
     Raises:
         CheckpointError: There are no such layers.
     """
-    for name, tensor in checkpoint.tensors.items():
-        if name.startswith("model.layers."):
-            return tensor.dtype
+    layers = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith("model.layers.")}
+    if layers:
+        return main_dtype(layers)
     raise CheckpointError(f"{checkpoint.folder} holds no language model: no tensor is named model.layers.…")
 
 

@@ -1,6 +1,7 @@
 """Reads weight files lazily and safely: safetensors, or pickled tensors with ``weights_only=True``."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -84,8 +85,13 @@ class Rows:
         return self.whole[self.start + first : self.start + last]
 
 
-def resolve_folder(path_or_id: str | os.PathLike[str], what: str) -> Path:
+def resolve_folder(path_or_id: str | os.PathLike[str], what: str, revision: str | None = None) -> Path:
     """Returns the local folder of a checkpoint, downloading a hub id's files if need be.
+
+    Args:
+        path_or_id: Folder or hub id.
+        what: What it is, for messages.
+        revision: Branch, tag or commit of a hub id; default: its main branch.
 
     Raises:
         CheckpointError: It is no folder, and the hub cannot provide it.
@@ -101,10 +107,11 @@ def resolve_folder(path_or_id: str | os.PathLike[str], what: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=WEIGHT_PATTERNS))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=WEIGHT_PATTERNS))
     except Exception as error:
+        full = f"{name} in revision {revision}" if revision else "it"
         raise CheckpointError(
-            f"{what}: there is no folder {name}, and the hub did not give it ({type(error).__name__}: {error}). "
+            f"{what}: there is no folder {name}, and the hub did not give {full} ({type(error).__name__}: {error}). "
             "Download it on a machine with access and pass the folder's path."
         ) from error
 
@@ -209,6 +216,15 @@ def read_tensor_file(file: Path) -> dict[str, TensorLike]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{file} holds something else than named tensors")
     return dict(content)
+
+
+def main_dtype(tensors: Mapping[str, TensorLike]) -> torch.dtype:
+    """Returns the dtype of most floating-point numbers, which one tensor of another dtype does not change."""
+    counts: dict[torch.dtype, int] = {}
+    for tensor in tensors.values():
+        if tensor.dtype.is_floating_point:
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + math.prod(tensor.shape)
+    return max(counts, key=lambda dtype: counts[dtype]) if counts else torch.float32
 
 
 def _stored(handle: Any, name: str) -> StoredTensor:

@@ -134,6 +134,8 @@ class AnalyzeOptions:
         Raises:
             OptionError: A value is out of range, or two exclude each other.
         """
+        if self.question is not None and not self.question.strip():
+            raise OptionError("question must not be empty; leave it out to ask the system's own question")
         for name in ("max_new_tokens", "num_beams", "samples"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -5,6 +5,7 @@ A third party adds a system without a line here: an entry point in the group ``l
 """
 
 import os
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -114,12 +115,23 @@ def component(name: str, part: str) -> Any:
     return resolve(getattr(spec(name), part))
 
 
-def read_files(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> CheckpointFiles:
+@dataclass(frozen=True)
+class NamedBase:
+    """The base that a LoRA folder names: path or hub id, and the hub id's revision if one is given."""
+
+    path: str
+    revision: str | None = None
+
+
+def read_files(
+    path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None, revision: str | None = None
+) -> CheckpointFiles:
     """Looks at a checkpoint's files: a folder, a hub id, or a file for a system whose checkpoint is one.
 
     Args:
         path: The checkpoint.
         base: Base of a LoRA folder instead of the one that it names; a folder without a config has the base's.
+        revision: Branch, tag or commit of a hub id.
 
     Raises:
         CheckpointError: There is nothing at the path, or its config cannot be read.
@@ -128,14 +140,14 @@ def read_files(path: str | os.PathLike[str], base: str | os.PathLike[str] | None
     if not folder.exists():
         from llava.model.checkpoint_files import resolve_folder  # loads torch, which a local checkpoint needs not
 
-        folder = resolve_folder(path, "model")
+        folder = resolve_folder(path, "model", revision)
     if (folder / "config.json").is_file():
         return CheckpointFiles(folder, _read_config(folder / "config.json"))
     _check_is_model(folder)
     if (folder / "adapter_config.json").is_file():
-        named = base or named_base(folder)
-        if named:
-            return CheckpointFiles(folder, read_files(named).config)
+        named = named_base(folder, base)
+        if named.path:
+            return CheckpointFiles(folder, read_files(named.path, revision=named.revision).config)
     return CheckpointFiles(folder, {})
 
 
@@ -156,19 +168,26 @@ def _check_is_model(folder: Path) -> None:
         )
 
 
-def named_base(folder: Path) -> str:
-    """Returns the base that a LoRA folder names, empty if none; a relative path counts from the folder.
+def named_base(folder: Path, given: str | os.PathLike[str] | None = None) -> NamedBase:
+    """Returns the base of a LoRA folder; its path is empty if nobody names one.
+
+    Args:
+        folder: The LoRA folder. A relative path in its config counts from it.
+        given: Base instead of the one that the folder names, whose revision then does not count.
 
     Raises:
-        CheckpointError: ``adapter_config.json`` cannot be read, or the name is no text.
+        CheckpointError: ``adapter_config.json`` cannot be read, or the name or its revision is no text.
     """
-    named = _read_config(folder / "adapter_config.json").get("base_model_name_or_path") or ""
-    if not isinstance(named, str):
-        raise CheckpointError(
-            f"{folder / 'adapter_config.json'}: base_model_name_or_path must be a text, not {named!r}"
-        )
+    values = _read_config(folder / "adapter_config.json")
+    named, revision = (values.get(field) or "" for field in ("base_model_name_or_path", "revision"))
+    for field, value in (("base_model_name_or_path", named), ("revision", revision)):
+        if not isinstance(value, str):
+            raise CheckpointError(f"{folder / 'adapter_config.json'}: {field} must be a text, not {value!r}")
+    if given and os.fspath(given) != named:
+        return NamedBase(os.fspath(given))
     beside = folder / Path(named).expanduser()
-    return str(beside) if named and beside.is_dir() else named
+    is_beside = bool(named) and not given and beside.is_dir()
+    return NamedBase(str(beside) if is_beside else named, revision or None)
 
 
 def _read_config(file: Path) -> dict[str, Any]:

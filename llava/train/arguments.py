@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -54,6 +54,14 @@ class ModelArguments:
     cpm_search: str = _option("labels", "where the verdict is looked for in training", choices=list(CPM_SEARCHES))
     cpm_weight: float = _option(1.0, "weight of the mapper's loss")
     cpm_temperature: float | None = _option(None, "tau of the mapper (default: the checkpoint's; published: 10)")
+    default_score: Literal["answer", "prompt"] | None = _option(
+        None,
+        "which P(fake) reports give unless asked otherwise: after the answer, or without one (default: the "
+        "checkpoint's, but answer if no training answer is only its CONCLUSION)",
+    )
+    notice: str | None = _option(
+        None, "what readers of the model's answers must know (default: the checkpoint's, as what it said before)"
+    )
     mm_projector_type: str | None = _option(None, "must be the checkpoint's")
     mm_vision_select_layer: int | None = _option(None, "must be the checkpoint's")
     mm_use_im_start_end: bool = _option(False, "not supported; False as published")

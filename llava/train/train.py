@@ -312,10 +312,8 @@ def _trainer(
 
     def export(tensors: Mapping[str, Tensor], folder: Path) -> None:
         base = "" if start.folder is None else str(start.folder.absolute())
-        if args.save_dtype != "auto":
-            dtype = getattr(torch, args.save_dtype)
-            tensors = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
-        export_model(model, tensors, folder, layout_name=layout_name, base=base)
+        dtype = None if args.save_dtype == "auto" else getattr(torch, args.save_dtype)
+        export_model(model, tensors, folder, layout_name=layout_name, base=base, dtype=dtype)
 
     return ForgeryTrainer(
         model=model,
