@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -140,25 +140,28 @@ def _open_lora(files: CheckpointFiles, model_base: str | os.PathLike[str] | None
     opened = opened.with_update()  # the base may be a LoRA folder itself, whose training was gone on with
     adapter = read_adapter(folder)
     beside = layout.key_map.to_native(strip_lora_prefix(read_tensor_file(folder / NON_LORA_FILE)))
-    _check_whole_parts(beside, opened.tensors, folder)
     tokenizer_folder = folder if has_tokenizer(folder) else opened.tokenizer_folder
     own_config = read_json(folder / "config.json") if (folder / "config.json").is_file() else opened.config
     whole = whole_tensors(adapter, opened.tensors, layout.key_map)
     if set(whole) & set(beside):
         twice = list_keys(set(whole) & set(beside))
         raise CheckpointError(f"{folder} holds tensors twice, in its adapter and in {NON_LORA_FILE}: {twice}")
+    objective = registry.component(name, "objective") if name else None
+    parts = {part_of(key) for key in beside} | set(getattr(objective, "trained_whole", ()))
+    _check_whole_parts(parts - {LANGUAGE_MODEL}, whole | beside, opened.tensors, folder)
     tensors = opened.tensors | whole | beside
     return Checkpoint(folder, own_config, tensors, tokenizer_folder, layout, name, adapter)
 
 
-def _check_whole_parts(beside: Mapping[str, TensorLike], base: Mapping[str, TensorLike], folder: Path) -> None:
-    """Refuses a part that lies beside an adapter only in part, since the rest would silently be the base's.
+def _check_whole_parts(
+    parts: Set[str], given: Mapping[str, TensorLike], base: Mapping[str, TensorLike], folder: Path
+) -> None:
+    """Refuses parts that were trained whole but lack tensors, since those would silently be the base's.
 
     Raises:
         CheckpointError: A part lacks tensors; the message names them.
     """
-    parts = {part_of(name) for name in beside} - {LANGUAGE_MODEL}
-    missing = [name for name in base if part_of(name) in parts and name not in beside]
+    missing = [name for name in base if part_of(name) in parts and name not in given]
     if missing:
         raise CheckpointError(
             f"{folder / NON_LORA_FILE} lacks tensors of parts that were trained whole: {list_keys(missing)}; get the "
