@@ -21,6 +21,8 @@ from llava import load_pretrained_model
 from llava.errors import UserError
 from llava.model.checkpoint_layout import NON_LORA_FILE, stored_state_dict
 from llava.systems.fakereasoning.checkpoint import non_lora_trainables
+from tests.conftest import GOLDENS
+from tests.trained import trained_folder
 
 QUICK, ALL = 60, 500
 WITHOUT_INFLUENCE = {
@@ -66,6 +68,11 @@ def same(found: torch.Tensor | None, twin: torch.Tensor) -> bool:
     return found is None or torch.allclose(found, twin, atol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return trained_folder(tmp_path_factory.mktemp("base") / "model", GOLDENS / "base", steps=0)
+
+
 # --- configs
 
 
@@ -104,13 +111,13 @@ def _is_choice(old: Any, new: Any) -> bool:
 
 
 @pytest.mark.parametrize("numbers", [range(QUICK), pytest.param(range(QUICK, ALL), marks=pytest.mark.slow)])
-def test_mutated_configs(trained, tmp_path, numbers):
-    values = json.loads((trained / "config.json").read_text())
-    twin = open_or_refuse(trained, "the twin")
+def test_mutated_configs(base, tmp_path, numbers):
+    values = json.loads((base / "config.json").read_text())
+    twin = open_or_refuse(base, "the twin")
     opened = 0
     for number in numbers:
         mutated, what, may_differ = mutated_config(values, random.Random(number))
-        folder = linked(tmp_path / str(number), trained)
+        folder = linked(tmp_path / str(number), base)
         (folder / "config.json").unlink()
         (folder / "config.json").write_text(json.dumps(mutated))
         found = open_or_refuse(folder, f"{number}: {what}")
@@ -123,9 +130,9 @@ def test_mutated_configs(trained, tmp_path, numbers):
 
 
 @pytest.fixture(scope="module")
-def adapter(trained, tmp_path_factory) -> Path:
+def adapter(base, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("adapter") / "lora"
-    model = load_pretrained_model(trained, device="cpu", dtype="float32")[1]
+    model = load_pretrained_model(base, device="cpu", dtype="float32")[1]
     beside = non_lora_trainables(stored_state_dict(model))
     torch.manual_seed(0)
     names = [n for n, _ in model.named_modules() if n.startswith("model.layers.") and n.endswith(("q_proj", "up_proj"))]
@@ -133,7 +140,7 @@ def adapter(trained, tmp_path_factory) -> Path:
     get_peft_model(model, settings).save_pretrained(folder)
     torch.save({name: tensor + 0.01 for name, tensor in beside.items()}, folder / NON_LORA_FILE)
     values = json.loads((folder / "adapter_config.json").read_text())
-    values["base_model_name_or_path"] = str(trained)
+    values["base_model_name_or_path"] = str(base)
     (folder / "adapter_config.json").write_text(json.dumps(values))
     return folder
 
