@@ -159,10 +159,12 @@ class CheckpointFiles:
     Attributes:
         folder: Where the files lie; a file for a system whose checkpoint is one.
         config: Contents of ``config.json``; empty where there is none.
+        source: Path or hub id by which the checkpoint was named; empty if that is not known.
     """
 
     folder: Path
     config: dict[str, Any]
+    source: str = ""
 
     @cached_property
     def tensor_names(self) -> frozenset[str]:
@@ -292,6 +294,9 @@ class EvaluationProtocol(Protocol):
         PUBLISHED_ACCURACY: Their accuracy on each evaluation set, by the set's name.
         PUBLISHED_MEAN: Their means over those sets, by the metric's name in a report.
         PUBLISHED_OVER: What the means are over, in words.
+
+    A protocol may also have ``PUBLISHED``: by the set's name all that was published of it, under the keys of
+    ``metrics``.
     """
 
     SETTINGS: Mapping[str, Any]

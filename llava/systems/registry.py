@@ -5,6 +5,7 @@ A third party adds a system without a line here: an entry point in the group ``l
 """
 
 import os
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -18,7 +19,7 @@ GROUP = "llava.systems"
 """Entry points of third parties."""
 DEFAULT = "fakereasoning"
 """The system of records and answers that name none: MMFR data are written in its words."""
-_BUILT_IN = ("fakereasoning", "m2f2det")
+_BUILT_IN = ("fakereasoning", "m2f2det", "fakevlm")
 
 
 @cache
@@ -124,19 +125,19 @@ def read_files(path: str | os.PathLike[str], base: str | os.PathLike[str] | None
     Raises:
         CheckpointError: There is nothing at the path, or its config cannot be read.
     """
-    folder = Path(path).expanduser()
+    folder, source = Path(path).expanduser(), os.fspath(path)
     if not folder.exists():
         from llava.model.checkpoint_files import resolve_folder  # loads torch, which a local checkpoint needs not
 
         folder = resolve_folder(path, "model")
     if (folder / "config.json").is_file():
-        return CheckpointFiles(folder, _read_config(folder / "config.json"))
+        return CheckpointFiles(folder, _read_config(folder / "config.json"), source)
     _check_is_model(folder)
     if (folder / "adapter_config.json").is_file():
         named = base or named_base(folder)
         if named:
-            return CheckpointFiles(folder, read_files(named).config)
-    return CheckpointFiles(folder, {})
+            return replace(read_files(named), folder=folder)
+    return CheckpointFiles(folder, {}, source)
 
 
 def _check_is_model(folder: Path) -> None:
