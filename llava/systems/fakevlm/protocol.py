@@ -59,7 +59,9 @@ def metrics(
         "f_acc": _share(right[FAKE], total[FAKE]),
         "acc": _share(sum(right.values()), len(verdicts)),
         "f1": _share(2 * right[REAL], total[REAL] + called_real),
-        "rougel": _mean([compare(text, reference)["rouge_l"] for text, reference in zip(texts, references, strict=True)]),
+        "rougel": _mean(
+            [compare(text, reference)["rouge_l"] for text, reference in zip(texts, references, strict=True)]
+        ),
         "css": None if similarity is None else _mean(similarity(texts, references)),
         "coin": _share(sum(verdict is None for _, verdict in verdicts), len(verdicts)),
         "right_real": right[REAL],
