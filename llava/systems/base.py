@@ -54,7 +54,9 @@ class AnswerFormat(Protocol):
     """The words of a system: what it is asked, and how its answers are read and written.
 
     Nothing outside a system's room knows its grammar. A format may also have ``constant_stages``, the stages whose text
-    is the same for every image; they are left out where answers are printed for reading.
+    is the same for every image; they are left out where answers are printed for reading. It may have ``marks``, texts
+    that no other system's answers hold, and ``write_training(label, explanation)``, which writes a training answer
+    from a verdict and what speaks for it; so that records of several systems can be mixed.
 
     Attributes:
         question: What the system is asked unless the user asks something else.
@@ -205,6 +207,9 @@ def _names_without_torch(folder: Path) -> list[str] | None:
 @runtime_checkable
 class CheckpointFormat(Protocol):
     """How a system's published files correspond to the models here; see ``llava.model.checkpoint_layout``.
+
+    A layout whose files describe the whole model, towers and image processor too, also has ``published_files(model)``:
+    the contents of the files that lie beside weights and tokenizer, by name, JSON values or text.
 
     Attributes:
         key_map: Names of published tensors and native ones, both ways (a ``KeyMap``).

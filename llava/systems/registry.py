@@ -5,6 +5,7 @@ A third party adds a system without a line here: an entry point in the group ``l
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import entry_points
@@ -104,6 +105,24 @@ def answer_format(name: str) -> AnswerFormat | None:
         OptionError: There is no such system.
     """
     return resolve(spec(name).answer_format)
+
+
+def words_of(answers: Sequence[str], trained: AnswerFormat) -> AnswerFormat:
+    """Returns the words in which a training conversation is written.
+
+    Those whose marks its answers bear; else those of the system that is trained, or, if these read no verdict, the
+    first that do.
+
+    Args:
+        answers: Texts of the assistant's turns.
+        trained: Words of the system that is trained.
+    """
+    formats = [found for name in specs() if (found := answer_format(name)) is not None]
+    for known in formats:
+        if any(mark in answer for mark in getattr(known, "marks", ()) for answer in answers):
+            return known
+    reads = (known for known in (trained, *formats) if known.parse_training(answers).verdict is not None)
+    return next(reads, trained)
 
 
 def component(name: str, part: str) -> Any:

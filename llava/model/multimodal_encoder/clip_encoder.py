@@ -127,6 +127,11 @@ class CLIPVisionTower(VisionTower):
         return self.vision_tower.encoder.layers[: self.num_layers_run]
 
     @property
+    def parts_behind_output(self) -> Sequence[nn.Module]:
+        """The layers behind the selected hidden state, and the norm behind all layers."""
+        return [*self.vision_tower.encoder.layers[self.num_layers_run :], self.vision_tower.post_layernorm]
+
+    @property
     def num_patches(self) -> int:
         """Number of features an image, CLS included where it is selected."""
         return super().num_patches + (self.config.get("select_feature") == "cls_patch")

@@ -8,6 +8,7 @@ verdict but the words themselves, so they are read whole and with their negation
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
 from llava.labels import LABELS, Label
 from llava.systems.base import AnswerFormat, ParsedAnswer
 
@@ -30,7 +31,9 @@ _TOLERANT: Mapping[str, Label] = {
     "tampered": "fake",
 }
 _OPPOSITE: Mapping[Label, Label] = {"real": "fake", "fake": "real"}
-_NEGATION = re.compile(r"(?:\b(?:not|never|neither|nor|hardly)|n't)(?:\s+[\w']+){0,3}\s*$", flags=re.IGNORECASE)
+_NEGATION = re.compile(
+    r"(?:\b(?:not|cannot|never|neither|nor|hardly)|n['’]t)(?:\s+[\w'’]+){0,3}\s*$", flags=re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,7 @@ class _Format:
     complete_to_verdict = staticmethod(complete_to_verdict)
     parse_training = staticmethod(parse_training)
     shorten = staticmethod(shorten)
+    write_training = staticmethod(write_answer)
 
     @staticmethod
     def attribute_name(name: str) -> str | None:

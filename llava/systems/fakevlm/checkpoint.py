@@ -56,6 +56,8 @@ _LANGUAGE_FIELDS = (
     "attention_bias",
     "attention_dropout",
     "mlp_bias",
+    "bos_token_id",
+    "eos_token_id",
 )
 _TOWER_FIELDS = (
     "hidden_size",
@@ -112,6 +114,7 @@ class _Format:
             raise CheckpointError(f"config.json: unknown vision_feature_select_strategy {select!r}")
         return {
             **{name: language[name] for name in _LANGUAGE_FIELDS if name in language},
+            "pad_token_id": theirs.pad_token_id,
             "tie_word_embeddings": theirs.tie_word_embeddings,
             "mm_fusion_type": FIRST,
             "mm_projector_type": "mlp2x_gelu",
@@ -135,7 +138,7 @@ class _Format:
         return {}
 
     def published_files(self, model: LlavaLlamaForCausalLM) -> dict[str, "dict[str, Any] | str"]:
-        """Returns the files that transformers needs beside weights and tokenizer, by name.
+        """Returns the files that transformers needs beside weights and tokenizer, by name: JSON values or text.
 
         Raises:
             CheckpointError: The tokenizer has no ``<image>``, or the model is not one that transformers' LLaVA can be.
@@ -146,15 +149,16 @@ class _Format:
         if image_id is None or image_id >= config.vocab_size:
             raise CheckpointError(
                 f"transformers' LLaVA needs {IMAGE_TOKEN} among the model's {config.vocab_size} words; start the "
-                "training from a model that has it"
+                "training from a model, or with a tokenizer, that has it"
             )
-        if config.mm_fusion_type != FIRST or config.mm_projector_type != "mlp2x_gelu":
+        parts = (config.tower_configs()[FIRST].get("type"), config.mm_fusion_type, config.mm_projector_type)
+        if parts != ("clip", FIRST, "mlp2x_gelu"):
             raise CheckpointError(
-                f"transformers' LLaVA has no fusion {config.mm_fusion_type!r} with a projector "
-                f"{config.mm_projector_type!r}; write another layout"
+                f"transformers' LLaVA cannot hold a tower, a fusion and a projector of the types {', '.join(parts)}; "
+                "it needs clip, clip and mlp2x_gelu: write another layout"
             )
         return {
-            "config.json": _transformers_config(config, image_id, str(model.dtype).removeprefix("torch.")),
+            "config.json": _transformers_config(model, image_id),
             "preprocessor_config.json": _processor_settings(config),
             "processor_config.json": {
                 "processor_class": "LlavaProcessor",
@@ -164,6 +168,10 @@ class _Format:
                 "num_additional_image_tokens": 1,
             },
             "chat_template.jinja": _RAW if config.conv_mode == "raw" else _CHAT,
+            "generation_config.json": {
+                name: getattr(model.generation_config, name)
+                for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+            },
         }
 
 
@@ -190,7 +198,9 @@ def _select_feature(config: Any) -> str:
     return config.vision_tower_config.get("select_feature", "patch")
 
 
-def _transformers_config(config: Any, image_id: int, dtype: str) -> dict[str, Any]:
+def _transformers_config(model: LlavaLlamaForCausalLM, image_id: int) -> dict[str, Any]:
+    config = model.config
+    assert config.vision_tower_config is not None
     language = {name: getattr(config, name) for name in _LANGUAGE_FIELDS if getattr(config, name, None) is not None}
     tower = config.vision_tower_config
     rope = language.pop("rope_parameters", None) or {}
@@ -204,10 +214,10 @@ def _transformers_config(config: Any, image_id: int, dtype: str) -> dict[str, An
         "ignore_index": -100,
         "image_token_index": image_id,
         "image_seq_length": (tower["image_size"] // tower["patch_size"]) ** 2,
-        "pad_token_id": config.pad_token_id,
+        "pad_token_id": model.generation_config.pad_token_id,
         "projector_hidden_act": "gelu",
         "tie_word_embeddings": config.tie_word_embeddings,
-        "torch_dtype": dtype,
+        "torch_dtype": str(model.dtype).removeprefix("torch."),
         "vision_feature_layer": tower.get("select_layer", -2),
         "vision_feature_select_strategy": _strategy(config),
         "text_config": {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **language, **rope_fields},
