@@ -14,7 +14,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from llava.cli import note_once
 from llava.errors import CheckpointError
-from llava.model.adapter import add_update
+from llava.model.adapter import Adapter, read_adapter, whole_tensors
 from llava.model.branches import FIRST, LANGUAGE_MODEL, part_of, source_field, tower_name
 from llava.model.checkpoint_files import (
     WORD_PATTERNS,
@@ -70,7 +70,7 @@ class Checkpoint:
         tokenizer_folder: Where the tokenizer lies: the base's folder for a LoRA folder without one.
         layout: How the system's published files correspond to the native ones.
         system: Short name of the system that it belongs to; empty for a plain LLaVA.
-        adapter_folder: The LoRA folder, or None.
+        adapter: The LoRA folder's adapter, not yet added to the tensors, or None.
     """
 
     folder: Path
@@ -79,7 +79,19 @@ class Checkpoint:
     tokenizer_folder: Path
     layout: CheckpointFormat = PLAIN
     system: str = ""
-    adapter_folder: Path | None = None
+    adapter: Adapter | None = None
+
+    def with_update(self) -> "Checkpoint":
+        """Returns the checkpoint with its adapter's update in the tensors, each computed in float32 when it is read.
+
+        Raises:
+            CheckpointError: The adapter does not fit, or holds NaN or infinity.
+        """
+        if self.adapter is None:
+            return self
+        is_tied = bool(self.config.get("tie_word_embeddings"))
+        tensors = self.adapter.add_to(self.tensors, self.layout.key_map, is_tied=is_tied)
+        return replace(self, tensors=tensors, adapter=None)
 
 
 def open_checkpoint(
@@ -180,14 +192,18 @@ def _open_lora(files: CheckpointFiles, model_base: str | os.PathLike[str] | None
         opened = open_checkpoint(base, system=name or None)
     except CheckpointError as error:
         raise CheckpointError(f"{folder} is a LoRA folder whose base model cannot be opened: {error}") from error
-    if opened.adapter_folder is not None:
-        # The base is a LoRA folder itself, whose training was gone on with.
-        opened = replace(opened, tensors=add_update(opened.tensors, opened.adapter_folder), adapter_folder=None)
+    opened = opened.with_update()  # the base may be a LoRA folder itself, whose training was gone on with
+    adapter = read_adapter(folder)
     beside = layout.key_map.to_native(strip_lora_prefix(read_tensor_file(folder / NON_LORA_FILE)))
     _check_whole_parts(beside, opened.tensors, folder)
     tokenizer_folder = folder if has_tokenizer(folder) else opened.tokenizer_folder
     own_config = read_json(folder / "config.json") if (folder / "config.json").is_file() else opened.config
-    return Checkpoint(folder, own_config, opened.tensors | beside, tokenizer_folder, layout, name, folder)
+    whole = whole_tensors(adapter, opened.tensors, layout.key_map)
+    if set(whole) & set(beside):
+        twice = list_keys(set(whole) & set(beside))
+        raise CheckpointError(f"{folder} holds tensors twice, in its adapter and in {NON_LORA_FILE}: {twice}")
+    tensors = opened.tensors | whole | beside
+    return Checkpoint(folder, own_config, tensors, tokenizer_folder, layout, name, adapter)
 
 
 def _check_whole_parts(beside: Mapping[str, TensorLike], base: Mapping[str, TensorLike], folder: Path) -> None:

@@ -80,8 +80,10 @@ class Rows:
         """Type of the elements."""
         return self.whole.dtype
 
-    def __getitem__(self, index: EllipsisType) -> Tensor:
-        return self.whole[self.start : self.stop]
+    def __getitem__(self, index: "slice | EllipsisType") -> Tensor:
+        first, last = (None, None) if index is Ellipsis else (index.start, index.stop)
+        first, last, _ = slice(first, last).indices(self.stop - self.start)
+        return self.whole[self.start + first : self.start + last]
 
 
 def resolve_folder(
