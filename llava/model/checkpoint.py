@@ -194,7 +194,7 @@ def _open_lora(files: CheckpointFiles, model_base: str | os.PathLike[str] | None
         raise CheckpointError(f"{folder} is a LoRA folder whose base model cannot be opened: {error}") from error
     opened = opened.with_update()  # the base may be a LoRA folder itself, whose training was gone on with
     adapter = read_adapter(folder)
-    beside = layout.key_map.to_native(strip_lora_prefix(read_tensor_file(folder / NON_LORA_FILE)))
+    beside = layout.key_map.to_native(_trained_whole(folder, name, adapter))
     _check_whole_parts(beside, opened.tensors, folder)
     tokenizer_folder = folder if has_tokenizer(folder) else opened.tokenizer_folder
     own_config = read_json(folder / "config.json") if (folder / "config.json").is_file() else opened.config
@@ -204,6 +204,19 @@ def _open_lora(files: CheckpointFiles, model_base: str | os.PathLike[str] | None
         raise CheckpointError(f"{folder} holds tensors twice, in its adapter and in {NON_LORA_FILE}: {twice}")
     tensors = opened.tensors | whole | beside
     return Checkpoint(folder, own_config, tensors, tokenizer_folder, layout, name, adapter)
+
+
+def _trained_whole(folder: Path, system: str, adapter: Adapter) -> dict[str, TensorLike]:
+    """What lies beside an adapter; PEFT's own folders have it within the adapter, if there is any.
+
+    Raises:
+        CheckpointError: The file is missing, and the system trains parts whole of which the adapter holds none.
+    """
+    file = folder / NON_LORA_FILE
+    needs_whole = not system or registry.component(system, "objective") is not None
+    if not file.is_file() and (adapter.whole or not needs_whole):
+        return {}
+    return strip_lora_prefix(read_tensor_file(file))
 
 
 def _check_whole_parts(beside: Mapping[str, TensorLike], base: Mapping[str, TensorLike], folder: Path) -> None:
