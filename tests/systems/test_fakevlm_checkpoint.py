@@ -169,7 +169,7 @@ def test_another_llava_is_refused(tmp_path, changes, message):
 def test_which_files_are_fakevlms():
     config = json.loads((GOLDENS / "base/config.json").read_text())
     assert registry.identify(CheckpointFiles(GOLDENS, config, "lingcco/fakeVLM")).name == "fakevlm"
-    with pytest.raises(CheckpointError, match="plain LLaVA checkpoint.*--system"):
+    with pytest.raises(CheckpointError, match=r"plain LLaVA checkpoint.*--system"):
         registry.identify(CheckpointFiles(GOLDENS / "base", config, "llava-hf/llava-1.5-7b-hf"))
 
 
