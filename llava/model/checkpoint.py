@@ -139,8 +139,8 @@ def _words_folder(folder: Path, config: Mapping[str, Any], base: str | os.PathLi
     if has_tokenizer(folder):
         if base is not None:
             raise CheckpointError(
-                f"a base model is given, but {folder} is neither a LoRA folder (it has no adapter_config.json) nor "
-                "without a tokenizer, so the base would do nothing"
+                f"a base is given, but {folder} has a tokenizer and no adapter_config.json: it is no LoRA folder, "
+                "and the base would do nothing"
             )
         return folder
     found = base or _named_start(folder, config)
