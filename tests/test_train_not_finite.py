@@ -120,7 +120,7 @@ original = ForgeryTrainer.training_step
 
 def spoilt(self, model, inputs, *rest, **named):
     loss = original(self, model, inputs, *rest, **named)
-    if self.args.process_index == int(sys.argv[1]) and self.state.global_step == 3:  # the last step, whose loss is finite
+    if self.args.process_index == int(sys.argv[1]) and self.state.global_step == 3:
         next(p for p in model.parameters() if p.requires_grad).data.view(-1)[0] = float("nan")
     return loss
 
