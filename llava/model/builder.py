@@ -15,7 +15,7 @@ from llava.model.adapter import Adapter
 from llava.model.branches import projector_name, tower_name
 from llava.model.checkpoint import Checkpoint, check_keys, complete_config, has_tokenizer, open_checkpoint, stored_dtype
 from llava.model.checkpoint_files import TensorLike, list_keys, read_json
-from llava.model.checkpoint_layout import LORA_PREFIX, KeyMap
+from llava.model.checkpoint_layout import LORA_PREFIX, KeyMap, memory_names
 from llava.model.configuration import LlavaConfig
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
@@ -24,6 +24,10 @@ DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 """Ways to spread a model over several GPUs, by accelerate's names."""
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Names of transformers' attentions that a language model here takes."""
+
+
+ASPECT_RATIOS = ("crop", "pad")
+"""How an image becomes a square: its middle, or all of it between margins."""
 
 
 def load_pretrained_model(
@@ -41,6 +45,7 @@ def load_pretrained_model(
     dino_weights: str | os.PathLike[str] | None = None,
     merge_lora: bool = True,
     system: str | None = None,
+    image_aspect_ratio: str | None = None,
 ) -> tuple[PreTrainedTokenizerBase, LlavaLlamaForCausalLM, Any, int]:
     """Opens a checkpoint for inference or further training.
 
@@ -49,7 +54,8 @@ def load_pretrained_model(
 
     Args:
         model_path: Folder or hub id.
-        model_base: Base model of a LoRA folder; default: the one that ``adapter_config.json`` names.
+        model_base: Base model of a LoRA folder; default: the one that ``adapter_config.json`` names. For a whole model
+            that lies without tokenizer and image processor, the model whose these are.
         model_name: Accepted for LLaVA's sake and ignored.
         device: ``auto`` (CUDA, else MPS, else CPU) or a torch device.
         dtype: ``auto`` (the checkpoint's; float32 instead of float16 on a CPU), or a torch dtype or its name.
@@ -62,6 +68,7 @@ def load_pretrained_model(
             ``timm:<name>``.
         merge_lora: Whether a LoRA folder's adapter is merged into the weights; a quantised model keeps it apart.
         system: Name of the system, where the files do not tell it; a plain LLaVA needs none.
+        image_aspect_ratio: How an image becomes a square, ``pad`` or ``crop``, instead of the checkpoint's way.
 
     Returns:
         Tokenizer, model in evaluation mode with frozen towers, image processor, and context length in tokens.
@@ -74,6 +81,8 @@ def load_pretrained_model(
         raise OptionError("load_8bit and load_4bit exclude each other")
     checkpoint = open_checkpoint(model_path, model_base, system=system)
     checkpoint, config = complete_config(checkpoint, {"clip": vision_tower, "dino": dino_weights})
+    if image_aspect_ratio is not None:
+        config.image_aspect_ratio = check_aspect_ratio(image_aspect_ratio)
     tokenizer = load_tokenizer(checkpoint.tokenizer_folder)
     target = resolve_device(device)
     tensor_dtype = resolve_dtype(dtype, checkpoint, target)
@@ -121,7 +130,11 @@ def apply_lora(model: LlavaLlamaForCausalLM, adapter: Adapter, key_map: KeyMap) 
     Raises:
         CheckpointError: It is on something that is no module of its own here, so that it can only be merged.
     """
-    paths = adapter.module_paths(key_map)
+    in_memory = memory_names(model)
+    paths = {
+        path: in_memory.get(f"{native}.weight", f"{native}.weight").removesuffix(".weight")
+        for path, native in adapter.module_paths(key_map).items()
+    }
     absent = [path for path in paths.values() if not _has_module(model, path)]
     if absent:
         raise CheckpointError(
@@ -214,6 +227,17 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if missing_cuda or (found.type == "mps" and not torch.backends.mps.is_available()):
         raise OptionError(f"there is no device {device} on this machine; device='auto' takes what there is")
     return found
+
+
+def check_aspect_ratio(name: str) -> str:
+    """Returns a way to make images square.
+
+    Raises:
+        OptionError: There is no such way.
+    """
+    if name not in ASPECT_RATIOS:
+        raise OptionError(f"unknown image_aspect_ratio {name!r}; known: {', '.join(ASPECT_RATIOS)}")
+    return name
 
 
 def check_device_map(device_map: str | dict[str, Any]) -> str | dict[str, Any]:

@@ -10,17 +10,21 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from llava.cli import note_once
 from llava.errors import CheckpointError
 from llava.model.adapter import Adapter, read_adapter, whole_tensors
 from llava.model.branches import FIRST, LANGUAGE_MODEL, part_of, source_field, tower_name
 from llava.model.checkpoint_files import (
+    WORD_PATTERNS,
     TensorLike,
     list_keys,
     main_dtype,
     read_json,
     read_tensor_file,
     read_tensors,
+    resolve_folder,
 )
 from llava.model.checkpoint_layout import NON_LORA_FILE, KeyMap, stored_state_dict, strip_lora_prefix
 from llava.model.configuration import LlavaConfig
@@ -102,7 +106,8 @@ def open_checkpoint(
 
     Args:
         model_path: Folder or hub id.
-        model_base: Base model of a LoRA folder; default: the one that ``adapter_config.json`` names.
+        model_base: Base model of a LoRA folder; default: the one that ``adapter_config.json`` names. For a whole model
+            that lies without tokenizer and image processor, the model whose these are.
         system: Name of the system where the files do not tell it.
         revision: Branch, tag or commit of a hub id.
 
@@ -115,15 +120,68 @@ def open_checkpoint(
         raise CheckpointError(f"{folder} is a file, but a folder with config.json and weights is needed")
     if (folder / "adapter_config.json").is_file():
         return _open_lora(files, model_base, system)
-    if model_base is not None:
-        raise CheckpointError(f"a base model is given, but {folder} has no adapter_config.json: it is no LoRA folder")
     config = read_json(folder / "config.json")
+    words = _words_folder(folder, config, model_base)
+    processor = config.get("mm_image_processor") or read_image_processor(folder) or read_image_processor(words)
+    if processor is not None:
+        config = {**config, "mm_image_processor": processor}
     name, layout = _system_of(files, system)
     tensors = read_tensors(folder)
     if not _is_native(config):
         tensors = layout.key_map.to_native(tensors)
     tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(_BUFFERS)}
-    return Checkpoint(folder, config, tensors, folder, layout, name)
+    return Checkpoint(folder, config, tensors, words, layout, name)
+
+
+def _words_folder(folder: Path, config: Mapping[str, Any], base: str | os.PathLike[str] | None) -> Path:
+    """Returns where the tokenizer of a whole model lies: beside it, else in the base that is given or named.
+
+    Raises:
+        CheckpointError: A base is given that is not needed or not to be had, or the model names one without tokenizer.
+    """
+    if has_tokenizer(folder):
+        if base is not None:
+            raise CheckpointError(
+                f"a base is given, but {folder} has a tokenizer and no adapter_config.json: it is no LoRA folder, "
+                "and the base would do nothing"
+            )
+        return folder
+    found = base or _named_start(folder, config)
+    if not found:
+        return folder
+    words = resolve_folder(found, "base model", WORD_PATTERNS)
+    if has_tokenizer(words):
+        note_once(f"{folder} has no tokenizer; it and the image processor are those of {found}")
+    return words
+
+
+def _named_start(folder: Path, config: Mapping[str, Any]) -> str:
+    """Returns the folder that a config says its model was made from, if that is here; a relative one counts from it."""
+    named = config.get("_name_or_path")
+    if not isinstance(named, str) or not named:
+        return ""
+    places = (Path(named).expanduser(), folder / named, folder.parent / named)
+    return next((str(place) for place in places if place != folder and place.is_dir() and has_tokenizer(place)), "")
+
+
+def read_image_processor(folder: Path) -> dict[str, Any] | None:
+    """Returns the settings of the image processor that lies beside a model; None if there is none.
+
+    Raises:
+        CheckpointError: The file cannot be read, or is of another kind than CLIP's.
+    """
+    file, joint = folder / "preprocessor_config.json", folder / "processor_config.json"
+    settings = read_json(file) if file.is_file() else None
+    if settings is None and joint.is_file():
+        settings = read_json(joint).get("image_processor")
+    if settings is None:
+        return None
+    try:
+        # Old files give sizes as plain numbers; the processor itself knows what they mean.
+        known: dict[str, Any] = CLIPImageProcessorPil(**settings).to_dict()
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: the image processor's settings are wrong: {error}") from error
+    return {**known, "do_pad": True} if settings.get("do_pad") else known
 
 
 def _open_lora(files: CheckpointFiles, model_base: str | os.PathLike[str] | None, system: str | None) -> Checkpoint:
@@ -139,7 +197,7 @@ def _open_lora(files: CheckpointFiles, model_base: str | os.PathLike[str] | None
         raise CheckpointError(f"{folder} is a LoRA folder whose base model cannot be opened: {error}") from error
     opened = opened.with_update()  # the base may be a LoRA folder itself, whose training was gone on with
     adapter = read_adapter(folder)
-    beside = layout.key_map.to_native(strip_lora_prefix(read_tensor_file(folder / NON_LORA_FILE)))
+    beside = layout.key_map.to_native(_trained_whole(folder, name, adapter))
     tokenizer_folder = folder if has_tokenizer(folder) else opened.tokenizer_folder
     own_config = read_json(folder / "config.json") if (folder / "config.json").is_file() else opened.config
     whole = whole_tensors(adapter, opened.tensors, layout.key_map)
@@ -151,6 +209,19 @@ def _open_lora(files: CheckpointFiles, model_base: str | os.PathLike[str] | None
     _check_whole_parts(parts - {LANGUAGE_MODEL}, whole | beside, opened.tensors, folder)
     tensors = opened.tensors | whole | beside
     return Checkpoint(folder, own_config, tensors, tokenizer_folder, layout, name, adapter)
+
+
+def _trained_whole(folder: Path, system: str, adapter: Adapter) -> dict[str, TensorLike]:
+    """What lies beside an adapter; PEFT's own folders have it within the adapter, if there is any.
+
+    Raises:
+        CheckpointError: The file is missing, and the system trains parts whole of which the adapter holds none.
+    """
+    file = folder / NON_LORA_FILE
+    needs_whole = not system or registry.component(system, "objective") is not None
+    if not file.is_file() and (adapter.whole or not needs_whole):
+        return {}
+    return strip_lora_prefix(read_tensor_file(file))
 
 
 def _check_whole_parts(

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
@@ -18,6 +18,8 @@ from llava.errors import CheckpointError
 SAFETENSORS_NAMES = ("model.safetensors",)
 BIN_NAMES = ("pytorch_model.bin",)
 WEIGHT_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
+WORD_PATTERNS = ["*.json", "*.model", "*.txt"]
+"""Of a tokenizer and an image processor alone."""
 
 _DTYPES = {
     "F64": torch.float64,
@@ -85,12 +87,18 @@ class Rows:
         return self.whole[self.start + first : self.start + last]
 
 
-def resolve_folder(path_or_id: str | os.PathLike[str], what: str, revision: str | None = None) -> Path:
+def resolve_folder(
+    path_or_id: str | os.PathLike[str],
+    what: str,
+    patterns: Sequence[str] = tuple(WEIGHT_PATTERNS),
+    revision: str | None = None,
+) -> Path:
     """Returns the local folder of a checkpoint, downloading a hub id's files if need be.
 
     Args:
         path_or_id: Folder or hub id.
         what: What it is, for messages.
+        patterns: Which of a hub id's files.
         revision: Branch, tag or commit of a hub id; default: its main branch.
 
     Raises:
@@ -107,7 +115,7 @@ def resolve_folder(path_or_id: str | os.PathLike[str], what: str, revision: str 
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=WEIGHT_PATTERNS))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:
         full = f"{name} in revision {revision}" if revision else "it"
         raise CheckpointError(
