@@ -40,6 +40,17 @@ logger = logging.getLogger(__name__)
 _BUFFERS = ("rotary_emb.inv_freq", "position_ids")
 """Stored by old versions of transformers; computed now."""
 
+_OBJECTS = (
+    "vision_tower_config",
+    "dino_tower_config",
+    "extra_tower_configs",
+    "token_source_configs",
+    "mm_image_processor",
+    "mm_fusion_config",
+    "cpm_tokens",
+)
+"""Fields of the config that hold fields themselves."""
+
 
 class _Plain:
     """A plain LLaVA's layout, whose names are the native ones."""
@@ -312,6 +323,9 @@ def _check_supported(values: Mapping[str, Any], folder: Path) -> None:
             f"{folder}: the weights are quantised already (quantization_config: {method}), which is not supported; get "
             "the model in float32, bfloat16 or float16, and pass load_8bit or load_4bit"
         )
+    odd = [name for name in _OBJECTS if not isinstance(values.get(name), Mapping | None)]
+    if odd:
+        raise CheckpointError(f"{folder}: config.json is wrong: {', '.join(odd)} must be an object or null")
     if values.get("mm_patch_merge_type", "flat") != "flat":
         raise CheckpointError(f"{folder}: mm_patch_merge_type {values['mm_patch_merge_type']!r} is not supported")
 
@@ -335,6 +349,9 @@ def _normalise(values: dict[str, Any], folder: Path) -> None:
         kind = (scaling.get("rope_type") or scaling.get("type")) if isinstance(scaling, Mapping) else None
         if kind not in (None, "default", *ROPE_INIT_FUNCTIONS):
             raise CheckpointError(f"{folder}: config.json asks for an unknown {field} {kind!r}")
+        theta = scaling.get("rope_theta") if isinstance(scaling, Mapping) else None
+        if theta is not None and (isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 0):
+            raise CheckpointError(f"{folder}: rope_theta in config.json must be a number above 0, not {theta!r}")
     pad, size = values.get("pad_token_id"), values.get("vocab_size")
     if pad is not None and not (isinstance(pad, int) and isinstance(size, int) and 0 <= pad < size):
         values["pad_token_id"] = None  # padding is masked, so its embedding is never asked for
@@ -424,9 +441,7 @@ def check_keys(config: LlavaConfig, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: Tensors are missing, unexpected, or of another shape; the message names them.
     """
-    with torch.device("meta"):
-        model = LlavaLlamaForCausalLM(config)
-    needed = stored_state_dict(model)
+    needed = stored_state_dict(_skeleton(config, checkpoint.folder))
     if config.tie_word_embeddings:
         needed.pop("lm_head.weight")
     found = checkpoint.tensors
@@ -447,6 +462,16 @@ def check_keys(config: LlavaConfig, checkpoint: Checkpoint) -> None:
     if problems:
         details = "\n  ".join(problems)
         raise CheckpointError(f"{checkpoint.folder} does not fit the model that it describes\n  {details}")
+
+
+def _skeleton(config: LlavaConfig, folder: Path) -> LlavaLlamaForCausalLM:
+    """Builds a model without memory, which depends on nothing but the config's words and numbers."""
+    try:
+        with torch.device("meta"):
+            return LlavaLlamaForCausalLM(config)
+    except (KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{folder}: no model can be built as config.json describes it: {why}") from error
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
