@@ -179,5 +179,5 @@ def test_a_part_that_lacks_beside_an_adapter_is_not_the_bases(lora, part):
     file = lora / "non_lora_trainables.bin"
     tensors = torch.load(file, weights_only=True)
     torch.save({key: tensor for key, tensor in tensors.items() if part not in key}, file)
-    with pytest.raises(CheckpointError, match="lacks tensors of parts"):
+    with pytest.raises(CheckpointError, match=r"lacks tensors of parts|does not fit the model"):
         load_pretrained_model(lora, GOLDENS / "base", device="cpu", **TOWERS)

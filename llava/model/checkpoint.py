@@ -326,6 +326,15 @@ def _check_supported(values: Mapping[str, Any], folder: Path) -> None:
     odd = [name for name in _OBJECTS if not isinstance(values.get(name), Mapping | None)]
     if odd:
         raise CheckpointError(f"{folder}: config.json is wrong: {', '.join(odd)} must be an object or null")
+    longest, side = values.get("tokenizer_model_max_length"), values.get("tokenizer_padding_side", "right")
+    if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int) or longest < 1):
+        raise CheckpointError(
+            f"{folder}: tokenizer_model_max_length in config.json must be at least 1, not {longest!r}"
+        )
+    if side not in ("left", "right"):
+        raise CheckpointError(f"{folder}: tokenizer_padding_side in config.json must be left or right, not {side!r}")
+    if not isinstance(values.get("mm_fusion_type"), str | None):
+        raise CheckpointError(f"{folder}: mm_fusion_type in config.json must be a name: {values['mm_fusion_type']!r}")
     if values.get("mm_patch_merge_type", "flat") != "flat":
         raise CheckpointError(f"{folder}: mm_patch_merge_type {values['mm_patch_merge_type']!r} is not supported")
 
@@ -469,7 +478,7 @@ def _skeleton(config: LlavaConfig, folder: Path) -> LlavaLlamaForCausalLM:
     try:
         with torch.device("meta"):
             return LlavaLlamaForCausalLM(config)
-    except (KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+    except (StrictDataclassError, KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
         why = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{folder}: no model can be built as config.json describes it: {why}") from error
 

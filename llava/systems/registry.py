@@ -67,6 +67,8 @@ def identify(files: CheckpointFiles) -> SystemSpec:
     """
     own = files.config.get("system")
     if own:
+        if not isinstance(own, str):
+            raise CheckpointError(f"{files.folder}: system in its config must be a name, not {own!r}")
         try:
             return spec(own)
         except OptionError as error:

@@ -80,6 +80,6 @@ def test_answers_of_two_models_are_not_mixed(dataset, tmp_path, capsys):
 
 def test_two_predictions_of_one_image_are_named(dataset, tmp_path, capsys):
     lines = every(dataset)
-    lines.append({**lines[0], "image": str(Path(lines[0]["image"]).relative_to(dataset))})
+    lines.append({**lines[0], "image": str(Path(lines[0]["image"]).relative_to(dataset.parent))})
     assert rescore(dataset, write(tmp_path, *lines))[0] == 1
     assert "two predictions of" in capsys.readouterr().err
