@@ -47,7 +47,7 @@ def open_whole(folder: Path, **options):
     return load_pretrained_model(folder, device="cpu", dtype="float32", **options)[1]
 
 
-def test_a_short_training_over_a_half_precision_base_is_merged_whole(adapter, tmp_path, capsys):
+def test_a_short_training_over_a_half_precision_base_is_merged_whole(adapter, data, tmp_path, capsys):
     """peft#1567: six steps, default options, compared on ten images."""
     assert merge(["--model-path", str(adapter), "--save-model-path", str(tmp_path / "merged")]) == 0
     unmerged = open_whole(adapter, merge_lora=False)
@@ -61,6 +61,8 @@ def test_a_short_training_over_a_half_precision_base_is_merged_whole(adapter, tm
         torch.float32
     }
     assert "loses" not in capsys.readouterr().err
+    further = open_whole(train_here(tmp_path / "further", tmp_path / "merged", data, **LORA, max_steps=1))
+    assert (logits(further) - logits(merged)).abs().max() > 0
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
