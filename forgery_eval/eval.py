@@ -275,7 +275,7 @@ def _by_sample(
     """Returns the predictions by the samples' ids, also where they name the images' files.
 
     Raises:
-        DataError: Labels contradict the data set's.
+        DataError: Labels contradict the data set's, or two predictions are of one image.
     """
     by_file = {Path(sample.image).absolute(): sample.id for sample in samples}
     labels = {sample.id: sample.label for sample in samples}
@@ -287,6 +287,8 @@ def _by_sample(
         elif prediction.label not in (-1, labels[known]):
             own, true = LABELS[prediction.label], LABELS[labels[known]]
             raise DataError(f"{file}: {name} is labelled {own}, but in the data set it is {true}")
+        elif known in found:
+            raise DataError(f"{file} has two predictions of {known}, one of them as {name}")
         else:
             found[known] = replace(prediction, id=known)
     if unknown and whole:

@@ -7,6 +7,7 @@ from typing import Any
 
 from llava.cli import progress
 from llava.files import digest_files, digest_json, read_json
+from llava.systems import registry
 
 _CONFIGS = ("config.json", "adapter_config.json")
 _LOCATION_ENDINGS = ("_tower", "_path", "_file", "_folder", "_weights")
@@ -19,14 +20,14 @@ def weights_digest(locations: Iterable[str | None]) -> str:
     """Returns a digest of the contents of model files and folders.
 
     Names are those inside each folder, so that a moved model is the same one. What is no path here (a hub id) stands
-    for itself.
+    for itself and the revision of it that is here.
     """
     files: list[Path] = []
     names: list[str] = []
     for index, location in enumerate(locations):
         root = Path(location).expanduser() if location else None
         if root is None or not root.exists():
-            names.append(f"{index}:{location}")
+            names.append(f"{index}:{_with_revision(location)}")
             continue
         inside = sorted(file for file in root.rglob("*") if file.is_file()) if root.is_dir() else [root]
         files += inside
@@ -41,6 +42,20 @@ def images_digest(ids: Sequence[str], images: Sequence[Path]) -> str:
 
 def _progress(files: Sequence[Path], title: str) -> Iterator[str]:
     return iter(progress(digest_files(files), desc=title, total=len(files), unit=" files", leave=False))
+
+
+def _with_revision(location: str | None) -> str | None:
+    """Adds to a hub id the commit of it that is here, which is what will be opened."""
+    if location is None or location.count("/") != 1 or location.startswith((".", "~")):
+        return location
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(location, local_files_only=True))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError):
+        return location
+    return f"{location}@{folder.name}"
 
 
 def weight_locations(checkpoint: Path, given: Iterable[str | None] = ()) -> list[str | None]:
@@ -58,6 +73,10 @@ def weight_locations(checkpoint: Path, given: Iterable[str | None] = ()) -> list
         if (checkpoint / name).is_file():
             config = read_json(checkpoint / name)
             locations += _named_locations(config) if isinstance(config, Mapping) else []
+    if (checkpoint / "adapter_config.json").is_file():
+        base = Path(registry.named_base(checkpoint).path)  # a relative path counts from the checkpoint's folder
+        inner = weight_locations(base) if base.is_dir() else []
+        locations += [location for location in inner if location not in locations]
     return locations
 
 
@@ -70,13 +89,17 @@ def _named_locations(config: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def model_fingerprint(path: str | os.PathLike[str] | None) -> list[tuple[str, int, int]] | str | None:
-    """Returns what tells a model from another at the same path: its files' names, sizes and times of change.
+def model_fingerprint(locations: Iterable[str | None]) -> list[Any]:
+    """Returns what tells a model from another in the same places: its files' names, sizes and times of change.
 
-    A hub id stands for itself.
+    A hub id stands for itself and the revision of it that is here.
     """
-    root = Path(path).expanduser() if path else None
-    if root is None or not root.exists():
-        return None if path is None else str(path)
-    files = sorted(file for file in root.rglob("*") if file.is_file()) if root.is_dir() else [root]
-    return [(str(root.resolve()), 0, 0)] + [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    found: list[Any] = []
+    for location in locations:
+        root = Path(location).expanduser() if location else None
+        if root is None or not root.exists():
+            found.append(_with_revision(location))
+            continue
+        files = sorted(file for file in root.rglob("*") if file.is_file()) if root.is_dir() else [root]
+        found.append([(str(root.resolve()), 0, 0)] + [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
+    return found

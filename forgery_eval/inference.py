@@ -17,8 +17,9 @@ from typing import IO, TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from forgery_eval.answers import AnswerKind
-from forgery_eval.fingerprints import model_fingerprint
+from forgery_eval.fingerprints import model_fingerprint, weight_locations
 from forgery_eval.model_options import (
+    LOCATIONS,
     add_batch_size,
     add_model_options,
     analyze_options,
@@ -36,6 +37,7 @@ from llava.files import atomic_file, digest_file, file_errors
 from llava.images import describe_passed_over, list_images, load_image
 from llava.report import SCORE_SOURCES
 from llava.sources import is_url, refuse_url
+from llava.systems import registry
 from llava.systems.base import AnalyzeOptions
 from llava.tables import NameFinder
 
@@ -116,7 +118,7 @@ def main(arguments: argparse.Namespace) -> int:
         failed = _Inference(arguments, options, None).run(total)
     else:
         settings = {
-            "model": model_fingerprint(arguments.model_path),
+            "model": _fingerprint(arguments),
             "system": arguments.options_of,
             **loading_options(arguments),
             **vars(options),
@@ -130,6 +132,14 @@ def main(arguments: argparse.Namespace) -> int:
     if failed:
         log(f"{failed} images could not be analysed; they are named above")
     return SOME_FAILED if failed else 0
+
+
+def _fingerprint(arguments: argparse.Namespace) -> list[Any]:
+    """What tells the model, its base and its towers from others in the same places; empty without a model."""
+    if arguments.model_path is None:
+        return []
+    files = registry.read_files(arguments.model_path, arguments.model_base)
+    return model_fingerprint(weight_locations(files.folder, [getattr(arguments, name) for name in LOCATIONS]))
 
 
 def _rule_settings(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -226,13 +226,14 @@ def read_run(path: Path, answer_format: str | None = None) -> tuple[dict[str, An
         What the first line says of the run (empty for another program's file), and the predictions by id.
 
     Raises:
-        DataError: A line is no prediction, or an id stands twice.
+        DataError: A line is no prediction or of another run than those before it, or an id stands twice.
         FileError: The file cannot be read.
         OptionError: The system is not known here.
     """
     header: dict[str, Any] = {}
     predictions: dict[str, Prediction] = {}
     kind: AnswerKind | None = None
+    run: Any = None
     with file_errors(path, "read"):
         lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
@@ -248,8 +249,13 @@ def read_run(path: Path, answer_format: str | None = None) -> tuple[dict[str, An
         if number == 1 and isinstance(entry, dict) and "settings" in entry and "id" not in entry:
             header = entry
             continue
+        if number == 1 and isinstance(entry, dict) and "run" in entry:
+            run = entry["run"]  # every answer of inference names its run and its system
+            header = {"settings": {"system": entry.get("system")}}
         kind = kind or AnswerKind.of(answer_format or system_of(header))
         prediction = _prediction(entry, kind, location)
+        if entry.get("run") != run:
+            raise DataError(f"{location}: this is an answer of another model or other settings than those before it")
         if prediction.id in predictions:
             raise DataError(f"{location}: the id {prediction.id!r} stands more than once")
         predictions[prediction.id] = prediction

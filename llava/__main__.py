@@ -49,6 +49,7 @@ def name_image(arguments: list[str]) -> list[str]:
 
 DATA = {
     "show": Verb("print samples of a training file, and what of them is supervised", "llava.data.show_samples:main"),
+    "convert": Verb("write training files in another system's words", "llava.data.convert:main"),
     "validate": Verb("check a training file or an evaluation set", "mmfr_generation.validate:main"),
     "download": Verb("fetch the published MMFR-Dataset, part by part", "mmfr_generation.download:main"),
     "requests": Verb("turn images into request files for an annotator", "mmfr_generation.get_jsonl:main"),
@@ -63,6 +64,7 @@ DATA = {
 VERBS = {
     "detect": Verb("say of images whether they are fake, and why", "forgery_eval.inference:run", adapt=name_image),
     "eval": Verb("evaluate a model on a data set", "forgery_eval.eval:run"),
+    "compare": Verb("put evaluations side by side in a table", "forgery_eval.compare:run"),
     "train": Verb("train a model, by a recipe or by its options", "llava.train.launcher:main"),
     "merge": Verb("merge a LoRA folder, or write another layout", "llava.merge:main"),
     "data": Verb("make, fetch, show and check data", verbs=DATA),

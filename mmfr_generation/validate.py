@@ -16,8 +16,9 @@ from llava.data.summary import find_contradictions
 from llava.errors import DataError, FileError, MissingFileError
 from llava.files import digest_file, file_errors, is_file, read_json, read_text, write_json
 from llava.images import load_image
-from llava.labels import published_label
+from llava.labels import LABELS, published_label
 from llava.screening import find_caption_fault, find_evidence_fault
+from llava.systems import registry
 from llava.systems.fakereasoning.answer import ATTRIBUTES, FORMAT
 from llava.tables import CSV_SUFFIXES, NameFinder
 from mmfr_generation.build_cot import IMAGE_MARK, label_of
@@ -35,6 +36,7 @@ CHECKS = {
     "verdict": "answers without a verdict",
     "text": "answers, sentences or captions that must not be learnt",
     "attributes": "attributes that do not belong to the class",
+    "label": "answers against the entry's label (FakeClue: 1 is real)",
     "folder": "verdict or attributes against the folder's class",
     "missing image": "images that are not there",
     "unreadable image": "images that do not open",
@@ -188,14 +190,17 @@ def _check_record(record: Record, findings: Findings) -> None:
     place = f"{record.origin} ({record.image})" if record.image else record.origin
     if record.image is None:
         findings.add("no image", place)
-    parsed = record.verdict(FORMAT)
+    words = registry.words_of(record.answers, FORMAT)
+    parsed = record.verdict(words)
     if parsed.verdict is None:
         findings.add("verdict", f"{place}: {parsed.problem}")
         return
-    unknown_names = sorted(set(parsed.attributes) - set(ATTRIBUTES[parsed.verdict]))
+    if record.label is not None and LABELS[record.label] != parsed.verdict:
+        findings.add("label", f"{place}: its answer says {parsed.verdict}, its label {LABELS[record.label]}")
+    unknown_names = sorted(set(parsed.attributes) - set(words.attributes[parsed.verdict]))
     if unknown_names:
         findings.add("attributes", f"{place}: a {parsed.verdict} image with {', '.join(unknown_names)}")
-    elif problem := record.problem(FORMAT):
+    elif problem := record.problem(words):
         findings.add("text", f"{place}: {problem}")
 
 

@@ -74,7 +74,10 @@ language_model() {
 
 # Batches of like length weigh the words of short answers more; random order corrects that.
 random_order() {
-    train run_random --model_name_or_path "$out/run/final" --learning_rate 4e-4 --num_train_epochs 0.5 --save_dtype float16
+    local notice
+    notice=$("$python" -c 'import json; print(json.load(open("scripts/demo_model.json"))["notice"])')
+    train run_random --model_name_or_path "$out/run/final" --notice "$notice" --learning_rate 4e-4 \
+        --num_train_epochs 0.5 --save_dtype float16
 }
 
 evaluate() {

@@ -12,11 +12,12 @@ from PIL import Image
 
 from llava import ForgeryDetector
 from llava.conversation import conv_templates
-from llava.errors import CheckpointError, ImageReadError
+from llava.errors import CheckpointError, ImageReadError, OptionError
 from llava.mm_utils import grid_over_image, process_images, tokenizer_image_token
 from llava.model.decoding import PreallocatedLayer, Sampler
 from llava.report import ForgeryReport
-from llava.systems.base import AnalyzeOptions, System
+from llava.systems import registry
+from llava.systems.base import AnalyzeOptions, System, resolve
 from llava.systems.fakereasoning.answer import (
     FORCED_SUMMARY,
     QUESTION,
@@ -477,3 +478,11 @@ def test_libraries_say_nothing_while_a_model_is_opened():
         assert not libraries.is_progress_bar_enabled()
     assert logging.root.manager.disable == before
     assert libraries.is_progress_bar_enabled()
+
+
+@pytest.mark.parametrize("question", ["", " ", "\n\t"])
+@pytest.mark.parametrize("name", ["fakereasoning", "m2f2det"])
+def test_an_empty_question_is_refused(name, question):
+    """It is not the system's own question in silence."""
+    with pytest.raises(OptionError, match="question must not be empty"):
+        resolve(registry.spec(name).options)(question=question)

@@ -171,3 +171,13 @@ def test_a_tensor_that_lacks_beside_an_adapter_is_not_the_bases(lora, which):
     torch.save({key: tensor for key, tensor in tensors.items() if key != name}, file)
     with pytest.raises(CheckpointError, match="lacks tensors of parts"):
         load_pretrained_model(lora, GOLDENS / "base", device="cpu", **TOWERS)
+
+
+@pytest.mark.parametrize("part", ["mm_projector", "crossattention", ""])
+def test_a_part_that_lacks_beside_an_adapter_is_not_the_bases(lora, part):
+    """LLaVA#463, for a whole part, or all of them."""
+    file = lora / "non_lora_trainables.bin"
+    tensors = torch.load(file, weights_only=True)
+    torch.save({key: tensor for key, tensor in tensors.items() if part not in key}, file)
+    with pytest.raises(CheckpointError, match=r"lacks tensors of parts|does not fit the model"):
+        load_pretrained_model(lora, GOLDENS / "base", device="cpu", **TOWERS)

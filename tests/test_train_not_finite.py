@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from llava import ForgeryDetector, load_pretrained_model
 from llava.errors import CheckpointError
+from llava.merge import main as merge
 from llava.train.checkpointing import COMPLETE_FILE, complete_checkpoints
 from llava.train.train import main
 from llava.train.trainer import ForgeryTrainer
-from tests.training_runs import LORA, options, train_here, write_records
+from tests.training_runs import LORA, environment, options, train_here, write_records
 
 RUN = {**LORA, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "resume": "auto"}
 
@@ -97,6 +100,47 @@ def test_folders_of_a_run_say_where_the_model_is(done, folder, way):
     for open_it in (load_pretrained_model, ForgeryDetector.from_pretrained):
         with pytest.raises(CheckpointError, match=way):
             open_it(done / folder)
+
+
+@pytest.mark.parametrize(("folder", "way"), [("", "final"), ("checkpoint-4", "--resume auto")])
+def test_folders_of_a_run_are_merged_and_exported_or_say_what_to_do(done, tmp_path, capsys, folder, way):
+    for layout in ("native", "published"):
+        command = ["--model-path", str(done / folder), "--save-model-path", str(tmp_path / layout), "--layout", layout]
+        assert merge(command) == 1
+        assert way in capsys.readouterr().err and not (tmp_path / layout).exists()
+    assert merge(["--model-path", str(done / "final"), "--save-model-path", str(tmp_path / "native")]) == 0
+
+
+SPOIL_ONE_PROCESS = """
+import sys
+from llava.train.train import main
+from llava.train.trainer import ForgeryTrainer
+
+original = ForgeryTrainer.training_step
+
+def spoilt(self, model, inputs, *rest, **named):
+    loss = original(self, model, inputs, *rest, **named)
+    if self.args.process_index == int(sys.argv[1]) and self.state.global_step == 3:
+        next(p for p in model.parameters() if p.requires_grad).data.view(-1)[0] = float("nan")
+    return loss
+
+ForgeryTrainer.training_step = spoilt
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("process", [0, 1])
+def test_weights_of_one_process_of_two_that_are_no_number(trained, data, tmp_path, process):
+    """Both stop, neither waits for the other, and the good checkpoint stays."""
+    script, output = tmp_path / "spoilt.py", tmp_path / "run"
+    script.write_text(SPOIL_ONE_PROCESS)
+    launcher = [sys.executable, "-m", "llava.train.launch", "--standalone", "--nproc_per_node", "2", str(script)]
+    command = [*launcher, str(process), *options(output, trained, data, **RUN, logging_strategy="no")]
+    found = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert found.returncode != 0 and "NaN or infinite" in found.stderr and "Traceback" not in found.stderr
+    assert [path.name for path in complete_checkpoints(output)] == ["checkpoint-2"]
+    assert not (output / "final").exists()
 
 
 def test_the_final_folder_opens(done):

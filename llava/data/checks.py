@@ -40,6 +40,7 @@ KINDS = {
     "missing image": "images that are not there",
     "unreadable image": "images that do not open",
     "verdict": "answers without a verdict",
+    "label": "answers against the record's label",
     "text": "answers that must not be learnt",
     "length": "answers or verdicts that are cut off",
     "tokens": "texts that the tokenizer takes for something else",
@@ -73,14 +74,16 @@ def check_records(
     placeholder_tokens: Mapping[int, int],
     image_folder: Path | None,
     drop_invalid: bool,
+    needs_verdict: bool = True,
     faults: Mapping[str, str] = MappingProxyType({}),
     opened: Path | None = None,
     measured: Measured | None = None,
 ) -> list[Record]:
     """Finds records that would train on nothing or on something wrong.
 
-    A record is invalid whose image is missing or does not open, whose answer has no verdict or holds what must not be
-    learnt, or of whose answer or verdict truncation leaves nothing.
+    A record is invalid whose image is missing or does not open, whose answer contradicts its label or holds what must
+    not be learnt, or of whose answer truncation leaves nothing; and, if the system trains a score at the verdict, one
+    whose answer has no verdict in the system's spelling within the length.
 
     Args:
         records: What ``read_records`` returned.
@@ -91,6 +94,7 @@ def check_records(
         placeholder_tokens: How many tokens each placeholder id becomes.
         image_folder: Where the records' images lie; None if their paths are complete.
         drop_invalid: Whether invalid records are left out and counted in the log, rather than refused.
+        needs_verdict: Whether the system trains a score at the verdict, so that every answer must spell it.
         faults: Rows that are no records, as ``read_records`` gives them: they count as invalid records.
         opened: Where it is kept which images open, see ``open_images``; None does not open them.
         measured: Takes what the checks learn of the records.
@@ -106,6 +110,7 @@ def check_records(
     if records or not faults:
         _check_images_present(records)
     verdict = VerdictTokens.from_tokenizer(tokenizer, answer_format.verdict_prefix, answer_format.verdict_words)
+    spelling = verdict if needs_verdict else None
     measured = measured or Measured()
     problems = {origin: Problem("layout", fault) for origin, fault in faults.items()}
     missing = _missing_images(records, image_folder)
@@ -114,7 +119,7 @@ def check_records(
     readable = [record for record in records if record.origin not in problems]
     found = zip(readable, tokenize_records(readable, tokenizer, template), strict=True)
     for record, tokenized in progress(found, desc="checking", total=len(readable), unit=" records", leave=False):
-        problem = find_problem(record, tokenized, answer_format, verdict, max_length, placeholder_tokens)
+        problem = find_problem(record, tokenized, answer_format, spelling, max_length, placeholder_tokens)
         if problem:
             problems[record.origin] = problem
         elif isinstance(tokenized, TokenizedConversation):
@@ -133,7 +138,7 @@ def tokenize_records(
     rest = iter(records)
     marks = [token for token in map(str, getattr(tokenizer, "all_special_tokens", ())) if _is_mark(token)]
     while together := list(islice(rest, TOKENIZED_TOGETHER)):
-        conversations = [fill_template(record.turns, template) for record in together]
+        conversations = [fill_template(record.turns, template, record.system_prompt) for record in together]
         encode = encode_together(conversations, tokenizer)
         for record, conversation in zip(together, conversations, strict=True):
             mark = next((mark for mark in marks for turn in record.turns if mark in turn["value"]), None)
@@ -155,11 +160,20 @@ def find_problem(
     record: Record,
     tokenized: TokenizedConversation | str,
     answer_format: AnswerFormat,
-    verdict: VerdictTokens,
+    verdict: VerdictTokens | None,
     max_length: int,
     placeholder_tokens: Mapping[int, int],
 ) -> Problem | None:
-    """Says why a record cannot be trained on; None if it can."""
+    """Says why a record cannot be trained on; None if it can.
+
+    Args:
+        record: The record.
+        tokenized: Its ids, or why there are none.
+        answer_format: Words of the system that is trained.
+        verdict: How the tokenizer spells the verdict, if a score is trained at it.
+        max_length: Longest sequence.
+        placeholder_tokens: How many tokens each placeholder id becomes.
+    """
     if isinstance(tokenized, str):
         return Problem("tokens", tokenized)
     labels = tokenized.labels
@@ -169,14 +183,22 @@ def find_problem(
         return Problem("length", too_long)
     conclusion = record.verdict(answer_format)
     text_problem = record.problem(answer_format)
-    if conclusion.verdict is None or text_problem:
-        return Problem("text" if conclusion.verdict else "verdict", text_problem)
+    if record.label is not None and conclusion.verdict not in (None, LABELS[record.label]):
+        return Problem("label", f"its answer says {conclusion.verdict}, but its label {LABELS[record.label]}")
+    if conclusion.verdict is None and verdict is not None:
+        return Problem("verdict", text_problem)
+    if conclusion.verdict is not None and text_problem:
+        return Problem("text", text_problem)
+    if verdict is None or conclusion.verdict is None:
+        return None
     position = _verdict_position(labels, verdict)
     if position is None or labels[position] != (verdict.real, verdict.fake)[LABELS.index(conclusion.verdict)]:
         word = answer_format.verdict_words[LABELS.index(conclusion.verdict)]
         spelling = f"{answer_format.verdict_prefix} {word}"
         return Problem(
-            "tokens", f"its answer does not spell its verdict {spelling!r}, so the score cannot be trained on it"
+            "tokens",
+            f"its answer does not spell its verdict {spelling!r}, so the score cannot be trained on it; answers of "
+            "other systems are written so with --rewrite_answers True",
         )
     if position >= kept:
         needed = expanded_length(tokenized.input_ids[: position + 1], placeholder_tokens)

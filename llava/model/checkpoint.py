@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,22 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from llava.cli import note_once
 from llava.errors import CheckpointError
-from llava.model.adapter import add_update
+from llava.model.adapter import Adapter, read_adapter, whole_tensors
 from llava.model.branches import FIRST, LANGUAGE_MODEL, part_of, source_field, tower_name
-from llava.model.checkpoint_files import TensorLike, list_keys, read_json, read_tensor_file, read_tensors
+from llava.model.checkpoint_files import (
+    WORD_PATTERNS,
+    TensorLike,
+    list_keys,
+    main_dtype,
+    read_json,
+    read_tensor_file,
+    read_tensors,
+    resolve_folder,
+)
 from llava.model.checkpoint_layout import NON_LORA_FILE, KeyMap, stored_state_dict, strip_lora_prefix
 from llava.model.configuration import LlavaConfig
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
@@ -28,6 +39,17 @@ logger = logging.getLogger(__name__)
 
 _BUFFERS = ("rotary_emb.inv_freq", "position_ids")
 """Stored by old versions of transformers; computed now."""
+
+_OBJECTS = (
+    "vision_tower_config",
+    "dino_tower_config",
+    "extra_tower_configs",
+    "token_source_configs",
+    "mm_image_processor",
+    "mm_fusion_config",
+    "cpm_tokens",
+)
+"""Fields of the config that hold fields themselves."""
 
 
 class _Plain:
@@ -60,7 +82,7 @@ class Checkpoint:
         tokenizer_folder: Where the tokenizer lies: the base's folder for a LoRA folder without one.
         layout: How the system's published files correspond to the native ones.
         system: Short name of the system that it belongs to; empty for a plain LLaVA.
-        adapter_folder: The LoRA folder, or None.
+        adapter: The LoRA folder's adapter, not yet added to the tensors, or None.
     """
 
     folder: Path
@@ -69,7 +91,19 @@ class Checkpoint:
     tokenizer_folder: Path
     layout: CheckpointFormat = PLAIN
     system: str = ""
-    adapter_folder: Path | None = None
+    adapter: Adapter | None = None
+
+    def with_update(self) -> "Checkpoint":
+        """Returns the checkpoint with its adapter's update in the tensors, each computed in float32 when it is read.
+
+        Raises:
+            CheckpointError: The adapter does not fit, or holds NaN or infinity.
+        """
+        if self.adapter is None:
+            return self
+        is_tied = bool(self.config.get("tie_word_embeddings"))
+        tensors = self.adapter.add_to(self.tensors, self.layout.key_map, is_tied=is_tied)
+        return replace(self, tensors=tensors, adapter=None)
 
 
 def open_checkpoint(
@@ -77,63 +111,139 @@ def open_checkpoint(
     model_base: str | os.PathLike[str] | None = None,
     *,
     system: str | None = None,
+    revision: str | None = None,
 ) -> Checkpoint:
     """Reads a checkpoint's config and lists its tensors, by native names; no weight is read.
 
     Args:
         model_path: Folder or hub id.
-        model_base: Base model of a LoRA folder; default: the one that ``adapter_config.json`` names.
+        model_base: Base model of a LoRA folder; default: the one that ``adapter_config.json`` names. For a whole model
+            that lies without tokenizer and image processor, the model whose these are.
         system: Name of the system where the files do not tell it.
+        revision: Branch, tag or commit of a hub id.
 
     Raises:
         CheckpointError: It is no checkpoint, or a LoRA folder lacks its base or a file.
     """
-    files = registry.read_files(model_path, model_base)
+    files = registry.read_files(model_path, model_base, revision)
     folder = files.folder
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file, but a folder with config.json and weights is needed")
     if (folder / "adapter_config.json").is_file():
         return _open_lora(files, model_base, system)
-    if model_base is not None:
-        raise CheckpointError(f"a base model is given, but {folder} has no adapter_config.json: it is no LoRA folder")
     config = read_json(folder / "config.json")
+    words = _words_folder(folder, config, model_base)
+    processor = config.get("mm_image_processor") or read_image_processor(folder) or read_image_processor(words)
+    if processor is not None:
+        config = {**config, "mm_image_processor": processor}
     name, layout = _system_of(files, system)
     tensors = read_tensors(folder)
     if not _is_native(config):
         tensors = layout.key_map.to_native(tensors)
     tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(_BUFFERS)}
-    return Checkpoint(folder, config, tensors, folder, layout, name)
+    return Checkpoint(folder, config, tensors, words, layout, name)
+
+
+def _words_folder(folder: Path, config: Mapping[str, Any], base: str | os.PathLike[str] | None) -> Path:
+    """Returns where the tokenizer of a whole model lies: beside it, else in the base that is given or named.
+
+    Raises:
+        CheckpointError: A base is given that is not needed or not to be had, or the model names one without tokenizer.
+    """
+    if has_tokenizer(folder):
+        if base is not None:
+            raise CheckpointError(
+                f"a base is given, but {folder} has a tokenizer and no adapter_config.json: it is no LoRA folder, "
+                "and the base would do nothing"
+            )
+        return folder
+    found = base or _named_start(folder, config)
+    if not found:
+        return folder
+    words = resolve_folder(found, "base model", WORD_PATTERNS)
+    if has_tokenizer(words):
+        note_once(f"{folder} has no tokenizer; it and the image processor are those of {found}")
+    return words
+
+
+def _named_start(folder: Path, config: Mapping[str, Any]) -> str:
+    """Returns the folder that a config says its model was made from, if that is here; a relative one counts from it."""
+    named = config.get("_name_or_path")
+    if not isinstance(named, str) or not named:
+        return ""
+    places = (Path(named).expanduser(), folder / named, folder.parent / named)
+    return next((str(place) for place in places if place != folder and place.is_dir() and has_tokenizer(place)), "")
+
+
+def read_image_processor(folder: Path) -> dict[str, Any] | None:
+    """Returns the settings of the image processor that lies beside a model; None if there is none.
+
+    Raises:
+        CheckpointError: The file cannot be read, or is of another kind than CLIP's.
+    """
+    file, joint = folder / "preprocessor_config.json", folder / "processor_config.json"
+    settings = read_json(file) if file.is_file() else None
+    if settings is None and joint.is_file():
+        settings = read_json(joint).get("image_processor")
+    if settings is None:
+        return None
+    try:
+        # Old files give sizes as plain numbers; the processor itself knows what they mean.
+        known: dict[str, Any] = CLIPImageProcessorPil(**settings).to_dict()
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: the image processor's settings are wrong: {error}") from error
+    return {**known, "do_pad": True} if settings.get("do_pad") else known
 
 
 def _open_lora(files: CheckpointFiles, model_base: str | os.PathLike[str] | None, system: str | None) -> Checkpoint:
     folder = files.folder
-    base = model_base or registry.named_base(folder)
-    if not base:
+    base = registry.named_base(folder, model_base)
+    if not base.path:
         raise CheckpointError(f"{folder} is a LoRA folder that does not name its base model; pass model_base")
     name, layout = _system_of(files, system)
     try:
         # The base may be a plain LLaVA, which by itself belongs to no system.
-        opened = open_checkpoint(base, system=name or None)
+        opened = open_checkpoint(base.path, system=name or None, revision=base.revision)
     except CheckpointError as error:
         raise CheckpointError(f"{folder} is a LoRA folder whose base model cannot be opened: {error}") from error
-    if opened.adapter_folder is not None:
-        # The base is a LoRA folder itself, whose training was gone on with.
-        opened = replace(opened, tensors=add_update(opened.tensors, opened.adapter_folder), adapter_folder=None)
-    beside = layout.key_map.to_native(strip_lora_prefix(read_tensor_file(folder / NON_LORA_FILE)))
-    _check_whole_parts(beside, opened.tensors, folder)
+    opened = opened.with_update()  # the base may be a LoRA folder itself, whose training was gone on with
+    adapter = read_adapter(folder)
+    beside = layout.key_map.to_native(_trained_whole(folder, name, adapter))
     tokenizer_folder = folder if has_tokenizer(folder) else opened.tokenizer_folder
     own_config = read_json(folder / "config.json") if (folder / "config.json").is_file() else opened.config
-    return Checkpoint(folder, own_config, opened.tensors | beside, tokenizer_folder, layout, name, folder)
+    whole = whole_tensors(adapter, opened.tensors, layout.key_map)
+    if set(whole) & set(beside):
+        twice = list_keys(set(whole) & set(beside))
+        raise CheckpointError(f"{folder} holds tensors twice, in its adapter and in {NON_LORA_FILE}: {twice}")
+    objective = registry.component(name, "objective") if name else None
+    parts = {part_of(key) for key in beside} | set(getattr(objective, "trained_whole", ()))
+    _check_whole_parts(parts - {LANGUAGE_MODEL}, whole | beside, opened.tensors, folder)
+    tensors = opened.tensors | whole | beside
+    return Checkpoint(folder, own_config, tensors, tokenizer_folder, layout, name, adapter)
 
 
-def _check_whole_parts(beside: Mapping[str, TensorLike], base: Mapping[str, TensorLike], folder: Path) -> None:
-    """Refuses a part that lies beside an adapter only in part, since the rest would silently be the base's.
+def _trained_whole(folder: Path, system: str, adapter: Adapter) -> dict[str, TensorLike]:
+    """What lies beside an adapter; PEFT's own folders have it within the adapter, if there is any.
+
+    Raises:
+        CheckpointError: The file is missing, and the system trains parts whole of which the adapter holds none.
+    """
+    file = folder / NON_LORA_FILE
+    needs_whole = not system or registry.component(system, "objective") is not None
+    if not file.is_file() and (adapter.whole or not needs_whole):
+        return {}
+    return strip_lora_prefix(read_tensor_file(file))
+
+
+def _check_whole_parts(
+    parts: Set[str], given: Mapping[str, TensorLike], base: Mapping[str, TensorLike], folder: Path
+) -> None:
+    """Refuses parts that were trained whole but lack tensors, since those would silently be the base's.
 
     Raises:
         CheckpointError: A part lacks tensors; the message names them.
     """
-    parts = {part_of(name) for name in beside} - {LANGUAGE_MODEL}
-    missing = [name for name in base if part_of(name) in parts and name not in beside]
+    missing = [name for name in base if part_of(name) in parts and name not in given]
     if missing:
         raise CheckpointError(
             f"{folder / NON_LORA_FILE} lacks tensors of parts that were trained whole: {list_keys(missing)}; get the "
@@ -213,6 +323,18 @@ def _check_supported(values: Mapping[str, Any], folder: Path) -> None:
             f"{folder}: the weights are quantised already (quantization_config: {method}), which is not supported; get "
             "the model in float32, bfloat16 or float16, and pass load_8bit or load_4bit"
         )
+    odd = [name for name in _OBJECTS if not isinstance(values.get(name), Mapping | None)]
+    if odd:
+        raise CheckpointError(f"{folder}: config.json is wrong: {', '.join(odd)} must be an object or null")
+    longest, side = values.get("tokenizer_model_max_length"), values.get("tokenizer_padding_side", "right")
+    if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int) or longest < 1):
+        raise CheckpointError(
+            f"{folder}: tokenizer_model_max_length in config.json must be at least 1, not {longest!r}"
+        )
+    if side not in ("left", "right"):
+        raise CheckpointError(f"{folder}: tokenizer_padding_side in config.json must be left or right, not {side!r}")
+    if not isinstance(values.get("mm_fusion_type"), str | None):
+        raise CheckpointError(f"{folder}: mm_fusion_type in config.json must be a name: {values['mm_fusion_type']!r}")
     if values.get("mm_patch_merge_type", "flat") != "flat":
         raise CheckpointError(f"{folder}: mm_patch_merge_type {values['mm_patch_merge_type']!r} is not supported")
 
@@ -236,6 +358,9 @@ def _normalise(values: dict[str, Any], folder: Path) -> None:
         kind = (scaling.get("rope_type") or scaling.get("type")) if isinstance(scaling, Mapping) else None
         if kind not in (None, "default", *ROPE_INIT_FUNCTIONS):
             raise CheckpointError(f"{folder}: config.json asks for an unknown {field} {kind!r}")
+        theta = scaling.get("rope_theta") if isinstance(scaling, Mapping) else None
+        if theta is not None and (isinstance(theta, bool) or not isinstance(theta, int | float) or not theta > 0):
+            raise CheckpointError(f"{folder}: rope_theta in config.json must be a number above 0, not {theta!r}")
     pad, size = values.get("pad_token_id"), values.get("vocab_size")
     if pad is not None and not (isinstance(pad, int) and isinstance(size, int) and 0 <= pad < size):
         values["pad_token_id"] = None  # padding is masked, so its embedding is never asked for
@@ -325,9 +450,7 @@ def check_keys(config: LlavaConfig, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: Tensors are missing, unexpected, or of another shape; the message names them.
     """
-    with torch.device("meta"):
-        model = LlavaLlamaForCausalLM(config)
-    needed = stored_state_dict(model)
+    needed = stored_state_dict(_skeleton(config, checkpoint.folder))
     if config.tie_word_embeddings:
         needed.pop("lm_head.weight")
     found = checkpoint.tensors
@@ -350,15 +473,25 @@ def check_keys(config: LlavaConfig, checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{checkpoint.folder} does not fit the model that it describes\n  {details}")
 
 
+def _skeleton(config: LlavaConfig, folder: Path) -> LlavaLlamaForCausalLM:
+    """Builds a model without memory, which depends on nothing but the config's words and numbers."""
+    try:
+        with torch.device("meta"):
+            return LlavaLlamaForCausalLM(config)
+    except (StrictDataclassError, KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{folder}: no model can be built as config.json describes it: {why}") from error
+
+
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """Returns the dtype of the language model's layers in the checkpoint.
+    """Returns the dtype of most of the language model's layers in the checkpoint.
 
     Raises:
         CheckpointError: There are no such layers.
     """
-    for name, tensor in checkpoint.tensors.items():
-        if name.startswith("model.layers."):
-            return tensor.dtype
+    layers = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith("model.layers.")}
+    if layers:
+        return main_dtype(layers)
     raise CheckpointError(f"{checkpoint.folder} holds no language model: no tensor is named model.layers.…")
 
 

@@ -1,8 +1,9 @@
 """Reads weight files lazily and safely: safetensors, or pickled tensors with ``weights_only=True``."""
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
@@ -17,6 +18,8 @@ from llava.errors import CheckpointError
 SAFETENSORS_NAMES = ("model.safetensors",)
 BIN_NAMES = ("pytorch_model.bin",)
 WEIGHT_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
+WORD_PATTERNS = ["*.json", "*.model", "*.txt"]
+"""Of a tokenizer and an image processor alone."""
 
 _DTYPES = {
     "F64": torch.float64,
@@ -78,12 +81,25 @@ class Rows:
         """Type of the elements."""
         return self.whole.dtype
 
-    def __getitem__(self, index: EllipsisType) -> Tensor:
-        return self.whole[self.start : self.stop]
+    def __getitem__(self, index: "slice | EllipsisType") -> Tensor:
+        first, last = (None, None) if index is Ellipsis else (index.start, index.stop)
+        first, last, _ = slice(first, last).indices(self.stop - self.start)
+        return self.whole[self.start + first : self.start + last]
 
 
-def resolve_folder(path_or_id: str | os.PathLike[str], what: str) -> Path:
+def resolve_folder(
+    path_or_id: str | os.PathLike[str],
+    what: str,
+    patterns: Sequence[str] = tuple(WEIGHT_PATTERNS),
+    revision: str | None = None,
+) -> Path:
     """Returns the local folder of a checkpoint, downloading a hub id's files if need be.
+
+    Args:
+        path_or_id: Folder or hub id.
+        what: What it is, for messages.
+        patterns: Which of a hub id's files.
+        revision: Branch, tag or commit of a hub id; default: its main branch.
 
     Raises:
         CheckpointError: It is no folder, and the hub cannot provide it.
@@ -99,10 +115,11 @@ def resolve_folder(path_or_id: str | os.PathLike[str], what: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=WEIGHT_PATTERNS))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:
+        full = f"{name} in revision {revision}" if revision else "it"
         raise CheckpointError(
-            f"{what}: there is no folder {name}, and the hub did not give it ({type(error).__name__}: {error}). "
+            f"{what}: there is no folder {name}, and the hub did not give {full} ({type(error).__name__}: {error}). "
             "Download it on a machine with access and pass the folder's path."
         ) from error
 
@@ -207,6 +224,15 @@ def read_tensor_file(file: Path) -> dict[str, TensorLike]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{file} holds something else than named tensors")
     return dict(content)
+
+
+def main_dtype(tensors: Mapping[str, TensorLike]) -> torch.dtype:
+    """Returns the dtype of most floating-point numbers, which one tensor of another dtype does not change."""
+    counts: dict[torch.dtype, int] = {}
+    for tensor in tensors.values():
+        if tensor.dtype.is_floating_point:
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + math.prod(tensor.shape)
+    return max(counts, key=lambda dtype: counts[dtype]) if counts else torch.float32
 
 
 def _stored(handle: Any, name: str) -> StoredTensor:

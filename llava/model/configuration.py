@@ -101,7 +101,7 @@ class LlavaConfig(LlamaConfig):
             raise CheckpointError("the config has a vision tower but no mm_image_processor")
         processor = self.mm_image_processor
         size = processor["crop_size"] if processor.get("do_center_crop", True) else processor["size"]
-        if size.get("height") != size.get("width") or size.get("height") is None:
+        if not isinstance(size, dict) or size.get("height") != size.get("width") or size.get("height") is None:
             raise CheckpointError(f"the image processor gives pixels of size {size}, but towers take squares")
         return {
             "size": size["height"],

@@ -5,6 +5,8 @@ A third party adds a system without a line here: an entry point in the group ``l
 """
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -18,7 +20,7 @@ GROUP = "llava.systems"
 """Entry points of third parties."""
 DEFAULT = "fakereasoning"
 """The system of records and answers that name none: MMFR data are written in its words."""
-_BUILT_IN = ("fakereasoning", "m2f2det")
+_BUILT_IN = ("fakereasoning", "m2f2det", "fakevlm")
 
 
 @cache
@@ -65,6 +67,8 @@ def identify(files: CheckpointFiles) -> SystemSpec:
     """
     own = files.config.get("system")
     if own:
+        if not isinstance(own, str):
+            raise CheckpointError(f"{files.folder}: system in its config must be a name, not {own!r}")
         try:
             return spec(own)
         except OptionError as error:
@@ -105,6 +109,35 @@ def answer_format(name: str) -> AnswerFormat | None:
     return resolve(spec(name).answer_format)
 
 
+def marked_words(answers: Sequence[str]) -> AnswerFormat | None:
+    """Returns the words whose marks a training conversation's answers bear; None if they bear none."""
+    for known in _formats():
+        if any(mark in answer for mark in getattr(known, "marks", ()) for answer in answers):
+            return known
+    return None
+
+
+def words_of(answers: Sequence[str], trained: AnswerFormat) -> AnswerFormat:
+    """Returns the words in which a training conversation of any system is written.
+
+    Those whose marks its answers bear; else those of the system that is trained, or, if these read no verdict, the
+    first that do.
+
+    Args:
+        answers: Texts of the assistant's turns.
+        trained: Words of the system that is trained.
+    """
+    marked = marked_words(answers)
+    if marked is not None:
+        return marked
+    reads = (known for known in (trained, *_formats()) if known.parse_training(answers).verdict is not None)
+    return next(reads, trained)
+
+
+def _formats() -> list[AnswerFormat]:
+    return [found for name in specs() if (found := answer_format(name)) is not None]
+
+
 def component(name: str, part: str) -> Any:
     """Returns a part of a system, such as ``checkpoint_format`` or ``objective``; None if it has none.
 
@@ -114,29 +147,40 @@ def component(name: str, part: str) -> Any:
     return resolve(getattr(spec(name), part))
 
 
-def read_files(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> CheckpointFiles:
+@dataclass(frozen=True)
+class NamedBase:
+    """The base that a LoRA folder names: path or hub id, and the hub id's revision if one is given."""
+
+    path: str
+    revision: str | None = None
+
+
+def read_files(
+    path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None, revision: str | None = None
+) -> CheckpointFiles:
     """Looks at a checkpoint's files: a folder, a hub id, or a file for a system whose checkpoint is one.
 
     Args:
         path: The checkpoint.
         base: Base of a LoRA folder instead of the one that it names; a folder without a config has the base's.
+        revision: Branch, tag or commit of a hub id.
 
     Raises:
         CheckpointError: There is nothing at the path, or its config cannot be read.
     """
-    folder = Path(path).expanduser()
+    folder, source = Path(path).expanduser(), os.fspath(path)
     if not folder.exists():
         from llava.model.checkpoint_files import resolve_folder  # loads torch, which a local checkpoint needs not
 
-        folder = resolve_folder(path, "model")
+        folder = resolve_folder(path, "model", revision=revision)
     if (folder / "config.json").is_file():
-        return CheckpointFiles(folder, _read_config(folder / "config.json"))
+        return CheckpointFiles(folder, _read_config(folder / "config.json"), source)
     _check_is_model(folder)
     if (folder / "adapter_config.json").is_file():
-        named = base or named_base(folder)
-        if named:
-            return CheckpointFiles(folder, read_files(named).config)
-    return CheckpointFiles(folder, {})
+        named = named_base(folder, base)
+        if named.path:
+            return replace(read_files(named.path, revision=named.revision), folder=folder)
+    return CheckpointFiles(folder, {}, source)
 
 
 def _check_is_model(folder: Path) -> None:
@@ -156,19 +200,26 @@ def _check_is_model(folder: Path) -> None:
         )
 
 
-def named_base(folder: Path) -> str:
-    """Returns the base that a LoRA folder names, empty if none; a relative path counts from the folder.
+def named_base(folder: Path, given: str | os.PathLike[str] | None = None) -> NamedBase:
+    """Returns the base of a LoRA folder; its path is empty if nobody names one.
+
+    Args:
+        folder: The LoRA folder. A relative path in its config counts from it.
+        given: Base instead of the one that the folder names, whose revision then does not count.
 
     Raises:
-        CheckpointError: ``adapter_config.json`` cannot be read, or the name is no text.
+        CheckpointError: ``adapter_config.json`` cannot be read, or the name or its revision is no text.
     """
-    named = _read_config(folder / "adapter_config.json").get("base_model_name_or_path") or ""
-    if not isinstance(named, str):
-        raise CheckpointError(
-            f"{folder / 'adapter_config.json'}: base_model_name_or_path must be a text, not {named!r}"
-        )
+    values = _read_config(folder / "adapter_config.json")
+    named, revision = (values.get(field) or "" for field in ("base_model_name_or_path", "revision"))
+    for field, value in (("base_model_name_or_path", named), ("revision", revision)):
+        if not isinstance(value, str):
+            raise CheckpointError(f"{folder / 'adapter_config.json'}: {field} must be a text, not {value!r}")
+    if given and os.fspath(given) != named:
+        return NamedBase(os.fspath(given))
     beside = folder / Path(named).expanduser()
-    return str(beside) if named and beside.is_dir() else named
+    is_beside = bool(named) and not given and beside.is_dir()
+    return NamedBase(str(beside) if is_beside else named, revision or None)
 
 
 def _read_config(file: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -21,7 +21,7 @@ from llava.model.branches import LORA, is_projector, is_tower
 from llava.model.configuration import CPM_SEARCHES
 from llava.train.export import LAYOUTS
 from llava.train.option_names import current_name, current_names, is_on, read_flags
-from llava.train.recipes import deepspeed_config, describe_recipes, read_recipe, recipe_options
+from llava.train.recipes import GLOBAL_BATCH, deepspeed_config, describe_recipes, read_recipe, recipe_options
 
 AVERAGES = ("global_batch", "micro_batch")
 VERDICT_CHECKS = ("auto", "generate", "score")
@@ -54,6 +54,14 @@ class ModelArguments:
     cpm_search: str = _option("labels", "where the verdict is looked for in training", choices=list(CPM_SEARCHES))
     cpm_weight: float = _option(1.0, "weight of the mapper's loss")
     cpm_temperature: float | None = _option(None, "tau of the mapper (default: the checkpoint's; published: 10)")
+    default_score: Literal["answer", "prompt"] | None = _option(
+        None,
+        "which P(fake) reports give unless asked otherwise: after the answer, or without one (default: the "
+        "checkpoint's, but answer if no training answer is only its CONCLUSION)",
+    )
+    notice: str | None = _option(
+        None, "what readers of the model's answers must know (default: the checkpoint's, as what it said before)"
+    )
     mm_projector_type: str | None = _option(None, "must be the checkpoint's")
     mm_vision_select_layer: int | None = _option(None, "must be the checkpoint's")
     mm_use_im_start_end: bool = _option(False, "not supported; False as published")
@@ -102,7 +110,10 @@ class DataArguments:
     """What it is trained on."""
 
     data_path: list[str] = field(default_factory=list, metadata={"help": "training records: JSON or JSONL files"})
-    image_folder: str | None = _option(None, "what the records' image paths start from")
+    image_folder: list[str] | None = field(
+        default=None, metadata={"help": "what the records' image paths start from: one folder, or one a training file"}
+    )
+    rewrite_answers: bool = _option(False, "write answers of other systems' data in the trained system's words")
     eval_data_path: str | None = _option(None, "validation records, below the same image folder")
     validation_share: float = _option(0.0, "share of the training records to validate on instead, 0..1")
     version: str = _option("v1", "prompt template (published: v1)")
@@ -110,7 +121,7 @@ class DataArguments:
         None, "longest sequence, image positions included; the rest is cut (default: the model's, published: 2048)"
     )
     image_aspect_ratio: str | None = _option(
-        None, "pad to a square, or crop one (default: the checkpoint's)", choices=["pad", "square"]
+        None, "pad to a square, or crop one (default: the checkpoint's)", choices=["pad", "crop", "square"]
     )
     drop_invalid: bool = _option(False, "leave out and count invalid records, rather than stop")
     check_images: bool = _option(True, "open every image before the first step; what opened is not opened again")
@@ -136,6 +147,11 @@ class DataArguments:
         """
         _check(
             (not self.data_path, "--data_path is missing: name the training records"),
+            (
+                len(self.image_folder or [""]) not in (1, len(self.data_path)),
+                f"--image_folder names {len(self.image_folder or ())} folders for {len(self.data_path)} training "
+                "files: name one for all, or one for each",
+            ),
             (_missing(self.eval_data_path), f"--eval_data_path: there is no file {self.eval_data_path}"),
             (
                 self.group_by_length and not self.group_by_modality_length,
@@ -148,6 +164,10 @@ class DataArguments:
             (
                 bool(self.eval_data_path and self.validation_share),
                 "--eval_data_path and --validation_share exclude each other",
+            ),
+            (
+                bool(self.eval_data_path) and len(self.image_folder or ()) > 1,
+                "--eval_data_path needs one --image_folder for all records; or validate on a --validation_share",
             ),
         )
         _check_range(self, ("validation_share", "verdict_only_share"), lambda share: 0 <= share <= 1, "within 0 and 1")
@@ -303,7 +323,7 @@ def parse_arguments(
 def _recipe_flags(parser: TrainParser, name: str, flags: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """Returns the options of a recipe that flags leave open."""
     recipe = read_recipe(name)
-    for option in recipe:
+    for option in recipe.keys() - {GLOBAL_BATCH}:
         word = f"--{current_name(option)}"
         if word not in parser._option_string_actions:
             raise OptionError(f"--recipe {name}: {unknown_option(word, parser._option_string_actions)}")

@@ -128,7 +128,11 @@ def check_same_run(file: Path, run: Mapping[str, Any], *, but: Collection[str] =
         if name not in but and before.get(name, value) != value
     ]
     if other:
-        raise OptionError(f"{file.parent} holds a run with other options, which cannot be resumed: {'; '.join(other)}")
+        raise OptionError(
+            f"{file.parent} holds a run with other options, which cannot be resumed: {'; '.join(other)}. Finish it "
+            f"with its own; to train on (more epochs, other data, another ZeRO stage), start a run in another "
+            f"--output_dir from its result: --model_name_or_path {file.parent / FINAL}"
+        )
 
 
 def is_finished(checkpoint: Path) -> bool:

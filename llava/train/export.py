@@ -15,11 +15,25 @@ from torch import Tensor, nn
 
 from llava.errors import CheckpointError
 from llava.files import atomic_folder, replace_folder
+from llava.model.adapter import LowRank, Updated, describe_lost, measure_lost
 from llava.model.checkpoint import check_keys, complete_config, open_checkpoint
-from llava.model.checkpoint_files import TensorLike, list_keys, read_json, read_tensor_file, read_tensors
+from llava.model.checkpoint_files import (
+    TensorLike,
+    list_keys,
+    main_dtype,
+    read_json,
+    read_tensor_file,
+    read_tensors,
+)
 from llava.model.checkpoint_layout import LORA_PREFIX, NON_LORA_FILE, stored_state_dict
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.saving import published_config, published_layout, save_sharded
+from llava.model.saving import (
+    describes_itself,
+    published_config,
+    published_layout,
+    save_sharded,
+    write_published_files,
+)
 from llava.train.checkpointing import disk_errors
 from llava.train.lora import bare_name
 
@@ -31,7 +45,13 @@ _PUBLISHED_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_p
 
 
 def export_model(
-    model: nn.Module, state_dict: Mapping[str, Tensor], folder: Path, *, layout_name: str, base: str
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    layout_name: str,
+    base: str,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Writes a trained model; the folder appears, instead of an earlier one, only when all is written and checked.
 
@@ -44,6 +64,7 @@ def export_model(
             ``merged``: one self-contained model; ``published``: the files and names of the authors' release, LoRA
             over the base or, without adapters, whole.
         base: Where the base model is; a LoRA folder names it.
+        dtype: Of what is written; default: what it is, and for a merged adapter the adapter's.
 
     Raises:
         FileError: It cannot be written.
@@ -57,14 +78,15 @@ def export_model(
     # Outermost, so that the message names the folder and not the one that waits to take its name.
     with disk_errors(folder), atomic_folder(waiting) as partial:
         if adapted and layout_name != "merged":
-            _write_adapter(model, core, state_dict, partial, published=layout_name == "published", base=base)
+            tensors = {name: _in_dtype(tensor, dtype) for name, tensor in state_dict.items()}
+            _write_adapter(model, core, tensors, partial, published=layout_name == "published", base=base)
         else:
-            tensors = merged_tensors(model, state_dict)
+            tensors = merged_tensors(model, state_dict, dtype)
             if layout_name == "published":
                 _write_published(core, tensors, partial)
             else:
                 _write_merged(core, tensors, partial)
-        if layout_name != "published":
+        if layout_name != "published" or (describes_itself(published_layout(core)) and not adapted):
             check_opens(partial)
     replace_folder(waiting, folder)
 
@@ -79,22 +101,36 @@ def check_opens(folder: Path) -> None:
     check_keys(config, checkpoint)
 
 
-def merged_tensors(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns a model's tensors by their bare names, each LoRA update added to its weight.
+def merged_tensors(
+    model: nn.Module, state_dict: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Returns a model's tensors by their bare names, each LoRA update added to its weight in float32.
 
-    ``W + (alpha / r) B A`` (arXiv 2106.09685), computed in float32.
+    Args:
+        model: The model, in PEFT's wrapper if it has adapters.
+        state_dict: Its tensors by their names in memory.
+        dtype: Of all numbers in the result; default: the adapter's, or without one as they are. What it loses of the
+            update is logged.
     """
-    merged = {bare_name(name): tensor for name, tensor in state_dict.items() if "lora_" not in name}
+    base: dict[str, TensorLike] = {bare_name(name): value for name, value in state_dict.items() if "lora_" not in name}
+    updated: dict[str, TensorLike] = {}
     for name, down in state_dict.items():
         if ".lora_A." not in name:
             continue
         path = name[: name.index(".lora_A.")]
-        up = state_dict[name.replace(".lora_A.", ".lora_B.")]
         scaling: Any = model.get_submodule(path).scaling
-        weight = merged[f"{bare_name(path)}.weight"]
-        update = (up.float() @ down.float()) * scaling["default"]
-        merged[f"{bare_name(path)}.weight"] = (weight.float() + update.to(weight.device)).to(weight.dtype)
-    return merged
+        weight = f"{bare_name(path)}.weight"
+        update = LowRank(down, state_dict[name.replace(".lora_A.", ".lora_B.")], scaling["default"])
+        updated[weight] = Updated(base[weight], update)
+        dtype = dtype or down.dtype
+    if updated and dtype not in (torch.float32, torch.float64):
+        assert dtype is not None
+        logger.info("%s", describe_lost(measure_lost(base, updated, dtype), dtype, "--save_dtype float32"))
+    return {name: _in_dtype(tensor[...], dtype) for name, tensor in {**base, **updated}.items()}
+
+
+def _in_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
 def _write_adapter(
@@ -141,18 +177,27 @@ def _write_merged(core: LlavaLlamaForCausalLM, tensors: Mapping[str, Tensor], fo
     kept = {name: tensor for name, tensor in tensors.items() if name not in tied}
     core.save_pretrained(folder, state_dict=kept)
     # The towers are in the folder, so where they came from is of no use elsewhere.
-    config = read_json(folder / "config.json") | {"mm_vision_tower": None, "mm_dino_tower": None}
+    towers = {"mm_vision_tower": None, "mm_dino_tower": None}
+    config = read_json(folder / "config.json") | towers | {"dtype": _dtype_name(kept)}
     _write_json(config, folder / "config.json")
     _compare(read_tensors(folder), stored_state_dict(core, kept), folder)
 
 
 def _write_published(core: LlavaLlamaForCausalLM, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    published = published_layout(core).key_map.to_published(stored_state_dict(core, tensors))
+    layout = published_layout(core)
+    published = layout.key_map.to_published(stored_state_dict(core, tensors))
     save_sharded(published, folder)
     _compare(read_tensors(folder), published, folder)
-    _write_json(published_config(core.config.to_dict(), core), folder / "config.json")
     assert core.tokenizer is not None
     core.tokenizer.save_pretrained(folder)
+    write_published_files(layout, core, core.config.to_dict(), folder)
+    config = read_json(folder / "config.json")
+    if "torch_dtype" in config:
+        _write_json(config | {"torch_dtype": _dtype_name(published)}, folder / "config.json")
+
+
+def _dtype_name(tensors: Mapping[str, Tensor]) -> str:
+    return str(main_dtype(tensors)).removeprefix("torch.")
 
 
 def _write_json(values: Mapping[str, Any], file: Path) -> None:

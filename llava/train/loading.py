@@ -1,5 +1,6 @@
 """Loads what training starts from: a checkpoint, perhaps with new parts, or a new model from a config."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +16,6 @@ from transformers.integrations import deepspeed as deepspeed_integration
 from llava.conversation import conv_templates
 from llava.data.lengths import default_length
 from llava.errors import CheckpointError, OptionError
-from llava.model.adapter import add_update
 from llava.model.branches import FIRST, source_field, tower_name
 from llava.model.builder import (
     DEFAULT_CONTEXT_LENGTH,
@@ -35,6 +35,11 @@ from llava.model.multimodal_encoder.builder import read_vision_tower
 from llava.systems import registry
 from llava.systems.base import AnswerFormat
 from llava.train.arguments import DataArguments, ModelArguments, new_parts
+
+logger = logging.getLogger(__name__)
+
+TRAINED_FURTHER = "Trained further from a model that said: "
+"""Stands before the notice of the model that a training started from, unless another notice is given."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +84,8 @@ def load_start(model: ModelArguments, data: DataArguments) -> StartingPoint:
     if not checkpoint.system:
         # A plain LLaVA, which is trained to become one.
         checkpoint = open_checkpoint(model.model_name_or_path, system=registry.DEFAULT)
-    if checkpoint.adapter_folder is not None:
-        # Training goes on from the base with the folder's update in it, which float32 holds whole.
-        tensors = add_update(checkpoint.tensors, checkpoint.adapter_folder)
-        checkpoint = replace(checkpoint, tensors=tensors, adapter_folder=None)
+    # Training goes on from the base with a LoRA folder's update in it, which float32 holds whole.
+    checkpoint = checkpoint.with_update()
     values = dict(checkpoint.config)
     if model.mm_fusion_type is not None:
         values["mm_fusion_type"] = model.mm_fusion_type
@@ -94,6 +97,7 @@ def load_start(model: ModelArguments, data: DataArguments) -> StartingPoint:
     prefixes = tuple(f"model.{part}." for part in new)
     kept = {name: tensor for name, tensor in checkpoint.tensors.items() if not (prefixes and name.startswith(prefixes))}
     config = _with_options(config, model, data)
+    _say_how_it_is_used(config, model)
     skeleton = _skeleton(config)
     filled = {n: t for n, t in stored_state_dict(skeleton).items() if prefixes and n.startswith(prefixes)}
     if len(new) != sum(any(name.startswith(f"model.{part}.") for name in filled) for part in new):
@@ -143,6 +147,8 @@ def _open_new(model: ModelArguments, data: DataArguments) -> StartingPoint:
         system = {"system": model.system or values.get("system") or registry.DEFAULT}
         config = LlavaConfig.from_dict({"cpm_search": "labels", **values, **system})
         config = _with_options(config, model, data)
+        config.notice = config.notice if model.notice is None else model.notice
+        config.default_score = model.default_score or config.default_score
         skeleton = _skeleton(config)
     except (TypeError, KeyError, StrictDataclassError) as error:
         why = error.__cause__ or error
@@ -175,6 +181,23 @@ def _with_options(config: LlavaConfig, model: ModelArguments, data: DataArgument
         if source is not None:
             setattr(config, source_field(branch), str(Path(source).absolute()) if Path(source).exists() else source)
     return config
+
+
+def _say_how_it_is_used(config: LlavaConfig, model: ModelArguments) -> None:
+    """Makes what a checkpoint says of its use fit what it is trained on now."""
+    if model.notice is not None:
+        config.notice = model.notice
+    elif config.notice and not config.notice.startswith(TRAINED_FURTHER):
+        config.notice = f"{TRAINED_FURTHER}{config.notice}"
+        logger.warning("the model's notice is now: %s\n--notice TEXT says what is true of it", config.notice)
+    if model.default_score is not None:
+        config.default_score = model.default_score
+    elif config.default_score == "prompt" and not config.verdict_only_share:
+        config.default_score = "answer"
+        logger.warning(
+            "reports will give P(fake) after the answer, since no training answer is only its CONCLUSION "
+            "(--verdict_only_share 0); --default_score prompt keeps the score without an answer"
+        )
 
 
 def _skeleton(config: LlavaConfig) -> LlavaLlamaForCausalLM:

@@ -31,6 +31,7 @@ from llava.data.dataset import SupervisedDataset
 from llava.data.image_check import cache_file
 from llava.data.lengths import model_positions
 from llava.data.records import Record, read_records
+from llava.data.rewriting import rewrite_records
 from llava.data.sampler import ModalityLengthSampler
 from llava.data.summary import Measured, describe_data, find_contradictions, list_some
 from llava.errors import DataError, OptionError
@@ -38,6 +39,9 @@ from llava.files import make_folder, read_json, write_json
 from llava.model.branches import is_projector
 from llava.model.builder import resolve_attention
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.saving import describes_itself
+from llava.systems import registry
+from llava.systems.base import AnswerFormat
 from llava.train.arguments import (
     DataArguments,
     ModelArguments,
@@ -104,9 +108,16 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     transformers.set_seed(args.seed)
     start = load_start(model_args, data_args)
     data_args = replace(data_args, model_max_length=start.max_length)
-    if args.save_layout == "published" and not start.config.mm_vision_tower:
+    layout = registry.component(start.config.system, "checkpoint_format")
+    names_tower = layout is None or not describes_itself(layout)
+    if args.save_layout == "published" and names_tower and not start.config.mm_vision_tower:
         raise OptionError(
             "--save_layout published names its vision tower rather than describing it; name it by --vision_tower"
+        )
+    if args.save_layout == "published" and not names_tower and model_args.lora_enable:
+        raise OptionError(
+            "--save_layout published: this system's published files are a whole model; use --save_layout adapter, and "
+            "forgery merge --layout published afterwards"
         )
     output = Path(args.output_dir)
     checkpoint = resume_checkpoint(output, args.resume)
@@ -197,10 +208,10 @@ def _read_checked(paths: Sequence[str], name: str, data_args: DataArguments, sta
     """Reads and checks records, and says what they hold in all."""
     faults: dict[str, str] = {}
     measured = Measured()
-    image_folder = None if data_args.image_folder is None else Path(data_args.image_folder)
+    image_folder = _image_folder(data_args)
     words = answer_format(start.config)
     records = check_records(
-        read_records([Path(path) for path in paths], faults),
+        _read(paths, data_args, words, faults),
         tokenizer=start.tokenizer,
         template=conv_templates[data_args.version],
         max_length=start.max_length,
@@ -208,6 +219,7 @@ def _read_checked(paths: Sequence[str], name: str, data_args: DataArguments, sta
         placeholder_tokens=start.placeholder_tokens,
         image_folder=image_folder,
         drop_invalid=data_args.drop_invalid,
+        needs_verdict=registry.component(start.config.system, "objective") is not None,
         faults=faults,
         opened=cache_file(image_folder) if data_args.check_images else None,
         measured=measured,
@@ -236,6 +248,23 @@ def _check_same(output: Path, run: Mapping[str, Any], records: Sequence[Record],
             )
         check_same_data(output, records, before, accept=accept)
     check_same_run(output / RUN_FILE, run, but=("data", "records") if accept else ())
+
+
+def _image_folder(data_args: DataArguments) -> Path | None:
+    """The one folder of all images; None where each file's records have the whole path."""
+    folders = data_args.image_folder or []
+    return Path(folders[0]) if len(folders) == 1 else None
+
+
+def _read(files: Sequence[str], data_args: DataArguments, words: AnswerFormat, faults: dict[str, str]) -> list[Record]:
+    """Reads files of records, each with its own folder of images if that is asked for, and in one system's words."""
+    folders = data_args.image_folder or []
+    records = []
+    for number, file in enumerate(files):
+        for record in read_records([Path(file)], faults):
+            whole = len(folders) > 1 and record.image is not None
+            records.append(replace(record, image=str(Path(folders[number]) / str(record.image))) if whole else record)
+    return rewrite_records(records, words) if data_args.rewrite_answers else records
 
 
 def describe_run(
@@ -275,6 +304,7 @@ def _build(model_args: ModelArguments, args: TrainingArguments, start: StartingP
             model, rank=model_args.lora_r, alpha=model_args.lora_alpha, dropout=model_args.lora_dropout
         )
     choose_trainable(trained, parts)
+    model.get_model().freeze_behind_outputs()
     if not args.deepspeed:
         # Small updates vanish in 16 bits; DeepSpeed keeps 32-bit copies of its own.
         for parameter in trained.parameters():
@@ -288,7 +318,7 @@ def _build(model_args: ModelArguments, args: TrainingArguments, start: StartingP
 
 def _dataset_options(data_args: DataArguments, start: StartingPoint, model: LlavaLlamaForCausalLM) -> dict[str, Any]:
     return {
-        "image_folder": None if data_args.image_folder is None else Path(data_args.image_folder),
+        "image_folder": _image_folder(data_args),
         "tokenizer": start.tokenizer,
         "template": conv_templates[data_args.version],
         "model_config": model.config,
@@ -350,10 +380,8 @@ def _trainer(
 
     def export(tensors: Mapping[str, Tensor], folder: Path) -> None:
         base = "" if start.folder is None else str(start.folder.absolute())
-        if args.save_dtype != "auto":
-            dtype = getattr(torch, args.save_dtype)
-            tensors = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
-        export_model(model, tensors, folder, layout_name=layout_name, base=base)
+        dtype = None if args.save_dtype == "auto" else getattr(torch, args.save_dtype)
+        export_model(model, tensors, folder, layout_name=layout_name, base=base, dtype=dtype)
 
     return ForgeryTrainer(
         model=model,

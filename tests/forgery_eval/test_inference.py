@@ -175,12 +175,12 @@ def test_answers_of_another_run_are_not_mixed(trained, few, tmp_path, capsys):
 
 def test_a_replaced_weight_file_makes_another_run(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"one")
-    first = model_fingerprint(str(tmp_path))
-    assert model_fingerprint(str(tmp_path)) == first
+    first = model_fingerprint([str(tmp_path)])
+    assert model_fingerprint([str(tmp_path)]) == first
     (tmp_path / "model.safetensors").write_bytes(b"two")
     os.utime(tmp_path / "model.safetensors", (1, 1))
-    assert model_fingerprint(str(tmp_path)) != first
-    assert model_fingerprint("owner/name") == "owner/name"
+    assert model_fingerprint([str(tmp_path)]) != first
+    assert model_fingerprint(["owner/name"]) == ["owner/name"]
 
 
 def test_a_torn_line_is_removed_before_the_next_is_written(tmp_path):

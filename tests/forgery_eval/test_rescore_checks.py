@@ -70,3 +70,16 @@ def test_labels_that_contradict_the_data_set_are_refused(dataset, tmp_path, caps
     lines = [line for line in every(dataset) if line["image"] != str(real)]
     status, _ = rescore(dataset, write(tmp_path, *lines, {"id": str(real), "label": label, "fake_probability": 0.5}))
     assert status == 1 and "is labelled fake, but in the data set it is real" in capsys.readouterr().err
+
+
+def test_answers_of_two_models_are_not_mixed(dataset, tmp_path, capsys):
+    lines = [{**line, "run": "a" if index < 2 else "b"} for index, line in enumerate(every(dataset))]
+    assert rescore(dataset, write(tmp_path, *lines))[0] == 1
+    assert "line 3: this is an answer of another model" in capsys.readouterr().err
+
+
+def test_two_predictions_of_one_image_are_named(dataset, tmp_path, capsys):
+    lines = every(dataset)
+    lines.append({**lines[0], "image": str(Path(lines[0]["image"]).relative_to(dataset.parent))})
+    assert rescore(dataset, write(tmp_path, *lines))[0] == 1
+    assert "two predictions of" in capsys.readouterr().err
