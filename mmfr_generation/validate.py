@@ -191,7 +191,7 @@ def _check_record(record: Record, findings: Findings) -> None:
     if record.image is None:
         findings.add("no image", place)
     words = registry.words_of(record.answers, FORMAT)
-    parsed = record.verdict(words)
+    parsed = record.verdict(words) if words is FORMAT else words.parse(record.answers[0])
     if parsed.verdict is None:
         findings.add("verdict", f"{place}: {parsed.problem}")
         return
