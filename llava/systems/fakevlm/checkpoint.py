@@ -111,6 +111,7 @@ class _Format:
             raise CheckpointError(f"config.json is no LLaVA's: {error.__cause__ or error}") from error
         language, vision = theirs.text_config.to_dict(), theirs.vision_config.to_dict()
         _check_kind(language, vision)
+        length = config.get("tokenizer_model_max_length") or language["max_position_embeddings"]
         select = config.get("vision_feature_select_strategy", "default")
         if select not in _SELECTED:
             raise CheckpointError(f"config.json: unknown vision_feature_select_strategy {select!r}")
@@ -130,7 +131,7 @@ class _Format:
             "mm_vision_select_feature": _SELECTED[select],
             "mm_image_processor": config.get("mm_image_processor"),
             "image_aspect_ratio": _image_mode(config),
-            "tokenizer_model_max_length": language["max_position_embeddings"],
+            "tokenizer_model_max_length": length,
             "conv_mode": config.get("conv_mode", "raw"),
             "notice": config.get("notice", ""),
         }
@@ -243,6 +244,7 @@ def _transformers_config(model: LlavaLlamaForCausalLM, image_id: int) -> dict[st
         "system": config.system,
         "conv_mode": config.conv_mode,
         "image_aspect_ratio": config.image_aspect_ratio,
+        "tokenizer_model_max_length": config.tokenizer_model_max_length,
         "notice": config.notice,
     }
 
