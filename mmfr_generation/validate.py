@@ -190,8 +190,11 @@ def _check_record(record: Record, findings: Findings) -> None:
     place = f"{record.origin} ({record.image})" if record.image else record.origin
     if record.image is None:
         findings.add("no image", place)
-    words = registry.words_of(record.answers, FORMAT)
-    parsed = record.verdict(words) if words is FORMAT else words.parse(record.answers[0])
+    # Only records of FakeClue say their label beside; others must bear their system's marks to be read in its words.
+    words = registry.marked_words(record.answers) or FORMAT
+    if record.label is not None:
+        words = registry.words_of(record.answers, FORMAT)
+    parsed = record.verdict(words)
     if parsed.verdict is None:
         findings.add("verdict", f"{place}: {parsed.problem}")
         return
