@@ -16,7 +16,7 @@ from llava.errors import CheckpointError
 
 SAFETENSORS_NAMES = ("model.safetensors",)
 BIN_NAMES = ("pytorch_model.bin",)
-WEIGHT_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
+WEIGHT_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.pth", "*.model", "*.txt"]
 
 _DTYPES = {
     "F64": torch.float64,

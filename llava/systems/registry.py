@@ -18,7 +18,7 @@ GROUP = "llava.systems"
 """Entry points of third parties."""
 DEFAULT = "fakereasoning"
 """The system of records and answers that name none: MMFR data are written in its words."""
-_BUILT_IN = ("fakereasoning", "m2f2det")
+_BUILT_IN = ("fakereasoning", "m2f2det", "fakeshield")
 
 
 @cache
