@@ -56,8 +56,11 @@ def weight_locations(checkpoint: Path, given: Iterable[str | None] = ()) -> list
     """
     locations = [str(checkpoint), *given, *map(os.environ.get, _WEIGHT_VARIABLES)]
     for name in _CONFIGS:
-        if (checkpoint / name).is_file():
-            config = read_json(checkpoint / name)
+        # A system of several models has one folder for each.
+        for file in [checkpoint / name, *sorted(checkpoint.glob(f"*/{name}"))]:
+            if not file.is_file():
+                continue
+            config = read_json(file)
             locations += _named_locations(config) if isinstance(config, Mapping) else []
     return locations
 

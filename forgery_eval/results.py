@@ -12,6 +12,7 @@ import numpy as np
 
 from forgery_eval.answers import AnswerKind
 from forgery_eval.benchmarks import Sample
+from forgery_eval.localize import ABOVE, ABOVE_PUBLISHED, localization
 from forgery_eval.metrics.calibration import Calibration, fit, is_for_fitting, kind_of_score
 from forgery_eval.metrics.robustness import robustness
 from forgery_eval.metrics.scoring import ALL, Scored, Scoring, Similarity, protocol_metrics, score, with_scores
@@ -103,6 +104,9 @@ def write_results(
     if protocol:
         metrics["paper"] = protocol_metrics(kept, kept_predictions, protocol, similarity)
     metrics |= scoring.all_metrics(rows)
+    above = ABOVE if protocol is None else ABOVE_PUBLISHED
+    if found := localization(kept, kept_predictions, masks, above=above):
+        metrics["localization"] = found
     if any(p.answer_probability is not None for p in kept_predictions):
         own = _fit(for_fitting, "answer_probability", "answer") if for_fitting else None
         metrics["answer_score"] = _answer_score(rows, scoring, own)
@@ -217,5 +221,10 @@ def _parts(metrics: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]
         yield "robustness", f"{condition['step']} {condition['strength']}", condition
     for group, values in found["groups"].items():
         yield from (("detection", f"{group}={value}", part) for value, part in values.items())
+    if "localization" in metrics:
+        masks = metrics["localization"]
+        yield from (("localization", name, part) for name, part in [*masks["sets"].items(), (ALL, masks["all"])])
+        for group, values in masks["groups"].items():
+            yield from (("localization", f"{group}={value}", part) for value, part in values.items())
     for name, kinds in [*metrics["reasoning"]["sets"].items(), (ALL, metrics["reasoning"][ALL])]:
         yield from ((f"reasoning, {kind} answers", name, part) for kind, part in kinds.items())

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from forgery_eval.benchmarks import folders, mmfr, synthetic, table
+from forgery_eval.benchmarks import folders, mmfr, synthetic, table, tampering
 from forgery_eval.benchmarks.base import Sample
 from llava.errors import DataError, MissingFileError
 
 __all__ = ["Sample", "open_benchmark"]
-_LAYOUTS = (table, synthetic, mmfr, folders)
+_LAYOUTS = (tampering, table, synthetic, mmfr, folders)
 """Each offers ``opens(path)`` and ``read(path)``; data go to the first that knows their layout."""
 
 
@@ -36,8 +36,8 @@ def open_benchmark(
     layout = next((layout for layout in _LAYOUTS if layout.opens(path)), None)
     if layout is None:
         raise DataError(
-            f"{path} is no data set of a known layout: folders 0_real and 1_fake, or real and fake, in it or in its "
-            "subfolders, or a .csv, .tsv, .json or .jsonl file"
+            f"{path} is no data set of a known layout: folders 0_real and 1_fake, real and fake, or image and "
+            "mask, in it or in its subfolders, or a .csv, .tsv, .json or .jsonl file"
         )
     samples = list(table.read(path, label_map) if layout is table else layout.read(path))
     if sets:

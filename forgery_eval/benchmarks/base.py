@@ -17,6 +17,7 @@ class Sample:
         reference: What a good explanation says; None if that is not known.
         groups: Further partitions, by their name, for example ``split_role``: ``seen``.
         attributes: Names of the attributes that the image shows; None if that is not known.
+        masks: Files whose union is what was changed in the image; none for a real one, or where that is not known.
     """
 
     id: str
@@ -26,3 +27,4 @@ class Sample:
     reference: str | None = None
     groups: Mapping[str, str] = field(default_factory=dict)
     attributes: tuple[str, ...] | None = None
+    masks: tuple[Path, ...] = ()

@@ -77,7 +77,9 @@ VERDICT_WORDS = ("not", "been")
 GATE = "has not been tampered with"
 """The published code makes no mask for an answer that holds exactly this."""
 
-_HEADING = re.compile(r"whether the [\w ]+? has been tampered with\s*(?:/\s*description of the tampered area)?\s*:?", re.I)
+_HEADING = re.compile(
+    r"whether the [\w ]+? has been tampered with\s*(?:/\s*description of the tampered area)?\s*:?", re.I
+)
 _BASIS = re.compile(r"(?:^|\n)\s*2\.\s*(?:judge?ment basis\s*:)?", re.I)
 _NUMBER = re.compile(r"^\s*1\.\s*")
 _CHANGED = "tampered|modified|altered|edited|manipulated|doctored|forged|changed|retouched|photoshopped"
@@ -87,13 +89,21 @@ _STATEMENTS: tuple[tuple[Label, re.Pattern[str]], ...] = (
     ("real", re.compile(rf"\w+n['’]t\b[\w\s]*?\b(?:been\s+|be\s+)?(?:{_CHANGED})\b", re.I)),
     ("real", re.compile(r"\b(?:un(?:altered|edited|modified|manipulated|tampered)|untouched)\b", re.I)),
     ("real", re.compile(r"(?<!not )(?<!n't )\b(?:authentic|genuine)\b", re.I)),
-    ("real", re.compile(r"\bno\s+(?:signs?|traces?|evidence)\s+of\s+(?:\w+\s+)?(?:tampering|manipulation|editing)\b", re.I)),
+    (
+        "real",
+        re.compile(r"\bno\s+(?:signs?|traces?|evidence)\s+of\s+(?:\w+\s+)?(?:tampering|manipulation|editing)\b", re.I),
+    ),
     ("fake", re.compile(rf"\b(?:has|have|had|was|were|is|are|been)\s+(?:\w+ly\s+)?(?:been\s+)?(?:{_CHANGED})\b", re.I)),
     ("fake", re.compile(r"\bnot\s+(?:an?\s+)?(?:authentic|genuine)\b", re.I)),
 )
 _TOLERANT: tuple[tuple[Label, re.Pattern[str]], ...] = (
     ("real", re.compile(r"\b(?:not|n't)\s+(?:an?\s+)?(?:fake|ai[- ]generated|synthetic)\b", re.I)),
-    ("real", re.compile(r"(?<!not )(?<!n't )\b(?:is|looks|seems|appears)\s+(?:to be\s+)?(?:an?\s+)?(?:real|original)\b", re.I)),
+    (
+        "real",
+        re.compile(
+            r"(?<!not )(?<!n't )\b(?:is|looks|seems|appears)\s+(?:to be\s+)?(?:an?\s+)?(?:real|original)\b", re.I
+        ),
+    ),
     ("fake", re.compile(r"(?<!not )(?<!n't )(?<!not a )\b(?:fake|ai[- ]generated|synthetic|forgery)\b", re.I)),
     ("fake", re.compile(r"\bnot\s+(?:real|original)\b", re.I)),
     ("fake", re.compile(rf"\b(?:likely|probably|suspected to be)\s+(?:{_CHANGED})\b", re.I)),
@@ -126,7 +136,9 @@ def parse_answer(text: str, *, tolerant: bool = False) -> ParsedAnswer:
 def _verdict_of(sentence: str, statements: Sequence[tuple[Label, re.Pattern[str]]]) -> Label | None:
     """The verdict of a sentence: that of its first statement; of two at one place, the first in the list."""
     said = _LEFT_OPEN.sub("", sentence)
-    found = [(match.start(), rank, label) for rank, (label, form) in enumerate(statements) if (match := form.search(said))]
+    found = [
+        (match.start(), rank, label) for rank, (label, form) in enumerate(statements) if (match := form.search(said))
+    ]
     # "appears not to have been tampered": the denial stands before what it denies.
     return min(found)[2] if found else None
 
@@ -185,7 +197,9 @@ def write_answer(label: Label, area: str = "", basis: str = "") -> str:
 def shorten(answer: str) -> str | None:
     """Returns the part of a training answer that gives the verdict alone; None if it has no verdict."""
     verdict = parse_answer(answer).verdict
-    return None if verdict is None else f"{VERDICT_PREFIX} {'been' if verdict == LABELS[1] else 'not been'} tampered with."
+    return (
+        None if verdict is None else f"{VERDICT_PREFIX} {'been' if verdict == LABELS[1] else 'not been'} tampered with."
+    )
 
 
 class _Format:

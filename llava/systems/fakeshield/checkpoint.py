@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llava.errors import CheckpointError, OptionError
-from llava.files import atomic_folder
 from llava.model.builder import (
     check_device_map,
     materialize,
@@ -30,6 +29,7 @@ from llava.model.checkpoint_files import TensorLike, list_keys, read_json, read_
 from llava.model.checkpoint_layout import KeyMap, Rename, stored_state_dict
 from llava.model.configuration import LlavaConfig
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.multimodal_encoder.builder import read_vision_tower
 from llava.model.saving import save_sharded
 from llava.systems.fakeshield import sam as sam_parts
 from llava.systems.fakeshield.segmenter import Segmenter, prepare_tokenizer
@@ -284,43 +284,80 @@ def segmenter_tensors(segmenter: Segmenter, *, with_tower: bool) -> dict[str, Te
     return KEY_MAP.to_published(native)
 
 
-def save_segmenter(
-    segmenter: Segmenter, tokenizer: PreTrainedTokenizerBase, folder: Path, unused: Mapping[str, TensorLike] | None = None
+def write_segmenter(
+    segmenter: Segmenter,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    tensors: Mapping[str, Tensor] | None = None,
+    unused: Mapping[str, TensorLike] | None = None,
 ) -> None:
     """Writes a segmenter with the published names and its CLIP, so that the folder needs nothing else.
 
     Args:
-        segmenter: One without adapters.
+        segmenter: The segmenter.
         tokenizer: Its tokenizer.
-        folder: New folder, which appears only when all is written.
+        folder: An empty folder.
+        tensors: Its tensors by their published names; default: ``segmenter_tensors``, for one without adapters.
         unused: Published tensors that nothing here uses, for the authors' code.
-
-    Raises:
-        FileError: The folder exists and is not empty, or cannot be written.
     """
-    with atomic_folder(folder) as partial:
-        write_segmenter(segmenter, tokenizer, partial, unused)
-
-
-def write_segmenter(
-    segmenter: Segmenter, tokenizer: PreTrainedTokenizerBase, folder: Path, unused: Mapping[str, TensorLike] | None = None
-) -> None:
-    """Writes the files of ``save_segmenter`` into an empty folder."""
+    own = segmenter_tensors(segmenter, with_tower=True) if tensors is None else dict(tensors)
     rest = {name: tensor[...] for name, tensor in (unused or {}).items()}
-    save_sharded({**segmenter_tensors(segmenter, with_tower=True), **rest}, folder)
+    save_sharded({**own, **rest}, folder)
+    decoder = segmenter.sam.config.mask_decoder_config
     values = segmenter.language_model.config.to_dict()
     values |= {
         "model_type": MODEL_TYPE,
         "architectures": ["GLaMMForCausalLM"],
         "mm_use_im_start_end": True,
+        "mm_vision_tower": None,
         "train_mask_decoder": True,
         "with_region": bool(rest),
-        "out_dim": segmenter.sam.config.mask_decoder_config.hidden_size,
+        "out_dim": decoder.hidden_size,
         "system": "fakeshield",
-        _SAM_FIELD: {"decoder": {"num_attention_heads": segmenter.sam.config.mask_decoder_config.num_attention_heads}},
+        _SAM_FIELD: {"decoder": {"num_attention_heads": decoder.num_attention_heads}},
     }
     (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(folder)
+
+
+def new_segmenter(values: Mapping[str, Any]) -> tuple[PreTrainedTokenizerBase, Segmenter]:
+    """Returns a segmenter with random weights but for its CLIP.
+
+    Args:
+        values: ``language_model``, fields of the language model's config; ``tower``, folder or hub id of its CLIP;
+            ``sam``, fields of SAM's parts ``vision``, ``prompt`` and ``decoder``; ``tokenizer``, a folder, whose
+            vocabulary the segmenter's tokens are added to.
+
+    Raises:
+        OptionError: One is missing or unknown.
+        CheckpointError: The tower or the tokenizer cannot be opened.
+    """
+    needed = {"language_model", "tower", "sam", "tokenizer"}
+    if set(values) != needed:
+        wrong = ", ".join(sorted(needed ^ set(values)))
+        raise OptionError(f"a new segmenter is described by {', '.join(sorted(needed))}; missing or unknown: {wrong}")
+    tokenizer = load_tokenizer(Path(values["tokenizer"]))
+    tower = read_vision_tower(str(values["tower"]))
+    own = {
+        **_language_model_values({"tokenizer_model_max_length": CONTEXT_LENGTH, **values["language_model"]}),
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "image_aspect_ratio": "square",
+        "vision_tower_config": tower.config,
+        "mm_image_processor": tower.image_processor,
+    }
+    config = LlavaConfig.from_dict(own)
+    stored = {f"{_TOWER}{name}": tensor for name, tensor in tower.tensors.items()}
+    tensors = stored_state_dict(LlavaLlamaForCausalLM(config))
+    if unknown := set(stored) - set(tensors):
+        raise CheckpointError(f"{values['tower']} holds tensors that the model does not have: {list_keys(unknown)}")
+    model = materialize(config, {**tensors, **stored}, dtype=torch.float32, device_map={"": "cpu"})
+    model.tokenizer = tokenizer
+    model.get_model().freeze_towers()
+    return tokenizer, Segmenter(config, sam_parts.build_config(values["sam"]), model)
 
 
 # --- CLIP

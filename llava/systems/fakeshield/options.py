@@ -39,7 +39,9 @@ class FakeShieldOptions(AnalyzeOptions):
         choices=GATES,
     )
     description: str | None = option(None, "describe the changed area yourself, for the mask")
-    mask_question: int = option(1, "wording that asks for the mask (default: 1)", choices=range(1, len(MASK_QUESTIONS) + 1))
+    mask_question: int = option(
+        1, "wording that asks for the mask (default: 1)", choices=range(1, len(MASK_QUESTIONS) + 1)
+    )
 
     def __post_init__(self) -> None:
         """Checks ranges.

@@ -38,14 +38,24 @@ def sam_rules(published: str, native: str) -> list[Rename]:
         (f"{encoder}{{rest*}}", "vision_encoder.{rest*}"),
         ("prompt_encoder.pe_layer.positional_encoding_gaussian_matrix", SHARED_POSITIONS),
         ("prompt_encoder.point_embeddings.{rest*}", "prompt_encoder.point_embed.{rest*}"),
-        *((f"prompt_encoder.mask_downscaling.{place}.{{p}}", f"prompt_encoder.mask_embed.{n}.{{p}}") for place, n in _DOWN),
         *(
-            (f"mask_decoder.transformer.layers.{{n}}.norm{k}.{{p}}", f"mask_decoder.transformer.layers.{{n}}.layer_norm{k}.{{p}}")
+            (f"prompt_encoder.mask_downscaling.{place}.{{p}}", f"prompt_encoder.mask_embed.{n}.{{p}}")
+            for place, n in _DOWN
+        ),
+        *(
+            (
+                f"mask_decoder.transformer.layers.{{n}}.norm{k}.{{p}}",
+                f"mask_decoder.transformer.layers.{{n}}.layer_norm{k}.{{p}}",
+            )
             for k in (1, 2, 3, 4)
         ),
         ("mask_decoder.transformer.norm_final_attn.{p}", "mask_decoder.transformer.layer_norm_final_attn.{p}"),
         *((f"mask_decoder.output_upscaling.{place}.{{p}}", f"mask_decoder.{name}.{{p}}") for place, name in _UP),
-        *((f"{part}layers.{place}.{{p}}", f"{part}{name}.{{p}}") for part in (hyper, iou) for place, name in enumerate(_MLP)),
+        *(
+            (f"{part}layers.{place}.{{p}}", f"{part}{name}.{{p}}")
+            for part in (hyper, iou)
+            for place, name in enumerate(_MLP)
+        ),
         ("{rest*}", "{rest*}"),
     ]
     return [Rename(f"{published}{theirs}", f"{native}{ours}") for theirs, ours in pairs]
@@ -117,7 +127,13 @@ def infer_config(tensors: Mapping[str, TensorLike], given: Mapping[str, Any], wh
         "iou_head_hidden_dim": shape(f"{decoder}iou_prediction_head.proj_in.weight")[0],
         "layer_norm_eps": DECODER_EPS,
     }
-    return build_config({"vision": vision | given.get("vision", {}), "prompt": prompt | given.get("prompt", {}), "decoder": mask | given.get("decoder", {})})
+    return build_config(
+        {
+            "vision": vision | given.get("vision", {}),
+            "prompt": prompt | given.get("prompt", {}),
+            "decoder": mask | given.get("decoder", {}),
+        }
+    )
 
 
 def build_config(parts: Mapping[str, Mapping[str, Any]]) -> SamConfig:

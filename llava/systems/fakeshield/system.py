@@ -280,9 +280,7 @@ class FakeShield(LanguageModelSystem):
         if not asked:
             return reports
         photos: list[Any] = [prepared[row] for row in asked]
-        requests = [
-            mask_request(options.description or reports[row].text, options.mask_question - 1) for row in asked
-        ]
+        requests = [mask_request(options.description or reports[row].text, options.mask_question - 1) for row in asked]
         found = self.segmenter.answering.segment([photo.segmenter for photo in photos], requests)
         for row, photo, one in zip(asked, photos, found, strict=True):
             reports[row] = add_mask(reports[row], one, photo.segmenter.shape, soft=options.soft_mask)

@@ -23,13 +23,15 @@ STAGES = (3, 4, 6, 3)
 
 
 def _block_rules() -> list[Rename]:
-    """torchvision counts stages from 1 and layers by name, transformers from 0 and by place."""
+    """Torchvision counts stages from 1 and layers by name, transformers from 0 and by place."""
     rules = []
     for stage in range(1, len(STAGES) + 1):
         own = f"resnet.encoder.stages.{stage - 1}.layers.{{n}}"
         for layer in (1, 2, 3):
             for theirs, ours in (("conv", "convolution"), ("bn", "normalization")):
-                rules.append(Rename(f"layer{stage}.{{n}}.{theirs}{layer}.{{p}}", f"{own}.layer.{layer - 1}.{ours}.{{p}}"))
+                rules.append(
+                    Rename(f"layer{stage}.{{n}}.{theirs}{layer}.{{p}}", f"{own}.layer.{layer - 1}.{ours}.{{p}}")
+                )
         for place, ours in ((0, "convolution"), (1, "normalization")):
             rules.append(Rename(f"layer{stage}.{{n}}.downsample.{place}.{{p}}", f"{own}.shortcut.{ours}.{{p}}"))
     return rules
@@ -62,7 +64,9 @@ def crop_image(image: Image.Image) -> np.ndarray:
 _LONGEST = 8192
 
 
-def _middle(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[tuple[float, float, float, float] | None, tuple[int, int]]:
+def _middle(
+    size: tuple[int, int], wanted: tuple[int, int]
+) -> tuple[tuple[float, float, float, float] | None, tuple[int, int]]:
     """The part of an image that is resized, and to what; all of it unless that would be huge."""
     if max(wanted) <= _LONGEST:
         return None, wanted
@@ -113,7 +117,9 @@ class Tagger(nn.Module):
         wrong = set(own) ^ set(native)
         wrong |= {name for name in set(own) & set(native) if tuple(own[name].shape) != tuple(native[name].shape)}
         if wrong:
-            raise CheckpointError(f"{where} is no tagger of {len(DOMAINS)} domains: missing or unlike: {list_keys(wrong)}")
+            raise CheckpointError(
+                f"{where} is no tagger of {len(DOMAINS)} domains: missing or unlike: {list_keys(wrong)}"
+            )
         self.net.load_state_dict({name: tensor[...].to(own[name].dtype) for name, tensor in native.items()})
 
 
