@@ -20,6 +20,8 @@ from llava.files import read_json
 from llava.labels import Label
 
 if TYPE_CHECKING:
+    from random import Random
+
     import numpy as np
     from PIL import Image
 
@@ -257,6 +259,47 @@ class TrainingObjective(Protocol):
         ...
 
 
+@runtime_checkable
+class NetworkTraining(Protocol):
+    """How a plain network, one without a language model, is trained: images in, logits of some classes out.
+
+    An instance holds one network; ``llava.train.networks`` does the rest.
+
+    Attributes:
+        classes: Words of the classes, by number.
+        network: A module that turns a batch of what ``prepare`` gives into logits ``[B, K]``. What has no gradient is
+            neither trained nor written into a run's checkpoints, so it must follow from how the network was opened.
+    """
+
+    classes: tuple[str, ...]
+    network: Any
+
+    @classmethod
+    def open(cls, path: str | None, config: Mapping[str, Any]) -> "NetworkTraining":
+        """Opens what ``save`` wrote, or a published file, or makes a new network.
+
+        Args:
+            path: The file or folder; None for a new network.
+            config: Settings of a new network, or those that go before the file's; empty for the file's own.
+
+        Raises:
+            CheckpointError: It cannot be opened, or the settings describe no network.
+        """
+        ...
+
+    def prepare(self, image: "Image.Image", random: "Random | None") -> Any:
+        """Returns an RGB image as a tensor; ``random`` augments it in training, None makes it as it is used."""
+        ...
+
+    def optimizer(self, learning_rate: float, weight_decay: float) -> Any:
+        """Returns the optimizer of the published training; None for the one that the options name."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes the network into an empty folder that ``open`` and the system's own loader open."""
+        ...
+
+
 # --- evaluation
 
 
@@ -381,6 +424,7 @@ class SystemSpec:
         protocol: Reference of the module with the paper's evaluation (an ``EvaluationProtocol``), or None.
         components: References of classes that only its models are built from (towers, fusions, token sources), by type;
             a config names them ``<system>:<type>``.
+        networks: References of ``NetworkTraining`` classes, by the name of the part; ``<system>:<part>`` names one.
         weights: Hub ids of its published weights and of the towers that these need.
     """
 
@@ -394,6 +438,7 @@ class SystemSpec:
     objective: Reference | None = None
     protocol: Reference | None = None
     components: Mapping[str, Reference] = field(default_factory=dict)
+    networks: Mapping[str, Reference] = field(default_factory=dict)
     weights: tuple[str, ...] = ()
 
 

@@ -263,8 +263,12 @@ class _ListRecipes(argparse.Action):
 
 def build_parser() -> TrainParser:
     """Returns the parser."""
-    groups: Any = (ModelArguments, DataArguments, TrainingArguments)
-    parser = TrainParser(groups, prog="python -m llava.train.train", description="Trains a model.", allow_abbrev=False)
+    return make_parser((ModelArguments, DataArguments, TrainingArguments), "llava.train.train", "Trains a model.")
+
+
+def make_parser(groups: Any, module: str, description: str) -> TrainParser:
+    """Returns a parser of groups of options that knows recipes."""
+    parser = TrainParser(groups, prog=f"python -m {module}", description=description, allow_abbrev=False)
     parser.add_argument("--recipe", help="options that hold where none is given: a recipe's name, or a YAML file")
     parser.add_argument("--list_recipes", "--list-recipes", action=_ListRecipes, nargs=0, help="list them and exit")
     return parser
@@ -278,8 +282,18 @@ def parse_arguments(
     Raises:
         OptionError: Something is unknown, missing or contradicts itself.
     """
+    model, data, training = parse_groups(build_parser(), (ModelArguments, DataArguments, TrainingArguments), arguments)
+    check_arguments(model, data, training)
+    return model, data, training
+
+
+def parse_groups(parser: "TrainParser", kinds: Sequence[type], arguments: Sequence[str] | None) -> tuple[Any, ...]:
+    """Returns each group of options from a command line and the recipe that it names; nothing is checked.
+
+    Raises:
+        OptionError: Something is unknown.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = build_parser()
     if "-h" in words or "--help" in words:
         parser.parse_args(["--help"])
     flags = read_flags(words)
@@ -288,9 +302,7 @@ def parse_arguments(
     parsed, unknown = parser.parse_known_args(current_names(flags))
     if unknown:
         raise OptionError(unknown_option(unknown[0], parser._option_string_actions))
-    model, data, training = (_of_kind(kind, parsed) for kind in (ModelArguments, DataArguments, TrainingArguments))
-    check_arguments(model, data, training)
-    return model, data, training
+    return tuple(_of_kind(kind, parsed) for kind in kinds)
 
 
 def _recipe_flags(parser: TrainParser, name: str, flags: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

@@ -8,7 +8,6 @@ import hashlib
 import logging
 import os
 import random
-import shutil
 import sys
 import threading
 import time
@@ -43,7 +42,7 @@ from llava.train.arguments import (
     parse_arguments,
     trained_parts,
 )
-from llava.train.checkpointing import FINAL, RUN_FILE, TRIAL, check_same_run, is_finished, resume_checkpoint
+from llava.train.checkpointing import RUN_FILE, check_same_run, resume_checkpoint
 from llava.train.export import export_model
 from llava.train.feature_cache import CachedDataset, cache_features
 from llava.train.loading import StartingPoint, answer_format, build_model, load_start
@@ -53,7 +52,6 @@ from llava.train.validation import verdict_predictor
 
 logger = logging.getLogger(__name__)
 
-LOG_FILE = "log.json"
 _KEPT_OPTIONS = (
     "version",
     "model_max_length",
@@ -125,30 +123,12 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     trainer = _trainer(model, core, model_args, data_args, args, start, train_set, validation)
     if args.should_save:
         print(trainable_table(model), file=sys.stderr)
-    _trial_save(trainer, output)
+    trainer.trial_export()
     if args.should_save:
         write_json(output / RUN_FILE, run, indent=2)
     if _is_muted():
         sys.stderr = sys.__stderr__
-    return _run_to_end(trainer, checkpoint, output)
-
-
-def _run_to_end(trainer: ForgeryTrainer, checkpoint: Path | None, output: Path) -> Path:
-    """Trains from a checkpoint or from the start, and writes the final folder."""
-    if checkpoint is not None and is_finished(checkpoint):
-        trainer.load_finished(checkpoint)
-    else:
-        try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        except BaseException:
-            trainer.end_progress_bar()
-            raise
-    final = output / FINAL
-    trainer.export_to(final)
-    if trainer.args.should_save:
-        write_json(output / LOG_FILE, trainer.state.log_history, indent=2)
-        print(f"the trained model is in {final}")
-    return final
+    return trainer.run_to_end(checkpoint)
 
 
 def _set_up_logs(args: TrainingArguments) -> None:
@@ -355,15 +335,6 @@ def _precision(args: TrainingArguments) -> AbstractContextManager:
     if args.deepspeed or not (args.bf16 or args.fp16):
         return nullcontext()
     return torch.autocast(args.device.type, torch.bfloat16 if args.bf16 else torch.float16)
-
-
-def _trial_save(trainer: ForgeryTrainer, output: Path) -> None:
-    """Writes, opens and removes the final folder once, so that a run does not fail at its end."""
-    trial = output / TRIAL
-    trainer.export_to(trial)
-    if trainer.args.should_save:
-        shutil.rmtree(trial)
-    trainer.accelerator.wait_for_everyone()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -25,5 +25,6 @@ SPEC = SystemSpec(
     title="M2F2-Det",
     identify=identify,
     system=f"{_ROOM}.system:M2F2Det",
+    networks={"detector": f"{_ROOM}.training:DetectorTraining"},
     weights=("openai/clip-vit-large-patch14-336",),
 )
