@@ -86,7 +86,9 @@ class SupervisedDataset(Dataset[Sample]):
             DataError: Its image cannot be read.
         """
         record = self.records[index]
-        tokenized = tokenize_conversation(fill_template(record.turns, self.template), self.tokenizer)
+        tokenized = tokenize_conversation(
+            fill_template(record.turns, self.template, record.system_prompt), self.tokenizer
+        )
         kept = fitting_length(tokenized.input_ids, self.placeholder_tokens, self.max_length)
         return Sample(
             torch.tensor(tokenized.input_ids[:kept], dtype=torch.long),

@@ -26,13 +26,19 @@ class TokenizedConversation:
     labels: list[int]
 
 
-def fill_template(turns: Sequence[dict[str, Any]], template: Conversation) -> Conversation:
+def fill_template(turns: Sequence[dict[str, Any]], template: Conversation, system_prompt: str = "") -> Conversation:
     """Puts a record's turns into a template; a question's ``<image>`` is moved to its front, as published.
+
+    Args:
+        turns: The turns.
+        template: The template.
+        system_prompt: What stands first instead of the template's own text; empty for that.
 
     Raises:
         DataError: A turn is not ``{"from": "human" | "gpt", "value": text}``.
     """
     conversation = template.copy()
+    conversation.system = system_prompt or conversation.system
     for index, turn in enumerate(turns):
         speaker, value = turn.get("from"), turn.get("value")
         if speaker not in _SPEAKERS or not isinstance(value, str):

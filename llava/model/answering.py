@@ -318,7 +318,7 @@ class Answering:
 
 def continue_prompt(prompt: str, answer: str) -> str:
     """Returns a prompt and an answer; the mark of an image in an answer is only a word and stands for no image."""
-    return f"{prompt} {answer.replace(DEFAULT_IMAGE_TOKEN, '')}"
+    return f"{prompt} {answer.replace(DEFAULT_IMAGE_TOKEN, '')}" if answer else prompt
 
 
 def _known(score: float | None) -> float:

@@ -10,11 +10,21 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from llava.cli import note_once
 from llava.errors import CheckpointError
-from llava.model.adapter import add_update
+from llava.model.adapter import Adapter, read_adapter, whole_tensors
 from llava.model.branches import FIRST, LANGUAGE_MODEL, part_of, source_field, tower_name
-from llava.model.checkpoint_files import TensorLike, list_keys, read_json, read_tensor_file, read_tensors
+from llava.model.checkpoint_files import (
+    WORD_PATTERNS,
+    TensorLike,
+    list_keys,
+    read_json,
+    read_tensor_file,
+    read_tensors,
+    resolve_folder,
+)
 from llava.model.checkpoint_layout import NON_LORA_FILE, KeyMap, stored_state_dict, strip_lora_prefix
 from llava.model.configuration import LlavaConfig
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
@@ -60,7 +70,7 @@ class Checkpoint:
         tokenizer_folder: Where the tokenizer lies: the base's folder for a LoRA folder without one.
         layout: How the system's published files correspond to the native ones.
         system: Short name of the system that it belongs to; empty for a plain LLaVA.
-        adapter_folder: The LoRA folder, or None.
+        adapter: The LoRA folder's adapter, not yet added to the tensors, or None.
     """
 
     folder: Path
@@ -69,7 +79,19 @@ class Checkpoint:
     tokenizer_folder: Path
     layout: CheckpointFormat = PLAIN
     system: str = ""
-    adapter_folder: Path | None = None
+    adapter: Adapter | None = None
+
+    def with_update(self) -> "Checkpoint":
+        """Returns the checkpoint with its adapter's update in the tensors, each computed in float32 when it is read.
+
+        Raises:
+            CheckpointError: The adapter does not fit, or holds NaN or infinity.
+        """
+        if self.adapter is None:
+            return self
+        is_tied = bool(self.config.get("tie_word_embeddings"))
+        tensors = self.adapter.add_to(self.tensors, self.layout.key_map, is_tied=is_tied)
+        return replace(self, tensors=tensors, adapter=None)
 
 
 def open_checkpoint(
@@ -82,7 +104,8 @@ def open_checkpoint(
 
     Args:
         model_path: Folder or hub id.
-        model_base: Base model of a LoRA folder; default: the one that ``adapter_config.json`` names.
+        model_base: Base model of a LoRA folder; default: the one that ``adapter_config.json`` names. For a whole model
+            that lies without tokenizer and image processor, the model whose these are.
         system: Name of the system where the files do not tell it.
 
     Raises:
@@ -94,15 +117,68 @@ def open_checkpoint(
         raise CheckpointError(f"{folder} is a file, but a folder with config.json and weights is needed")
     if (folder / "adapter_config.json").is_file():
         return _open_lora(files, model_base, system)
-    if model_base is not None:
-        raise CheckpointError(f"a base model is given, but {folder} has no adapter_config.json: it is no LoRA folder")
     config = read_json(folder / "config.json")
+    words = _words_folder(folder, config, model_base)
+    processor = config.get("mm_image_processor") or read_image_processor(folder) or read_image_processor(words)
+    if processor is not None:
+        config = {**config, "mm_image_processor": processor}
     name, layout = _system_of(files, system)
     tensors = read_tensors(folder)
     if not _is_native(config):
         tensors = layout.key_map.to_native(tensors)
     tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(_BUFFERS)}
-    return Checkpoint(folder, config, tensors, folder, layout, name)
+    return Checkpoint(folder, config, tensors, words, layout, name)
+
+
+def _words_folder(folder: Path, config: Mapping[str, Any], base: str | os.PathLike[str] | None) -> Path:
+    """Returns where the tokenizer of a whole model lies: beside it, else in the base that is given or named.
+
+    Raises:
+        CheckpointError: A base is given that is not needed or not to be had, or the model names one without tokenizer.
+    """
+    if has_tokenizer(folder):
+        if base is not None:
+            raise CheckpointError(
+                f"a base model is given, but {folder} is neither a LoRA folder (it has no adapter_config.json) nor "
+                "without a tokenizer, so the base would do nothing"
+            )
+        return folder
+    found = base or _named_start(folder, config)
+    if not found:
+        return folder
+    words = resolve_folder(found, "base model", WORD_PATTERNS)
+    if has_tokenizer(words):
+        note_once(f"{folder} has no tokenizer; it and the image processor are those of {found}")
+    return words
+
+
+def _named_start(folder: Path, config: Mapping[str, Any]) -> str:
+    """Returns the folder that a config says its model was made from, if that is here; a relative one counts from it."""
+    named = config.get("_name_or_path")
+    if not isinstance(named, str) or not named:
+        return ""
+    places = (Path(named).expanduser(), folder / named, folder.parent / named)
+    return next((str(place) for place in places if place != folder and place.is_dir() and has_tokenizer(place)), "")
+
+
+def read_image_processor(folder: Path) -> dict[str, Any] | None:
+    """Returns the settings of the image processor that lies beside a model; None if there is none.
+
+    Raises:
+        CheckpointError: The file cannot be read, or is of another kind than CLIP's.
+    """
+    file, joint = folder / "preprocessor_config.json", folder / "processor_config.json"
+    settings = read_json(file) if file.is_file() else None
+    if settings is None and joint.is_file():
+        settings = read_json(joint).get("image_processor")
+    if settings is None:
+        return None
+    try:
+        # Old files give sizes as plain numbers; the processor itself knows what they mean.
+        known: dict[str, Any] = CLIPImageProcessorPil(**settings).to_dict()
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: the image processor's settings are wrong: {error}") from error
+    return {**known, "do_pad": True} if settings.get("do_pad") else known
 
 
 def _open_lora(files: CheckpointFiles, model_base: str | os.PathLike[str] | None, system: str | None) -> Checkpoint:
@@ -116,14 +192,18 @@ def _open_lora(files: CheckpointFiles, model_base: str | os.PathLike[str] | None
         opened = open_checkpoint(base, system=name or None)
     except CheckpointError as error:
         raise CheckpointError(f"{folder} is a LoRA folder whose base model cannot be opened: {error}") from error
-    if opened.adapter_folder is not None:
-        # The base is a LoRA folder itself, whose training was gone on with.
-        opened = replace(opened, tensors=add_update(opened.tensors, opened.adapter_folder), adapter_folder=None)
+    opened = opened.with_update()  # the base may be a LoRA folder itself, whose training was gone on with
+    adapter = read_adapter(folder)
     beside = layout.key_map.to_native(strip_lora_prefix(read_tensor_file(folder / NON_LORA_FILE)))
     _check_whole_parts(beside, opened.tensors, folder)
     tokenizer_folder = folder if has_tokenizer(folder) else opened.tokenizer_folder
     own_config = read_json(folder / "config.json") if (folder / "config.json").is_file() else opened.config
-    return Checkpoint(folder, own_config, opened.tensors | beside, tokenizer_folder, layout, name, folder)
+    whole = whole_tensors(adapter, opened.tensors, layout.key_map)
+    if set(whole) & set(beside):
+        twice = list_keys(set(whole) & set(beside))
+        raise CheckpointError(f"{folder} holds tensors twice, in its adapter and in {NON_LORA_FILE}: {twice}")
+    tensors = opened.tensors | whole | beside
+    return Checkpoint(folder, own_config, tensors, tokenizer_folder, layout, name, adapter)
 
 
 def _check_whole_parts(beside: Mapping[str, TensorLike], base: Mapping[str, TensorLike], folder: Path) -> None:

@@ -125,6 +125,11 @@ class LlavaMetaModel(nn.Module):
         for tower in self.towers():
             tower.requires_grad_(False)
 
+    def freeze_behind_outputs(self) -> None:
+        """Takes those parts of the towers out of training that no gradient reaches."""
+        for part in (part for tower in self.towers() for part in tower.parts_behind_output):
+            part.requires_grad_(False)
+
     def encode_images(self, images: Tensor, *, return_attention: bool = False) -> FusionOutput:
         """Turns shared pixels ``[B, 3, S, S]`` into image tokens ``[B, P, D]``.
 

@@ -56,7 +56,9 @@ class AnswerFormat(Protocol):
     """The words of a system: what it is asked, and how its answers are read and written.
 
     Nothing outside a system's room knows its grammar. A format may also have ``constant_stages``, the stages whose text
-    is the same for every image; they are left out where answers are printed for reading.
+    is the same for every image; they are left out where answers are printed for reading. It may have ``marks``, texts
+    that no other system's answers hold, and ``write_training(label, explanation)``, which writes a training answer
+    from a verdict and what speaks for it; so that records of several systems can be mixed.
 
     Attributes:
         question: What the system is asked unless the user asks something else.
@@ -161,10 +163,12 @@ class CheckpointFiles:
     Attributes:
         folder: Where the files lie; a file for a system whose checkpoint is one.
         config: Contents of ``config.json``; empty where there is none.
+        source: Path or hub id by which the checkpoint was named; empty if that is not known.
     """
 
     folder: Path
     config: dict[str, Any]
+    source: str = ""
 
     @cached_property
     def tensor_names(self) -> frozenset[str]:
@@ -205,6 +209,9 @@ def _names_without_torch(folder: Path) -> list[str] | None:
 @runtime_checkable
 class CheckpointFormat(Protocol):
     """How a system's published files correspond to the models here; see ``llava.model.checkpoint_layout``.
+
+    A layout whose files describe the whole model, towers and image processor too, also has ``published_files(model)``:
+    the contents of the files that lie beside weights and tokenizer, by name, JSON values or text.
 
     Attributes:
         key_map: Names of published tensors and native ones, both ways (a ``KeyMap``).
@@ -335,6 +342,9 @@ class EvaluationProtocol(Protocol):
         PUBLISHED_ACCURACY: Their accuracy on each evaluation set, by the set's name.
         PUBLISHED_MEAN: Their means over those sets, by the metric's name in a report.
         PUBLISHED_OVER: What the means are over, in words.
+
+    A protocol may also have ``PUBLISHED``: by the set's name all that was published of it, under the keys of
+    ``metrics``.
     """
 
     SETTINGS: Mapping[str, Any]

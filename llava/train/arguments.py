@@ -102,13 +102,16 @@ class DataArguments:
     """What it is trained on."""
 
     data_path: list[str] = field(default_factory=list, metadata={"help": "training records: JSON or JSONL files"})
-    image_folder: str | None = _option(None, "what the records' image paths start from")
+    image_folder: list[str] | None = field(
+        default=None, metadata={"help": "what the records' image paths start from: one folder, or one a training file"}
+    )
+    rewrite_answers: bool = _option(False, "write answers of other systems' data in the trained system's words")
     eval_data_path: str | None = _option(None, "validation records, below the same image folder")
     validation_share: float = _option(0.0, "share of the training records to validate on instead, 0..1")
     version: str = _option("v1", "prompt template (published: v1)")
     model_max_length: int = _option(2048, "longest sequence, image positions included; the rest is cut")
     image_aspect_ratio: str | None = _option(
-        None, "pad to a square, or crop one (default: the checkpoint's)", choices=["pad", "square"]
+        None, "pad to a square, or crop one (default: the checkpoint's)", choices=["pad", "crop", "square"]
     )
     drop_invalid: bool = _option(False, "leave out and count invalid records, rather than stop")
     verdict_only_share: float = _option(0.0, "share of the answers that are only their CONCLUSION, 0..1")
@@ -129,6 +132,11 @@ class DataArguments:
         """
         _check(
             (not self.data_path, "--data_path is missing: name the training records"),
+            (
+                len(self.image_folder or [""]) not in (1, len(self.data_path)),
+                f"--image_folder names {len(self.image_folder or ())} folders for {len(self.data_path)} training "
+                "files: name one for all, or one for each",
+            ),
             (_missing(self.eval_data_path), f"--eval_data_path: there is no file {self.eval_data_path}"),
             (
                 self.group_by_length and not self.group_by_modality_length,
@@ -141,6 +149,10 @@ class DataArguments:
             (
                 bool(self.eval_data_path and self.validation_share),
                 "--eval_data_path and --validation_share exclude each other",
+            ),
+            (
+                bool(self.eval_data_path) and len(self.image_folder or ()) > 1,
+                "--eval_data_path needs one --image_folder for all records; or validate on a --validation_share",
             ),
         )
         _check_range(self, ("validation_share", "verdict_only_share"), lambda share: 0 <= share <= 1, "within 0 and 1")

@@ -328,9 +328,9 @@ def check_files(flags: Mapping[str, Sequence[str]]) -> None:
     for file in flags["data_path"]:
         if not Path(file).is_file():
             raise OptionError(f"--data_path: there is no file {file}")
-    folder = _first(flags, "image_folder")
-    if not Path(folder).is_dir():
-        raise OptionError(f"--image_folder: there is no folder {folder}")
+    for folder in flags["image_folder"]:
+        if not Path(folder).is_dir():
+            raise OptionError(f"--image_folder: there is no folder {folder}")
     for name in ("model_name_or_path", "vision_tower", "dino_weights"):
         path = _first(flags, name)
         # Other names may be a hub's; the model's loader tells.

@@ -14,7 +14,6 @@ from transformers.integrations import deepspeed as deepspeed_integration
 
 from llava.conversation import conv_templates
 from llava.errors import CheckpointError, OptionError
-from llava.model.adapter import add_update
 from llava.model.branches import FIRST, source_field, tower_name
 from llava.model.builder import load_tokenizer, materialize, quantization, resolve_attention, set_generation_defaults
 from llava.model.checkpoint import check_keys, complete_config, open_checkpoint
@@ -66,10 +65,8 @@ def load_start(model: ModelArguments, data: DataArguments) -> StartingPoint:
     if not checkpoint.system:
         # A plain LLaVA, which is trained to become one.
         checkpoint = open_checkpoint(model.model_name_or_path, system=registry.DEFAULT)
-    if checkpoint.adapter_folder is not None:
-        # Training goes on from the base with the folder's update in it, which float32 holds whole.
-        tensors = add_update(checkpoint.tensors, checkpoint.adapter_folder)
-        checkpoint = replace(checkpoint, tensors=tensors, adapter_folder=None)
+    # Training goes on from the base with a LoRA folder's update in it, which float32 holds whole.
+    checkpoint = checkpoint.with_update()
     values = dict(checkpoint.config)
     if model.mm_fusion_type is not None:
         values["mm_fusion_type"] = model.mm_fusion_type

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,16 @@ from llava.data.checks import check_records
 from llava.data.collator import collate
 from llava.data.dataset import SupervisedDataset
 from llava.data.records import Record, read_records
+from llava.data.rewriting import rewrite_records
 from llava.data.sampler import ModalityLengthSampler
 from llava.errors import DataError, OptionError
 from llava.files import make_folder, write_json
 from llava.model.branches import is_projector
 from llava.model.builder import resolve_attention
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.saving import describes_itself
+from llava.systems import registry
+from llava.systems.base import AnswerFormat
 from llava.train.arguments import (
     DataArguments,
     ModelArguments,
@@ -97,7 +102,9 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     _set_up_logs(args)
     transformers.set_seed(args.seed)
     start = load_start(model_args, data_args)
-    if args.save_layout == "published" and not start.config.mm_vision_tower:
+    layout = registry.component(start.config.system, "checkpoint_format")
+    names_tower = layout is None or not describes_itself(layout)
+    if args.save_layout == "published" and names_tower and not start.config.mm_vision_tower:
         raise OptionError(
             "--save_layout published names its vision tower rather than describing it; name it by --vision_tower"
         )
@@ -159,12 +166,14 @@ def _records(
         max_length=data_args.model_max_length,
         answer_format=answer_format(start.config),
         placeholder_tokens=start.placeholder_tokens,
-        image_folder=None if data_args.image_folder is None else Path(data_args.image_folder),
+        image_folder=_image_folder(data_args),
         drop_invalid=data_args.drop_invalid,
+        needs_verdict=registry.component(start.config.system, "objective") is not None,
     )
-    records = check(read_records([Path(path) for path in data_args.data_path]))
+    words = answer_format(start.config)
+    records = check(_read(data_args.data_path, data_args, words))
     if data_args.eval_data_path:
-        return records, check(read_records([Path(data_args.eval_data_path)]))
+        return records, check(_read([data_args.eval_data_path], data_args, words))
     count = round(data_args.validation_share * len(records))
     if data_args.validation_share and not 0 < count < len(records):
         raise OptionError(
@@ -175,6 +184,23 @@ def _records(
         [record for index, record in enumerate(records) if index not in chosen],
         [record for index, record in enumerate(records) if index in chosen],
     )
+
+
+def _image_folder(data_args: DataArguments) -> Path | None:
+    """The one folder of all images; None where each file's records have the whole path."""
+    folders = data_args.image_folder or []
+    return Path(folders[0]) if len(folders) == 1 else None
+
+
+def _read(files: Sequence[str], data_args: DataArguments, words: AnswerFormat) -> list[Record]:
+    """Reads files of records, each with its own folder of images if that is asked for, and in one system's words."""
+    folders = data_args.image_folder or []
+    records = []
+    for number, file in enumerate(files):
+        for record in read_records([Path(file)]):
+            whole = len(folders) > 1 and record.image is not None
+            records.append(replace(record, image=str(Path(folders[number]) / str(record.image))) if whole else record)
+    return rewrite_records(records, words) if data_args.rewrite_answers else records
 
 
 def describe_run(
@@ -217,6 +243,7 @@ def _build(model_args: ModelArguments, args: TrainingArguments, start: StartingP
             model, rank=model_args.lora_r, alpha=model_args.lora_alpha, dropout=model_args.lora_dropout
         )
     choose_trainable(trained, parts)
+    model.get_model().freeze_behind_outputs()
     if not args.deepspeed:
         # Small updates vanish in 16 bits; DeepSpeed keeps 32-bit copies of its own.
         for parameter in trained.parameters():
@@ -230,7 +257,7 @@ def _build(model_args: ModelArguments, args: TrainingArguments, start: StartingP
 
 def _dataset_options(data_args: DataArguments, start: StartingPoint, model: LlavaLlamaForCausalLM) -> dict[str, Any]:
     return {
-        "image_folder": None if data_args.image_folder is None else Path(data_args.image_folder),
+        "image_folder": _image_folder(data_args),
         "tokenizer": start.tokenizer,
         "template": conv_templates[data_args.version],
         "model_config": model.config,

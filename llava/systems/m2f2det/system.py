@@ -50,7 +50,15 @@ class M2F2Det:
         """
         refused = [
             name
-            for name in ("model_base", "load_8bit", "load_4bit", "device_map", "vision_tower", "dino_weights")
+            for name in (
+                "model_base",
+                "load_8bit",
+                "load_4bit",
+                "device_map",
+                "vision_tower",
+                "dino_weights",
+                "image_aspect_ratio",
+            )
             if options.get(name)
         ]
         if refused:
