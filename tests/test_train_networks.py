@@ -94,7 +94,9 @@ def whole(colours, tmp_path_factory) -> Path:
     """A run that nothing interrupted."""
     output = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        spec = SystemSpec("colours", "Colours", lambda _: False, "x:y", networks={"namer": f"{__name__}:ColourTraining"})
+        spec = SystemSpec(
+            "colours", "Colours", lambda _: False, "x:y", networks={"namer": f"{__name__}:ColourTraining"}
+        )
         known = {**registry.specs(), "colours": spec}
         patch.setattr(registry, "specs", lambda: known)
         assert networks.main(run(output, colours)) == 0

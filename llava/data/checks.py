@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from llava.constants import IGNORE_INDEX
 from llava.conversation import Conversation
 from llava.data.prompting import (
+    Arrange,
     TokenizedConversation,
+    arrange_of,
     encode_together,
     expanded_length,
     fill_template,
@@ -22,6 +24,7 @@ from llava.data.prompting import (
 from llava.data.records import Record
 from llava.errors import DataError
 from llava.labels import LABELS
+from llava.mm_utils import IMAGE_PLACEHOLDER
 from llava.model.verdict import VerdictTokens
 from llava.systems.base import AnswerFormat
 
@@ -42,6 +45,7 @@ def check_records(
     image_folder: Path | None,
     drop_invalid: bool,
     needs_verdict: bool = True,
+    placeholders: Mapping[str, int] = IMAGE_PLACEHOLDER,
 ) -> list[Record]:
     """Finds records that would train on nothing or on something wrong.
 
@@ -59,6 +63,7 @@ def check_records(
         image_folder: Where the records' images lie; None if their paths are complete.
         drop_invalid: Whether invalid records are left out and counted in the log, rather than refused.
         needs_verdict: Whether the system trains a score at the verdict, so that every answer must spell it.
+        placeholders: What stands for images and other tokens in a prompt's text, and the id of each.
 
     Returns:
         The valid records in their order.
@@ -75,7 +80,8 @@ def check_records(
     problems = _image_problems(records, image_folder)
     if drop_invalid or not problems:
         readable = [record for record in records if record.origin not in problems]
-        found = zip(readable, tokenize_records(readable, tokenizer, template), strict=True)
+        arrange = arrange_of(answer_format)
+        found = zip(readable, tokenize_records(readable, tokenizer, template, placeholders, arrange), strict=True)
         for record, tokenized in tqdm(found, "checking", total=len(readable), unit=" records", leave=False):
             problem = find_problem(record, tokenized, answer_format, spelling, max_length, placeholder_tokens)
             if problem:
@@ -94,14 +100,19 @@ def check_records(
 
 
 def tokenize_records(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, template: Conversation
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Conversation,
+    placeholders: Mapping[str, int] = IMAGE_PLACEHOLDER,
+    arrange: Arrange | None = None,
 ) -> Iterator[TokenizedConversation | str]:
     """Tokenises records, many at a time; gives a text where a record cannot be tokenised, saying why."""
     rest = iter(records)
     while together := [
-        fill_template(record.turns, template, record.system_prompt) for record in islice(rest, TOKENIZED_TOGETHER)
+        fill_template(record.turns, template, record.system_prompt, arrange)
+        for record in islice(rest, TOKENIZED_TOGETHER)
     ]:
-        encode = encode_together(together, tokenizer)
+        encode = encode_together(together, tokenizer, placeholders)
         for conversation in together:
             try:
                 yield label_answers(conversation, encode)
@@ -129,6 +140,8 @@ def find_problem(
     """
     if isinstance(tokenized, str):
         return tokenized
+    if record.image is None and any(index in placeholder_tokens for index in tokenized.input_ids):
+        return "a question holds the mark of something that is made of an image, but the record names no image"
     labels = tokenized.labels
     kept = fitting_length(tokenized.input_ids, placeholder_tokens, max_length)
     if all(label == IGNORE_INDEX for label in labels[:kept]):

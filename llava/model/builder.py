@@ -46,6 +46,7 @@ def load_pretrained_model(
     merge_lora: bool = True,
     system: str | None = None,
     image_aspect_ratio: str | None = None,
+    detector: str | os.PathLike[str] | None = None,
 ) -> tuple[PreTrainedTokenizerBase, LlavaLlamaForCausalLM, Any, int]:
     """Opens a checkpoint for inference or further training.
 
@@ -69,6 +70,8 @@ def load_pretrained_model(
         merge_lora: Whether a LoRA folder's adapter is merged into the weights; a quantised model keeps it apart.
         system: Name of the system, where the files do not tell it; a plain LLaVA needs none.
         image_aspect_ratio: How an image becomes a square, ``pad`` or ``crop``, instead of the checkpoint's way.
+        detector: The detector whose token stands in the prompt, instead of the checkpoint's: folder or file; for
+            systems that have one.
 
     Returns:
         Tokenizer, model in evaluation mode with frozen towers, image processor, and context length in tokens.
@@ -80,7 +83,7 @@ def load_pretrained_model(
     if load_8bit and load_4bit:
         raise OptionError("load_8bit and load_4bit exclude each other")
     checkpoint = open_checkpoint(model_path, model_base, system=system)
-    checkpoint, config = complete_config(checkpoint, {"clip": vision_tower, "dino": dino_weights})
+    checkpoint, config = complete_config(checkpoint, {"clip": vision_tower, "dino": dino_weights}, detector)
     if image_aspect_ratio is not None:
         config.image_aspect_ratio = check_aspect_ratio(image_aspect_ratio)
     tokenizer = load_tokenizer(checkpoint.tokenizer_folder)

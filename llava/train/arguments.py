@@ -41,6 +41,7 @@ class ModelArguments:
     system: str | None = _option(None, "system to train (default: the checkpoint's, else FakeReasoning)")
     vision_tower: str | None = _option(None, "first tower: folder or hub id (default: the checkpoint's)")
     dino_weights: str | None = _option(None, "second tower: .pth, folder or hub id (default: the checkpoint's)")
+    detector: str | None = _option(None, "detector whose token stands in the prompt: folder or file (default: its own)")
     mm_fusion_type: str | None = _option(None, "fusion, if not the checkpoint's; a new one must be named in --init")
     init: str = _option("", "new parts, with random weights, by commas: fusion, mm_projector, dino_mm_projector")
     lora_enable: bool = _option(False, "train LoRA on the language model, and fusion and projectors whole")
@@ -49,6 +50,7 @@ class ModelArguments:
     lora_dropout: float = _option(0.0, "dropout before the low-rank path (published: 0.05)")
     bits: int = _option(16, "4 or 8: quantise the language model (QLoRA)", choices=[4, 8, 16])
     tune_mm_mlp_adapter: bool = _option(False, "train the projectors only")
+    trained_parts: str = _option("", "train these parts and no others, by commas, as the table of parts names them")
     unfreeze_towers: bool = _option(False, "train the towers too")
     attn_implementation: str = _option("auto", "auto (flash-attn where usable, else SDPA), or transformers' name")
     cpm_search: str = _option("labels", "where the verdict is looked for in training", choices=list(CPM_SEARCHES))
@@ -86,6 +88,11 @@ class ModelArguments:
             (
                 self.tune_mm_mlp_adapter and self.lora_enable,
                 "--tune_mm_mlp_adapter trains the projectors only, so --lora_enable must be False",
+            ),
+            (
+                bool(self.trained_parts) and (self.tune_mm_mlp_adapter or self.lora_enable or self.unfreeze_towers),
+                "--trained_parts says all that is trained; leave out --tune_mm_mlp_adapter, --lora_enable and "
+                "--unfreeze_towers",
             ),
             (
                 self.lora_enable and (self.lora_r < 1 or not 0 <= self.lora_dropout < 1),
@@ -435,6 +442,8 @@ def trained_parts(model: ModelArguments, present: "set[str]", trained_whole: Col
         present: Names of the model's parts.
         trained_whole: Parts that the system trains whole beside LoRA.
     """
+    if model.trained_parts:
+        return {part.strip() for part in model.trained_parts.split(",") if part.strip()}
     if model.tune_mm_mlp_adapter:
         parts = set(filter(is_projector, present))
     elif model.lora_enable:

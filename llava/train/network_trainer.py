@@ -205,9 +205,7 @@ class NetworkTrainer(SavingTrainer):
         if is_best:
             self.export_to(folder)
             if self.args.should_save:
-                checkpointing.note_best(
-                    folder, self.state.global_step, metrics["balanced_accuracy"], metrics["loss"]
-                )
+                checkpointing.note_best(folder, self.state.global_step, metrics["balanced_accuracy"], metrics["loss"])
         self._since = time.perf_counter()
         return logged
 

@@ -66,7 +66,9 @@ class NetworkArguments:
     )
     data_path: list[str] = field(
         default_factory=list,
-        metadata={"help": "folders with a subfolder a class, MMFR trees, tables of images and labels, training records"},
+        metadata={
+            "help": "folders with a subfolder a class, MMFR trees, tables of images and labels, training records"
+        },
     )
     image_folder: str | None = _option(None, "what names in tables and records start from (default: their folder)")
     eval_data_path: list[str] = field(default_factory=list, metadata={"help": "the same, to validate on"})
@@ -180,9 +182,7 @@ def _images(
 
     def read(paths: Sequence[str]) -> list[LabelledImage]:
         given = [Path(path) for path in paths]
-        return read_labelled(
-            given, training.classes, answer_format=words, image_folder=folder, label_map=meanings
-        )
+        return read_labelled(given, training.classes, answer_format=words, image_folder=folder, label_map=meanings)
 
     images = read(options.data_path)
     if options.eval_data_path:
@@ -232,7 +232,9 @@ def export_network(training: NetworkTraining, folder: Path) -> None:
         found = type(training).open(str(partial), {}).network.state_dict()
         wrong = set(wanted) ^ set(found)
         wrong |= {
-            name for name in set(wanted) - wrong if not torch.equal(wanted[name].cpu(), found[name].to(wanted[name].dtype))
+            name
+            for name in set(wanted) - wrong
+            if not torch.equal(wanted[name].cpu(), found[name].to(wanted[name].dtype))
         }
         if wrong:
             raise CheckpointError(f"{folder} was written but does not hold what it should: {list_keys(wrong)}")

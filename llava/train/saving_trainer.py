@@ -16,6 +16,7 @@ from llava.train import checkpointing
 
 LOG_FILE = "log.json"
 
+
 class SavingTrainer(transformers.Trainer):
     """Transformers' Trainer with this project's checkpoints.
 

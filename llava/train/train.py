@@ -124,6 +124,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     assert isinstance(core, LlavaLlamaForCausalLM)
     options = _dataset_options(data_args, start, core)
     train_set = SupervisedDataset(records, **options, verdict_only_share=data_args.verdict_only_share, seed=args.seed)
+    if data_args.cache_features and core.get_model().needs_images():
+        raise OptionError("--cache_features keeps no pixels, but a detector in this model looks at them; leave it out")
     if data_args.cache_features:
         train_set = _cached(train_set, core, Path(data_args.cache_features), args, options)
     validation = SupervisedDataset(validation_records, **options) if validation_records else None
@@ -169,6 +171,7 @@ def _records(
         image_folder=_image_folder(data_args),
         drop_invalid=data_args.drop_invalid,
         needs_verdict=registry.component(start.config.system, "objective") is not None,
+        placeholders=start.placeholders,
     )
     words = answer_format(start.config)
     records = check(_read(data_args.data_path, data_args, words))
@@ -264,6 +267,8 @@ def _dataset_options(data_args: DataArguments, start: StartingPoint, model: Llav
         "image_processor": model.image_processor,
         "answer_format": answer_format(start.config),
         "placeholder_tokens": start.placeholder_tokens,
+        "placeholders": start.placeholders,
+        "image_inputs": model.get_model().image_inputs,
         "extra_inputs": None if model.objective is None else model.objective.sample_inputs,
         "max_length": data_args.model_max_length,
     }

@@ -270,6 +270,6 @@ def open_tower(detector: M2F2Detector, source: str | None, beside: Path | None) 
             f"{place} gives {given[1]} patches of width {given[0]}, but the detector takes {wanted['num_patches']} of "
             f"width {wanted['hidden_size']}"
         )
-    names = {name: stored for name, stored in zip(tower.state_dict(), stored_state_dict(tower), strict=True)}
+    names = dict(zip(tower.state_dict(), stored_state_dict(tower), strict=True))
     tower.load_state_dict({name: found.tensors[stored][...] for name, stored in names.items()}, assign=True)
     return tower.requires_grad_(False).eval()

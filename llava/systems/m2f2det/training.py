@@ -13,7 +13,14 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from llava.errors import CheckpointError
 from llava.labels import LABELS
-from llava.model.checkpoint_files import TensorLike, list_keys, read_json, read_tensor_file, read_tensors, resolve_folder
+from llava.model.checkpoint_files import (
+    TensorLike,
+    list_keys,
+    read_json,
+    read_tensor_file,
+    read_tensors,
+    resolve_folder,
+)
 from llava.model.multimodal_encoder.base import VisionTower
 from llava.model.multimodal_encoder.builder import read_vision_tower
 from llava.model.multimodal_encoder.clip_encoder import image_processor_settings
@@ -242,9 +249,7 @@ def _load(module: nn.Module, tensors: Mapping[str, TensorLike], where: str) -> N
     module.load_state_dict({name: tensor[...].to(own[name].dtype) for name, tensor in tensors.items()})
 
 
-def _tower(
-    detector: M2F2Detector, settings: Mapping[str, Any], folder: Path | None
-) -> VisionTower | None:
+def _tower(detector: M2F2Detector, settings: Mapping[str, Any], folder: Path | None) -> VisionTower | None:
     """The tower of a cosine detector; a new bridge gets the named tower's weights in its own."""
     source = settings.get("vision_tower")
     if detector.config.fusion == "cosine":
