@@ -31,6 +31,7 @@ _LOADING = (
     "attn_implementation",
     "vision_tower",
     "dino_weights",
+    "image_aspect_ratio",
 )
 LOCATIONS = ("model_base", "vision_tower", "dino_weights")
 """Those loading options that name weights outside the checkpoint."""
@@ -42,6 +43,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     _add_which(model)
     model.add_argument("--vision-tower", help="CLIP tower: folder or hub id, where the checkpoint does not hold it")
     model.add_argument("--dino-weights", help="DINOv2 .pth or folder, where the checkpoint does not hold it")
+    model.add_argument(
+        "--image-aspect-ratio", choices=("crop", "pad"), help="how images become square (default: the checkpoint's way)"
+    )
     model.add_argument("--device", default="auto", help="auto (default), cuda, cuda:1, mps, cpu")
     model.add_argument("--dtype", default="auto", help="auto (default), float32, bfloat16, float16")
     model.add_argument("--device-map", help="auto: spread the model over all GPUs")
@@ -56,7 +60,10 @@ def _add_which(group: Any) -> None:
         default=demo_model_folder(),
         help="folder or hub id of a checkpoint (default: the embedded demonstration model)",
     )
-    group.add_argument("--model-base", help="base of a LoRA folder, where the folder does not name it")
+    group.add_argument(
+        "--model-base",
+        help="base of a LoRA folder that names none, or of a model without tokenizer",
+    )
     group.add_argument("--system", help="the checkpoint's system, where its files do not tell it")
 
 

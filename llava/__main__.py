@@ -49,6 +49,7 @@ def name_image(arguments: list[str]) -> list[str]:
 
 DATA = {
     "show": Verb("print samples of a training file, and what of them is supervised", "llava.data.show_samples:main"),
+    "convert": Verb("write training files in another system's words", "llava.data.convert:main"),
     "validate": Verb("check a training file or an evaluation set", "mmfr_generation.validate:main"),
     "download": Verb("fetch the published MMFR-Dataset, part by part", "mmfr_generation.download:main"),
     "requests": Verb("turn images into request files for an annotator", "mmfr_generation.get_jsonl:main"),

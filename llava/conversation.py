@@ -14,6 +14,7 @@ class Conversation:
         roles: Names of the two speakers.
         sep: What follows the system text and each of the user's turns.
         sep2: What closes each of the assistant's turns.
+        between: What stands between an assistant's turn and the next question, where only the last turn is closed.
         messages: Speaker and text of each turn; a text of None is a turn that is still to come.
     """
 
@@ -21,6 +22,7 @@ class Conversation:
     roles: tuple[str, str] = ("USER", "ASSISTANT")
     sep: str = " "
     sep2: str = "</s>"
+    between: str | None = None
     messages: list[tuple[str, str | None]] = field(default_factory=list)
 
     def append_message(self, role: str, message: str | None) -> None:
@@ -43,10 +45,14 @@ class Conversation:
             if tuple(role for role, _ in pair) != self.roles:
                 raise ValueError(f"turn {index}: speakers must alternate, {self.roles[0]} first")
             (user, question), (assistant, answer) = pair
-            opening = f"{self.system}{self.sep}" if index == 0 else ""
+            opening = self._opening() if index == 0 else self.between or ""
             given = f"{opening}{user}: {question}{self.sep}{assistant}:"
-            pieces.append((given, "" if answer is None else f" {answer}{self.sep2}"))
+            is_closed = self.between is None or index + 2 >= len(self.messages)
+            pieces.append((given, "" if answer is None else f" {answer}{self.sep2 if is_closed else ''}"))
         return pieces
+
+    def _opening(self) -> str:
+        return f"{self.system}{self.sep}" if self.system else ""
 
     def get_prompt(self) -> str:
         """Returns the whole prompt."""
@@ -58,3 +64,6 @@ conv_templates: dict[str, Conversation] = {
     "llava_v1": Conversation(f"A chat between a curious human and an {_ASSISTANT} human's questions."),
 }
 conv_templates["vicuna_v1"] = conv_templates["v1"]
+# The chat template of transformers' LLaVA, and the same after a system sentence.
+conv_templates["chat"] = Conversation("", sep2=" </s>", between=" ")
+conv_templates["chat_system"] = conv_templates["v1"]

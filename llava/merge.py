@@ -62,12 +62,12 @@ def merge(arguments: argparse.Namespace) -> None:
         arguments.model_path,
         arguments.model_base,
         device="cpu",
-        dtype=dtype if checkpoint.adapter_folder is None else "float32",
+        dtype=dtype if checkpoint.adapter is None else "float32",
         vision_tower=arguments.vision_tower,
         dino_weights=arguments.dino_weights,
     )
-    if checkpoint.adapter_folder is not None:
-        _say_what_is_lost(model, checkpoint, dtype)
+    if checkpoint.adapter is not None:
+        _say_what_is_lost(checkpoint, dtype)
         model.to(dtype)
         model.config.dtype = dtype
     _check_range(model, dtype)
@@ -83,31 +83,26 @@ def _written_dtype(name: str, checkpoint: "Checkpoint") -> "torch.dtype":
     """The named dtype; else the adapter's, or the model's own where there is no adapter."""
     import torch
 
-    from llava.model.adapter import read_adapter
     from llava.model.builder import resolve_dtype
     from llava.model.checkpoint import stored_dtype
 
     if name != "auto":
         return resolve_dtype(name, checkpoint, torch.device("cpu"))
-    if checkpoint.adapter_folder is None:
+    if checkpoint.adapter is None:
         return stored_dtype(checkpoint)
-    return next(iter(read_adapter(checkpoint.adapter_folder).values())).dtype
+    return checkpoint.adapter.dtype
 
 
-def _say_what_is_lost(model: "LlavaLlamaForCausalLM", checkpoint: "Checkpoint", dtype: "torch.dtype") -> None:
+def _say_what_is_lost(checkpoint: "Checkpoint", dtype: "torch.dtype") -> None:
     """Tells how much of the update the written dtype loses; float32 loses nothing."""
     import torch
 
-    from llava.model.adapter import measure_lost, read_adapter
-    from llava.model.checkpoint_layout import LORA_PREFIX
+    from llava.model.adapter import measure_lost
 
     if dtype in (torch.float32, torch.float64):
         return
-    assert checkpoint.adapter_folder is not None
-    adapter = read_adapter(checkpoint.adapter_folder)
-    paths = sorted({name.split(".lora_")[0].removeprefix(LORA_PREFIX) for name in adapter if ".lora_" in name})
-    after = {f"{path}.weight": model.get_submodule(path).weight.detach() for path in paths}
-    lost = measure_lost(checkpoint.tensors, {name: t for name, t in after.items() if name in checkpoint.tensors}, dtype)
+    before, after = checkpoint.tensors, checkpoint.with_update().tensors
+    lost = measure_lost(before, {name: t for name, t in after.items() if t is not before[name]}, dtype)
     log(
         f"note: {str(dtype).removeprefix('torch.')} loses {lost.share:.1%} of the adapter's update, and "
         f"{lost.unmoved:.1%} of the weights that it changes do not move; --dtype float32 loses nothing"

@@ -17,7 +17,8 @@ from llava.tables import TABLE_SUFFIXES, Columns, NameFinder, image_name, read_l
 
 DOMAINS = ("aigc", "deepfake", "photoshop")
 """Folders of data sets by the kind of change."""
-_IMAGES, _MASKS = "image", "mask"
+IMAGES, _MASKS = "image", "mask"
+"""Names of the folders of images and of their masks."""
 _SPLITS = ("train", "val", "test")
 _MANIFEST = "manifest.jsonl"
 _DESCRIPTIONS = ("output", "gt")
@@ -111,14 +112,18 @@ def read_tampered(path: Path, *, described_by: str = "output", texts_of: Path | 
 
 def _set_folders(path: Path) -> Iterator[Path]:
     """Folders that have a folder of images, in order of path."""
-    if (path / _IMAGES).is_dir():
+    if _has_images(path):
         yield path
         return
     for folder in sorted(path.iterdir()):
-        if (folder / _IMAGES).is_dir():
+        if _has_images(folder):
             yield folder
         elif folder.is_dir():
-            yield from (inner for inner in sorted(folder.iterdir()) if (inner / _IMAGES).is_dir())
+            yield from (inner for inner in sorted(folder.iterdir()) if _has_images(inner))
+
+
+def _has_images(folder: Path) -> bool:
+    return (folder / IMAGES).is_dir() and next(walk_images(folder / IMAGES), None) is not None
 
 
 def _from_folders(root: Path, described_by: str, texts_of: Path | None) -> Iterator[TamperedImage]:
@@ -127,7 +132,7 @@ def _from_folders(root: Path, described_by: str, texts_of: Path | None) -> Itera
     for folder in _set_folders(root):
         own = _folder_texts(folder, described_by)
         masks = _by_stem(folder / _MASKS) if (folder / _MASKS).is_dir() else None
-        images = [*walk_images(folder / _IMAGES)]
+        images = [*walk_images(folder / IMAGES)]
         if masks is not None:
             _check_pairs(folder, images, masks)
         for image in images:

@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from llava import load_pretrained_model
-from llava.errors import CheckpointError
 from llava.merge import main as merge
-from llava.model.adapter import add_update, measure_lost
+from llava.model.adapter import measure_lost
 from llava.model.checkpoint import open_checkpoint
 from tests.training_runs import LORA, train_here, write_records
 
@@ -72,9 +70,9 @@ def test_what_a_written_dtype_loses_is_said(adapter, half_base, tmp_path, capsys
     said = capsys.readouterr().err
     assert f"{dtype} loses" in said and "do not move" in said
     checkpoint = open_checkpoint(adapter)
-    whole = add_update(checkpoint.tensors, adapter)
+    whole = checkpoint.with_update().tensors
     names = [name for name, tensor in whole.items() if tensor is not checkpoint.tensors[name]]
-    lost = measure_lost(checkpoint.tensors, {name: whole[name][...] for name in names}, getattr(torch, dtype))
+    lost = measure_lost(checkpoint.tensors, {name: whole[name] for name in names}, getattr(torch, dtype))
     assert f"{lost.share:.1%}" in said and lost.share > 0.1 and lost.unmoved > 0.1
     written = load_file(folder / "model.safetensors")
     assert all(written[name].dtype == getattr(torch, dtype) for name in names)
@@ -107,28 +105,6 @@ def test_what_is_no_number_is_refused_by_name(adapter, half_base, tmp_path, caps
     said = capsys.readouterr().err
     assert name in said and "infini" in said and "Traceback" not in said
     assert not (tmp_path / "merged").exists()
-
-
-@pytest.mark.parametrize("changes", [{}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 32}}])
-def test_the_update_is_that_of_peft(adapter, tmp_path, changes):
-    folder = tmp_path / "lora"
-    shutil.copytree(adapter, folder)
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    model = open_whole(folder)
-    for name, tensor in add_update(open_checkpoint(folder).tensors, folder).items():
-        if ".layers." in name and name.startswith("model.layers"):
-            assert torch.allclose(model.get_parameter(name), tensor[...].float(), atol=1e-7)
-    assert LoraConfig.from_pretrained(str(folder)).r == 4
-
-
-def test_a_kind_of_adapter_that_cannot_be_added_is_named(adapter, tmp_path):
-    folder = tmp_path / "lora"
-    shutil.copytree(adapter, folder)
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dora": True}))
-    with pytest.raises(CheckpointError, match="DoRA; merge it first"):
-        add_update(open_checkpoint(folder).tensors, folder)
 
 
 def test_training_goes_on_from_a_lora_folder(adapter, data, tmp_path):

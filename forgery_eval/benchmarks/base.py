@@ -17,6 +17,8 @@ class Sample:
         reference: What a good explanation says; None if that is not known.
         groups: Further partitions, by their name, for example ``split_role``: ``seen``.
         attributes: Names of the attributes that the image shows; None if that is not known.
+        answers: What good answers say, verdict included; empty if that is not known.
+        questions: Further questions about the image, each with what good answers to it say.
         masks: Files whose union is what was changed in the image; none for a real one, or where that is not known.
     """
 
@@ -27,4 +29,6 @@ class Sample:
     reference: str | None = None
     groups: Mapping[str, str] = field(default_factory=dict)
     attributes: tuple[str, ...] | None = None
+    answers: tuple[str, ...] = ()
+    questions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     masks: tuple[Path, ...] = ()

@@ -5,7 +5,7 @@ Images in a folder without ``mask`` beside it are real. A file of conversations 
 """
 
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from forgery_eval.benchmarks.base import Sample
 from llava import tampered
@@ -57,4 +57,6 @@ def _root_of(file: Path) -> Path | None:
     if not isinstance(first, dict) or any(name not in first for name in _FIELDS):
         return None
     name = str(first["image"])
+    if PurePosixPath(name).parent.name != tampered.IMAGES:
+        return None
     return next((root for root in (file.parent, *file.parent.parents[:2]) if (root / name).is_file()), None)

@@ -295,11 +295,19 @@ def protocol_metrics(
     protocol: EvaluationProtocol,
     similarity: Similarity | None,
 ) -> dict[str, dict[str, float | None]]:
-    """Computes the authors' metrics of each set, as the authors do."""
+    """Computes the authors' metrics of each set, as the authors do.
+
+    The reference is the whole answer where a data set has it, else what is known of the explanation.
+    """
     found = {}
     for name in dict.fromkeys(sample.set for sample in samples):
         answers = [
-            EvaluatedAnswer(sample.label, prediction.text, prediction.fake_probability, sample.reference or "")
+            EvaluatedAnswer(
+                sample.label,
+                prediction.text,
+                prediction.fake_probability,
+                sample.answers[0] if sample.answers else sample.reference or "",
+            )
             for sample, prediction in zip(samples, predictions, strict=True)
             if sample.set == name
         ]

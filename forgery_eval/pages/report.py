@@ -229,11 +229,19 @@ def _metrics_table(
 def _paper_table(found: Mapping[str, Mapping[str, Any]], published: EvaluationProtocol | None) -> Table:
     names = list(next(iter(found.values()), {}))
     accuracy = published.PUBLISHED_ACCURACY if published else {}
+    known: Mapping[str, Mapping[str, float]] = getattr(published, "PUBLISHED", None) or {
+        name: {"acc": value} for name, value in accuracy.items()
+    }
+    told = [key for key in names if any(key in values for values in known.values())]
     rows = [
-        [Cell(name), *(Cell(_number(values[key])) for key in names), Cell(_number(accuracy.get(name)))]
+        [
+            Cell(name),
+            *(Cell(_number(values[key])) for key in names),
+            *(Cell(_number(known.get(name, {}).get(key))) for key in told),
+        ]
         for name, values in found.items()
     ]
-    return Table(["", *names, "published acc"], rows)
+    return Table(["", *names, *(f"published {key}" for key in told)], rows)
 
 
 def _confusion(metrics: Mapping[str, Any]) -> Table:

@@ -9,12 +9,14 @@ from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.errors import DataError
-from llava.labels import LABELS
+from llava.labels import FAKE, LABELS, REAL
+from llava.systems import registry
 from llava.systems.base import AnswerFormat, ParsedAnswer
 
 SPEAKERS = ("human", "gpt")
 """Who speaks, in turn."""
 
+_ONE_IMAGE = "one conversation on several images is not supported, split it or remove it"
 _SPACE = re.compile(r"[ \t\r\n]*")
 _LAYOUT = '{"image": file, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": text}]}'
 
@@ -27,11 +29,15 @@ class Record:
         image: The image's path below the image folder; None for a conversation without an image.
         turns: ``from`` and ``value`` of each turn: human and gpt alternate, human first, gpt last.
         origin: File and row, counted from 1, for messages.
+        system_prompt: What stands before the conversation instead of the template's own text; empty for that.
+        label: The class that the record gives beside its answers, real = 0 and fake = 1; None if it gives none.
     """
 
     image: str | None
     turns: tuple[dict[str, str], ...]
     origin: str
+    system_prompt: str = ""
+    label: int | None = None
 
     @property
     def answers(self) -> list[str]:
@@ -39,8 +45,12 @@ class Record:
         return [turn["value"] for turn in self.turns if turn["from"] == SPEAKERS[1]]
 
     def verdict(self, answer_format: AnswerFormat) -> ParsedAnswer:
-        """Returns what its answers conclude, in a system's words; if there is no verdict, ``problem`` says why."""
-        return answer_format.parse_training(self.answers)
+        """Returns what its answers conclude; if there is no verdict, ``problem`` says why.
+
+        Args:
+            answer_format: Words of the system that is trained; answers in another's are read in those.
+        """
+        return registry.words_of(self.answers, answer_format).parse_training(self.answers)
 
     def forgery_label(self, answer_format: AnswerFormat) -> int:
         """Returns real = 0, fake = 1, -100 if there is no verdict."""
@@ -131,11 +141,24 @@ def _to_record(value: Any, origin: str) -> Record:
         raise DataError(f"{origin}: the last turn is a question without an answer; add a gpt turn or remove it")
     image = value.get("image")
     if image is not None and (not isinstance(image, str) or not image.strip()):
-        raise DataError(f"{origin}: the image must be one file's path as text, not {_shown(image)}")
+        raise DataError(f"{origin}: the image must be one file's path as text, not {_shown(image)}; {_ONE_IMAGE}")
     if image and _has_half_letter(image):
         raise DataError(f"{origin}: the image has half a surrogate pair (\\ud800 to \\udfff), which is no letter")
     _check_marks(turns, image, origin)
-    return Record(image, turns, origin)
+    system_prompt = value.get("system_prompt") or ""
+    if not isinstance(system_prompt, str):
+        raise DataError(f"{origin}: system_prompt must be a text, not {_shown(system_prompt)}")
+    return Record(image, turns, origin, system_prompt, _label(value, origin))
+
+
+def _label(value: dict[str, Any], origin: str) -> int | None:
+    """The class that a record of FakeClue gives, which says 1 for real; other data sets mean other things by it."""
+    if "label" not in value or "cate" not in value:
+        return None
+    label = value["label"]
+    if isinstance(label, bool) or label not in (0, 1):
+        raise DataError(f"{origin}: label must be 1 (real) or 0 (fake), not {_shown(label)}")
+    return REAL if label == 1 else FAKE
 
 
 def _to_turn(turn: Any, where: str) -> dict[str, str]:

@@ -69,7 +69,7 @@ def describe(
     *,
     tokenizer: PreTrainedTokenizerBase,
     answer_format: AnswerFormat,
-    verdict: VerdictTokens,
+    verdict: VerdictTokens | None,
     max_length: int,
     num_image_tokens: int,
     image_folder: Path | None,

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from transformers import AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from llava.errors import CheckpointError, OptionError
-from llava.model.adapter import read_adapter
+from llava.model.adapter import Adapter
 from llava.model.branches import projector_name, tower_name
 from llava.model.checkpoint import Checkpoint, check_keys, complete_config, has_tokenizer, open_checkpoint, stored_dtype
 from llava.model.checkpoint_files import TensorLike, list_keys, read_json
-from llava.model.checkpoint_layout import LORA_PREFIX
+from llava.model.checkpoint_layout import LORA_PREFIX, KeyMap
 from llava.model.configuration import LlavaConfig
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
@@ -24,6 +24,10 @@ DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 """Ways to spread a model over several GPUs, by accelerate's names."""
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Names of transformers' attentions that a language model here takes."""
+
+
+ASPECT_RATIOS = ("crop", "pad")
+"""How an image becomes a square: its middle, or all of it between margins."""
 
 
 def load_pretrained_model(
@@ -41,6 +45,8 @@ def load_pretrained_model(
     dino_weights: str | os.PathLike[str] | None = None,
     merge_lora: bool = True,
     system: str | None = None,
+    image_aspect_ratio: str | None = None,
+    detector: str | os.PathLike[str] | None = None,
 ) -> tuple[PreTrainedTokenizerBase, LlavaLlamaForCausalLM, Any, int]:
     """Opens a checkpoint for inference or further training.
 
@@ -49,7 +55,8 @@ def load_pretrained_model(
 
     Args:
         model_path: Folder or hub id.
-        model_base: Base model of a LoRA folder; default: the one that ``adapter_config.json`` names.
+        model_base: Base model of a LoRA folder; default: the one that ``adapter_config.json`` names. For a whole model
+            that lies without tokenizer and image processor, the model whose these are.
         model_name: Accepted for LLaVA's sake and ignored.
         device: ``auto`` (CUDA, else MPS, else CPU) or a torch device.
         dtype: ``auto`` (the checkpoint's; float32 instead of float16 on a CPU), or a torch dtype or its name.
@@ -62,6 +69,9 @@ def load_pretrained_model(
             ``timm:<name>``.
         merge_lora: Whether a LoRA folder's adapter is merged into the weights; a quantised model keeps it apart.
         system: Name of the system, where the files do not tell it; a plain LLaVA needs none.
+        image_aspect_ratio: How an image becomes a square, ``pad`` or ``crop``, instead of the checkpoint's way.
+        detector: The detector whose token stands in the prompt, instead of the checkpoint's: folder or file; for
+            systems that have one.
 
     Returns:
         Tokenizer, model in evaluation mode with frozen towers, image processor, and context length in tokens.
@@ -73,24 +83,28 @@ def load_pretrained_model(
     if load_8bit and load_4bit:
         raise OptionError("load_8bit and load_4bit exclude each other")
     checkpoint = open_checkpoint(model_path, model_base, system=system)
-    checkpoint, config = complete_config(checkpoint, {"clip": vision_tower, "dino": dino_weights})
+    checkpoint, config = complete_config(checkpoint, {"clip": vision_tower, "dino": dino_weights}, detector)
+    if image_aspect_ratio is not None:
+        config.image_aspect_ratio = check_aspect_ratio(image_aspect_ratio)
     tokenizer = load_tokenizer(checkpoint.tokenizer_folder)
     target = resolve_device(device)
     tensor_dtype = resolve_dtype(dtype, checkpoint, target)
     check_keys(config, checkpoint)
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= config.vocab_size:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    updated = checkpoint.with_update()
+    is_merged = merge_lora and not (load_8bit or load_4bit)
     model = materialize(
         config,
-        checkpoint.tensors,
+        (updated if is_merged else checkpoint).tensors,
         dtype=tensor_dtype,
         device_map={"": target} if device_map is None else check_device_map(device_map),
         quantization_config=quantization(config, load_8bit, load_4bit, tensor_dtype),
         attn_implementation=resolve_attention(attn_implementation, target, tensor_dtype),
     )
     set_generation_defaults(model, checkpoint.tokenizer_folder, tokenizer)
-    if checkpoint.adapter_folder is not None:
-        model = apply_lora(model, checkpoint.adapter_folder, merge=merge_lora and not (load_8bit or load_4bit))
+    if checkpoint.adapter is not None and not is_merged:
+        model = apply_lora(model, checkpoint.adapter, checkpoint.layout.key_map)
     model.get_model().freeze_towers()
     model.set_tokenizer(tokenizer)
     context_length = config.tokenizer_model_max_length or DEFAULT_CONTEXT_LENGTH
@@ -108,36 +122,38 @@ def materialize(config: LlavaConfig, tensors: Mapping[str, TensorLike], **option
     return model
 
 
-def apply_lora(model: LlavaLlamaForCausalLM, folder: Path, *, merge: bool) -> LlavaLlamaForCausalLM:
-    """Puts a LoRA adapter on exactly the modules that its file names, and merges it if asked to.
+def apply_lora(model: LlavaLlamaForCausalLM, adapter: Adapter, key_map: KeyMap) -> LlavaLlamaForCausalLM:
+    """Puts a LoRA adapter on exactly the modules that its file names, apart from their weights.
+
+    Args:
+        model: The base.
+        adapter: The adapter, which ``Checkpoint.with_update`` found to fit.
+        key_map: How the names in its file correspond to the native ones.
 
     Raises:
-        CheckpointError: The adapter's tensors do not fit the model.
+        CheckpointError: It is on something that is no module of its own here, so that it can only be merged.
     """
-    weights = read_adapter(folder)
-    modules = sorted({name.split(".lora_")[0].removeprefix(LORA_PREFIX) for name in weights})
-    read_json(folder / "adapter_config.json")
-    try:
-        settings = LoraConfig.from_pretrained(str(folder))
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: adapter_config.json is wrong: {error}") from error
-    if str(settings.peft_type).removeprefix("PeftType.") != "LORA":
-        raise CheckpointError(f"{folder}: an adapter of type {settings.peft_type} is not supported; it must be LORA")
-    settings.target_modules = set(modules)
-    absent = [name for name in modules if not _has_module(model, name)]
+    paths = adapter.module_paths(key_map)
+    absent = [path for path in paths.values() if not _has_module(model, path)]
     if absent:
-        raise CheckpointError(f"{folder}: the adapter is for modules that the model lacks: {list_keys(absent)}")
-    adapted = PeftModel(model, settings)
-    try:
-        result = set_peft_model_state_dict(adapted, weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"{folder}: the adapter does not fit the model: {error}") from error
+        raise CheckpointError(
+            f"{adapter.folder}: the adapter is for modules that the model lacks: {list_keys(absent)}; merge it first: "
+            f"forgery merge --model-path {adapter.folder}"
+        )
+    adapted = PeftModel(model, adapter.config.for_modules(paths))
+    tensors = {
+        f"{LORA_PREFIX}{paths[path]}{name.removeprefix(path)}": tensor[...]
+        for name, tensor in adapter.parts.items()
+        if (path := name.split(".lora_")[0])
+    }
+    result = set_peft_model_state_dict(adapted, tensors)
     left = [name for name in result.missing_keys if "lora_" in name]
     if left or result.unexpected_keys:
         raise CheckpointError(
-            f"{folder}: adapter tensors without a place or missing: {list_keys([*left, *result.unexpected_keys])}"
+            f"{adapter.folder}: adapter tensors without a place or missing: "
+            f"{list_keys([*left, *result.unexpected_keys])}"
         )
-    return adapted.merge_and_unload() if merge else adapted.get_base_model()
+    return adapted.get_base_model()
 
 
 def _has_module(model: torch.nn.Module, name: str) -> bool:
@@ -210,6 +226,17 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if missing_cuda or (found.type == "mps" and not torch.backends.mps.is_available()):
         raise OptionError(f"there is no device {device} on this machine; device='auto' takes what there is")
     return found
+
+
+def check_aspect_ratio(name: str) -> str:
+    """Returns a way to make images square.
+
+    Raises:
+        OptionError: There is no such way.
+    """
+    if name not in ASPECT_RATIOS:
+        raise OptionError(f"unknown image_aspect_ratio {name!r}; known: {', '.join(ASPECT_RATIOS)}")
+    return name
 
 
 def check_device_map(device_map: str | dict[str, Any]) -> str | dict[str, Any]:

@@ -10,12 +10,22 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from llava.errors import CheckpointError
-from llava.model.adapter import add_update
-from llava.model.branches import FIRST, LANGUAGE_MODEL, part_of, source_field, tower_name
-from llava.model.checkpoint_files import TensorLike, list_keys, read_json, read_tensor_file, read_tensors
-from llava.model.checkpoint_layout import NON_LORA_FILE, KeyMap, stored_state_dict, strip_lora_prefix
+from llava.cli import note_once
+from llava.errors import CheckpointError, OptionError
+from llava.model.adapter import Adapter, read_adapter, whole_tensors
+from llava.model.branches import FIRST, LANGUAGE_MODEL, is_projector, part_of, source_field, tower_name
+from llava.model.checkpoint_files import (
+    WORD_PATTERNS,
+    TensorLike,
+    list_keys,
+    read_json,
+    read_tensor_file,
+    read_tensors,
+    resolve_folder,
+)
+from llava.model.checkpoint_layout import LORA_PREFIX, NON_LORA_FILE, KeyMap, stored_state_dict, strip_lora_prefix
 from llava.model.configuration import LlavaConfig
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.base import PixelFormat, TowerSource
@@ -26,6 +36,8 @@ from llava.systems.base import CheckpointFiles, CheckpointFormat, resolve
 
 logger = logging.getLogger(__name__)
 
+PROJECTOR_FILE = "mm_projector.bin"
+"""Projectors alone, as LLaVA's trainer leaves them."""
 _BUFFERS = ("rotary_emb.inv_freq", "position_ids")
 """Stored by old versions of transformers; computed now."""
 
@@ -60,7 +72,7 @@ class Checkpoint:
         tokenizer_folder: Where the tokenizer lies: the base's folder for a LoRA folder without one.
         layout: How the system's published files correspond to the native ones.
         system: Short name of the system that it belongs to; empty for a plain LLaVA.
-        adapter_folder: The LoRA folder, or None.
+        adapter: The LoRA folder's adapter, not yet added to the tensors, or None.
     """
 
     folder: Path
@@ -69,7 +81,19 @@ class Checkpoint:
     tokenizer_folder: Path
     layout: CheckpointFormat = PLAIN
     system: str = ""
-    adapter_folder: Path | None = None
+    adapter: Adapter | None = None
+
+    def with_update(self) -> "Checkpoint":
+        """Returns the checkpoint with its adapter's update in the tensors, each computed in float32 when it is read.
+
+        Raises:
+            CheckpointError: The adapter does not fit, or holds NaN or infinity.
+        """
+        if self.adapter is None:
+            return self
+        is_tied = bool(self.config.get("tie_word_embeddings"))
+        tensors = self.adapter.add_to(self.tensors, self.layout.key_map, is_tied=is_tied)
+        return replace(self, tensors=tensors, adapter=None)
 
 
 def open_checkpoint(
@@ -82,7 +106,8 @@ def open_checkpoint(
 
     Args:
         model_path: Folder or hub id.
-        model_base: Base model of a LoRA folder; default: the one that ``adapter_config.json`` names.
+        model_base: Base model of a LoRA folder; default: the one that ``adapter_config.json`` names. For a whole model
+            that lies without tokenizer and image processor, the model whose these are.
         system: Name of the system where the files do not tell it.
 
     Raises:
@@ -94,15 +119,70 @@ def open_checkpoint(
         raise CheckpointError(f"{folder} is a file, but a folder with config.json and weights is needed")
     if (folder / "adapter_config.json").is_file():
         return _open_lora(files, model_base, system)
-    if model_base is not None:
-        raise CheckpointError(f"a base model is given, but {folder} has no adapter_config.json: it is no LoRA folder")
     config = read_json(folder / "config.json")
+    words = folder if is_projector_delta(folder) else _words_folder(folder, config, model_base)
+    processor = config.get("mm_image_processor") or read_image_processor(folder) or read_image_processor(words)
+    if processor is not None:
+        config = {**config, "mm_image_processor": processor}
     name, layout = _system_of(files, system)
+    if is_projector_delta(folder):
+        return _open_projectors(files, model_base, system)
     tensors = read_tensors(folder)
     if not _is_native(config):
         tensors = layout.key_map.to_native(tensors)
     tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(_BUFFERS)}
-    return Checkpoint(folder, config, tensors, folder, layout, name)
+    return Checkpoint(folder, config, tensors, words, layout, name)
+
+
+def _words_folder(folder: Path, config: Mapping[str, Any], base: str | os.PathLike[str] | None) -> Path:
+    """Returns where the tokenizer of a whole model lies: beside it, else in the base that is given or named.
+
+    Raises:
+        CheckpointError: A base is given that is not needed or not to be had, or the model names one without tokenizer.
+    """
+    if has_tokenizer(folder):
+        if base is not None:
+            raise CheckpointError(
+                f"a base model is given, but {folder} is neither a LoRA folder (it has no adapter_config.json) nor "
+                "without a tokenizer, so the base would do nothing"
+            )
+        return folder
+    found = base or _named_start(folder, config)
+    if not found:
+        return folder
+    words = resolve_folder(found, "base model", WORD_PATTERNS)
+    if has_tokenizer(words):
+        note_once(f"{folder} has no tokenizer; it and the image processor are those of {found}")
+    return words
+
+
+def _named_start(folder: Path, config: Mapping[str, Any]) -> str:
+    """Returns the folder that a config says its model was made from, if that is here; a relative one counts from it."""
+    named = config.get("_name_or_path")
+    if not isinstance(named, str) or not named:
+        return ""
+    places = (Path(named).expanduser(), folder / named, folder.parent / named)
+    return next((str(place) for place in places if place != folder and place.is_dir() and has_tokenizer(place)), "")
+
+
+def read_image_processor(folder: Path) -> dict[str, Any] | None:
+    """Returns the settings of the image processor that lies beside a model; None if there is none.
+
+    Raises:
+        CheckpointError: The file cannot be read, or is of another kind than CLIP's.
+    """
+    file, joint = folder / "preprocessor_config.json", folder / "processor_config.json"
+    settings = read_json(file) if file.is_file() else None
+    if settings is None and joint.is_file():
+        settings = read_json(joint).get("image_processor")
+    if settings is None:
+        return None
+    try:
+        # Old files give sizes as plain numbers; the processor itself knows what they mean.
+        known: dict[str, Any] = CLIPImageProcessorPil(**settings).to_dict()
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: the image processor's settings are wrong: {error}") from error
+    return {**known, "do_pad": True} if settings.get("do_pad") else known
 
 
 def _open_lora(files: CheckpointFiles, model_base: str | os.PathLike[str] | None, system: str | None) -> Checkpoint:
@@ -116,14 +196,54 @@ def _open_lora(files: CheckpointFiles, model_base: str | os.PathLike[str] | None
         opened = open_checkpoint(base, system=name or None)
     except CheckpointError as error:
         raise CheckpointError(f"{folder} is a LoRA folder whose base model cannot be opened: {error}") from error
-    if opened.adapter_folder is not None:
-        # The base is a LoRA folder itself, whose training was gone on with.
-        opened = replace(opened, tensors=add_update(opened.tensors, opened.adapter_folder), adapter_folder=None)
+    opened = opened.with_update()  # the base may be a LoRA folder itself, whose training was gone on with
+    adapter = read_adapter(folder)
     beside = layout.key_map.to_native(strip_lora_prefix(read_tensor_file(folder / NON_LORA_FILE)))
     _check_whole_parts(beside, opened.tensors, folder)
     tokenizer_folder = folder if has_tokenizer(folder) else opened.tokenizer_folder
     own_config = read_json(folder / "config.json") if (folder / "config.json").is_file() else opened.config
-    return Checkpoint(folder, own_config, opened.tensors | beside, tokenizer_folder, layout, name, folder)
+    whole = whole_tensors(adapter, opened.tensors, layout.key_map)
+    if set(whole) & set(beside):
+        twice = list_keys(set(whole) & set(beside))
+        raise CheckpointError(f"{folder} holds tensors twice, in its adapter and in {NON_LORA_FILE}: {twice}")
+    tensors = opened.tensors | whole | beside
+    return Checkpoint(folder, own_config, tensors, tokenizer_folder, layout, name, adapter)
+
+
+def is_projector_delta(folder: Path) -> bool:
+    """Whether a folder holds projectors alone, as LLaVA's trainer leaves them, and no model."""
+    weights = ("model.safetensors", "pytorch_model.bin")
+    names = [name for weight in weights for name in (weight, f"{weight}.index.json")]
+    return (folder / PROJECTOR_FILE).is_file() and not any((folder / name).is_file() for name in names)
+
+
+def _open_projectors(
+    files: CheckpointFiles, model_base: str | os.PathLike[str] | None, system: str | None
+) -> Checkpoint:
+    """Opens a folder of projectors over its base.
+
+    Raises:
+        CheckpointError: The base is not named, the file holds something else, or it changes nothing.
+    """
+    file = files.folder / PROJECTOR_FILE
+    if model_base is None:
+        raise CheckpointError(f"{files.folder} holds projectors alone ({PROJECTOR_FILE}); name their base: model_base")
+    name, layout = _system_of(files, system)
+    opened = open_checkpoint(model_base, system=name or None).with_update()
+    stored = read_tensor_file(file)
+    own = layout.key_map.to_native(strip_lora_prefix(stored))
+    other = [key for key in own if not is_projector(part_of(key))]
+    if other or not own:
+        raise CheckpointError(f"{file} holds something else than projectors: {list_keys(other) or 'nothing'}")
+    if all(key in opened.tensors and torch.equal(opened.tensors[key][...], own[key][...]) for key in own):
+        raise CheckpointError(f"{file} changes nothing: its projectors are those of {opened.folder} already")
+    if any(key.startswith(LORA_PREFIX) for key in stored):
+        note_once(
+            f"{files.folder} is an intermediate checkpoint of a training with LoRA: it holds the projectors alone, and "
+            "the language model is the base's; the training's own folder has the adapter"
+        )
+    config = {**opened.config, **read_json(files.folder / "config.json")}
+    return Checkpoint(files.folder, config, opened.tensors | own, opened.tokenizer_folder, layout, name)
 
 
 def _check_whole_parts(beside: Mapping[str, TensorLike], base: Mapping[str, TensorLike], folder: Path) -> None:
@@ -164,7 +284,9 @@ def _is_native(config: Mapping[str, Any]) -> bool:
 
 
 def complete_config(
-    checkpoint: Checkpoint, towers: Mapping[str, str | os.PathLike[str] | None] | None = None
+    checkpoint: Checkpoint,
+    towers: Mapping[str, str | os.PathLike[str] | None] | None = None,
+    detector: str | os.PathLike[str] | None = None,
 ) -> tuple[Checkpoint, LlavaConfig]:
     """Finds the towers and writes into the config what only the tensors tell.
 
@@ -174,6 +296,7 @@ def complete_config(
     Args:
         checkpoint: What ``open_checkpoint`` returned.
         towers: Folder, file or hub id of branches' towers instead of the checkpoint's.
+        detector: Folder or file of the detector whose token stands in the prompt, instead of the checkpoint's.
 
     Returns:
         The checkpoint with the towers' tensors, and the whole config.
@@ -182,6 +305,8 @@ def complete_config(
         CheckpointError: A tower is nowhere to be found, or the config holds something that is not supported.
     """
     _check_supported(checkpoint.config, checkpoint.folder)
+    own, found = with_sources(checkpoint.layout, checkpoint.config, checkpoint.tensors, detector)
+    checkpoint = replace(checkpoint, config=own, tensors=found)
     values = checkpoint.layout.infer_config(checkpoint.config, checkpoint.tensors)
     values["system"] = checkpoint.system
     _normalise(values, checkpoint.folder)
@@ -201,6 +326,27 @@ def complete_config(
         why = str(error.__cause__ or error).strip("\"'")
         raise CheckpointError(f"{checkpoint.folder}: config.json is wrong: {why}") from error
     return replace(checkpoint, tensors=_without_unused_towers(tensors, config)), config
+
+
+def with_sources(
+    layout: CheckpointFormat,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorLike],
+    detector: str | os.PathLike[str] | None,
+) -> tuple[dict[str, Any], dict[str, TensorLike]]:
+    """Returns config and tensors with a detector that lies elsewhere, where the layout has a place for one.
+
+    Raises:
+        OptionError: A detector is given to a system that takes none.
+        CheckpointError: There is none, or it does not fit.
+    """
+    find = getattr(layout, "with_sources", None)
+    if find is None:
+        if detector is not None:
+            raise OptionError(f"a detector is given ({detector}), but this system takes none")
+        return dict(config), dict(tensors)
+    own, found = find(config, tensors, None if detector is None else os.fspath(detector))
+    return own, found
 
 
 def _check_supported(values: Mapping[str, Any], folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
@@ -17,6 +17,8 @@ from llava.errors import CheckpointError
 SAFETENSORS_NAMES = ("model.safetensors",)
 BIN_NAMES = ("pytorch_model.bin",)
 WEIGHT_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.pth", "*.model", "*.txt"]
+WORD_PATTERNS = ["*.json", "*.model", "*.txt"]
+"""Of a tokenizer and an image processor alone."""
 
 _DTYPES = {
     "F64": torch.float64,
@@ -78,12 +80,21 @@ class Rows:
         """Type of the elements."""
         return self.whole.dtype
 
-    def __getitem__(self, index: EllipsisType) -> Tensor:
-        return self.whole[self.start : self.stop]
+    def __getitem__(self, index: "slice | EllipsisType") -> Tensor:
+        first, last = (None, None) if index is Ellipsis else (index.start, index.stop)
+        first, last, _ = slice(first, last).indices(self.stop - self.start)
+        return self.whole[self.start + first : self.start + last]
 
 
-def resolve_folder(path_or_id: str | os.PathLike[str], what: str) -> Path:
+def resolve_folder(
+    path_or_id: str | os.PathLike[str], what: str, patterns: Sequence[str] = tuple(WEIGHT_PATTERNS)
+) -> Path:
     """Returns the local folder of a checkpoint, downloading a hub id's files if need be.
+
+    Args:
+        path_or_id: Folder or hub id.
+        what: What it is, for messages.
+        patterns: Which of a hub id's files.
 
     Raises:
         CheckpointError: It is no folder, and the hub cannot provide it.
@@ -99,7 +110,7 @@ def resolve_folder(path_or_id: str | os.PathLike[str], what: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=WEIGHT_PATTERNS))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:
         raise CheckpointError(
             f"{what}: there is no folder {name}, and the hub did not give it ({type(error).__name__}: {error}). "

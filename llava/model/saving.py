@@ -75,11 +75,36 @@ def save_published(
         raise CheckpointError(f"the model has adapters that are not merged: {adapters[0]}, …")
     with atomic_folder(folder) as partial:
         save_sharded(layout.key_map.to_published(stored), partial)
-        values = published_config(config, model)
-        (partial / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for name in TOKENIZER_FILES:
             if (tokenizer_folder / name).is_file():
                 shutil.copyfile(tokenizer_folder / name, partial / name)
+        write_published_files(layout, model, config, partial)
+
+
+def describes_itself(layout: CheckpointFormat) -> bool:
+    """Whether the published files of a layout describe the whole model, towers and image processor too."""
+    return hasattr(layout, "published_files")
+
+
+def write_published_files(
+    layout: CheckpointFormat, model: LlavaLlamaForCausalLM, config: Mapping[str, Any], folder: Path
+) -> None:
+    """Writes what lies beside weights and tokenizer in a layout.
+
+    Args:
+        layout: The layout.
+        model: The model.
+        config: Its config, from which ``config.json`` is made where the layout has no more files than that.
+        folder: Where they go.
+
+    Raises:
+        CheckpointError: The layout cannot hold the model.
+    """
+    own = getattr(layout, "published_files", None)
+    files = {"config.json": published_config(config, model)} if own is None else own(model)
+    for name, content in files.items():
+        text = content if isinstance(content, str) else json.dumps(content, indent=2, sort_keys=True) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def published_layout(model: LlavaLlamaForCausalLM) -> CheckpointFormat:

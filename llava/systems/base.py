@@ -20,6 +20,8 @@ from llava.files import read_json
 from llava.labels import Label
 
 if TYPE_CHECKING:
+    from random import Random
+
     import numpy as np
     from PIL import Image
 
@@ -54,7 +56,9 @@ class AnswerFormat(Protocol):
     """The words of a system: what it is asked, and how its answers are read and written.
 
     Nothing outside a system's room knows its grammar. A format may also have ``constant_stages``, the stages whose text
-    is the same for every image; they are left out where answers are printed for reading.
+    is the same for every image; they are left out where answers are printed for reading. It may have ``marks``, texts
+    that no other system's answers hold, and ``write_training(label, explanation)``, which writes a training answer
+    from a verdict and what speaks for it; so that records of several systems can be mixed.
 
     Attributes:
         question: What the system is asked unless the user asks something else.
@@ -159,10 +163,12 @@ class CheckpointFiles:
     Attributes:
         folder: Where the files lie; a file for a system whose checkpoint is one.
         config: Contents of ``config.json``; empty where there is none.
+        source: Path or hub id by which the checkpoint was named; empty if that is not known.
     """
 
     folder: Path
     config: dict[str, Any]
+    source: str = ""
 
     @cached_property
     def tensor_names(self) -> frozenset[str]:
@@ -203,6 +209,9 @@ def _names_without_torch(folder: Path) -> list[str] | None:
 @runtime_checkable
 class CheckpointFormat(Protocol):
     """How a system's published files correspond to the models here; see ``llava.model.checkpoint_layout``.
+
+    A layout whose files describe the whole model, towers and image processor too, also has ``published_files(model)``:
+    the contents of the files that lie beside weights and tokenizer, by name, JSON values or text.
 
     Attributes:
         key_map: Names of published tensors and native ones, both ways (a ``KeyMap``).
@@ -257,6 +266,47 @@ class TrainingObjective(Protocol):
         ...
 
 
+@runtime_checkable
+class NetworkTraining(Protocol):
+    """How a plain network, one without a language model, is trained: images in, logits of some classes out.
+
+    An instance holds one network; ``llava.train.networks`` does the rest.
+
+    Attributes:
+        classes: Words of the classes, by number.
+        network: A module that turns a batch of what ``prepare`` gives into logits ``[B, K]``. What has no gradient is
+            neither trained nor written into a run's checkpoints, so it must follow from how the network was opened.
+    """
+
+    classes: tuple[str, ...]
+    network: Any
+
+    @classmethod
+    def open(cls, path: str | None, config: Mapping[str, Any]) -> "NetworkTraining":
+        """Opens what ``save`` wrote, or a published file, or makes a new network.
+
+        Args:
+            path: The file or folder; None for a new network.
+            config: Settings of a new network, or those that go before the file's; empty for the file's own.
+
+        Raises:
+            CheckpointError: It cannot be opened, or the settings describe no network.
+        """
+        ...
+
+    def prepare(self, image: "Image.Image", random: "Random | None") -> Any:
+        """Returns an RGB image as a tensor; ``random`` augments it in training, None makes it as it is used."""
+        ...
+
+    def optimizer(self, learning_rate: float, weight_decay: float) -> Any:
+        """Returns the optimizer of the published training; None for the one that the options name."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes the network into an empty folder that ``open`` and the system's own loader open."""
+        ...
+
+
 # --- evaluation
 
 
@@ -292,6 +342,9 @@ class EvaluationProtocol(Protocol):
         PUBLISHED_ACCURACY: Their accuracy on each evaluation set, by the set's name.
         PUBLISHED_MEAN: Their means over those sets, by the metric's name in a report.
         PUBLISHED_OVER: What the means are over, in words.
+
+    A protocol may also have ``PUBLISHED``: by the set's name all that was published of it, under the keys of
+    ``metrics``.
     """
 
     SETTINGS: Mapping[str, Any]
@@ -381,6 +434,7 @@ class SystemSpec:
         protocol: Reference of the module with the paper's evaluation (an ``EvaluationProtocol``), or None.
         components: References of classes that only its models are built from (towers, fusions, token sources), by type;
             a config names them ``<system>:<type>``.
+        networks: References of ``NetworkTraining`` classes, by the name of the part; ``<system>:<part>`` names one.
         weights: Hub ids of its published weights and of the towers that these need.
     """
 
@@ -394,6 +448,7 @@ class SystemSpec:
     objective: Reference | None = None
     protocol: Reference | None = None
     components: Mapping[str, Reference] = field(default_factory=dict)
+    networks: Mapping[str, Reference] = field(default_factory=dict)
     weights: tuple[str, ...] = ()
 
 

@@ -5,6 +5,8 @@ A third party adds a system without a line here: an entry point in the group ``l
 """
 
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -18,7 +20,7 @@ GROUP = "llava.systems"
 """Entry points of third parties."""
 DEFAULT = "fakereasoning"
 """The system of records and answers that name none: MMFR data are written in its words."""
-_BUILT_IN = ("fakereasoning", "m2f2det", "fakeshield")
+_BUILT_IN = ("fakereasoning", "m2f2det", "fakevlm", "fakeshield")
 
 
 @cache
@@ -105,6 +107,24 @@ def answer_format(name: str) -> AnswerFormat | None:
     return resolve(spec(name).answer_format)
 
 
+def words_of(answers: Sequence[str], trained: AnswerFormat) -> AnswerFormat:
+    """Returns the words in which a training conversation is written.
+
+    Those whose marks its answers bear; else those of the system that is trained, or, if these read no verdict, the
+    first that do.
+
+    Args:
+        answers: Texts of the assistant's turns.
+        trained: Words of the system that is trained.
+    """
+    formats = [found for name in specs() if (found := answer_format(name)) is not None]
+    for known in formats:
+        if any(mark in answer for mark in getattr(known, "marks", ()) for answer in answers):
+            return known
+    reads = (known for known in (trained, *formats) if known.parse_training(answers).verdict is not None)
+    return next(reads, trained)
+
+
 def component(name: str, part: str) -> Any:
     """Returns a part of a system, such as ``checkpoint_format`` or ``objective``; None if it has none.
 
@@ -124,19 +144,19 @@ def read_files(path: str | os.PathLike[str], base: str | os.PathLike[str] | None
     Raises:
         CheckpointError: There is nothing at the path, or its config cannot be read.
     """
-    folder = Path(path).expanduser()
+    folder, source = Path(path).expanduser(), os.fspath(path)
     if not folder.exists():
         from llava.model.checkpoint_files import resolve_folder  # loads torch, which a local checkpoint needs not
 
         folder = resolve_folder(path, "model")
     if (folder / "config.json").is_file():
-        return CheckpointFiles(folder, _read_config(folder / "config.json"))
+        return CheckpointFiles(folder, _read_config(folder / "config.json"), source)
     _check_is_model(folder)
     if (folder / "adapter_config.json").is_file():
         named = base or named_base(folder)
         if named:
-            return CheckpointFiles(folder, read_files(named).config)
-    return CheckpointFiles(folder, {})
+            return replace(read_files(named), folder=folder)
+    return CheckpointFiles(folder, {}, source)
 
 
 def _check_is_model(folder: Path) -> None:

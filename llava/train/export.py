@@ -19,7 +19,13 @@ from llava.model.checkpoint import check_keys, complete_config, open_checkpoint
 from llava.model.checkpoint_files import TensorLike, list_keys, read_json, read_tensor_file, read_tensors
 from llava.model.checkpoint_layout import LORA_PREFIX, NON_LORA_FILE, stored_state_dict
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.saving import published_config, published_layout, save_sharded
+from llava.model.saving import (
+    describes_itself,
+    published_config,
+    published_layout,
+    save_sharded,
+    write_published_files,
+)
 from llava.train.checkpointing import disk_errors
 from llava.train.lora import bare_name
 
@@ -64,7 +70,7 @@ def export_model(
                 _write_published(core, tensors, partial)
             else:
                 _write_merged(core, tensors, partial)
-        if layout_name != "published":
+        if layout_name != "published" or (describes_itself(published_layout(core)) and not adapted):
             check_opens(partial)
     replace_folder(waiting, folder)
 
@@ -147,12 +153,13 @@ def _write_merged(core: LlavaLlamaForCausalLM, tensors: Mapping[str, Tensor], fo
 
 
 def _write_published(core: LlavaLlamaForCausalLM, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    published = published_layout(core).key_map.to_published(stored_state_dict(core, tensors))
+    layout = published_layout(core)
+    published = layout.key_map.to_published(stored_state_dict(core, tensors))
     save_sharded(published, folder)
     _compare(read_tensors(folder), published, folder)
-    _write_json(published_config(core.config.to_dict(), core), folder / "config.json")
     assert core.tokenizer is not None
     core.tokenizer.save_pretrained(folder)
+    write_published_files(layout, core, core.config.to_dict(), folder)
 
 
 def _write_json(values: Mapping[str, Any], file: Path) -> None:

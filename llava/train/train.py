@@ -8,12 +8,12 @@ import hashlib
 import logging
 import os
 import random
-import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,16 @@ from llava.data.checks import check_records
 from llava.data.collator import collate
 from llava.data.dataset import SupervisedDataset
 from llava.data.records import Record, read_records
+from llava.data.rewriting import rewrite_records
 from llava.data.sampler import ModalityLengthSampler
 from llava.errors import DataError, OptionError
 from llava.files import make_folder, write_json
 from llava.model.branches import is_projector
 from llava.model.builder import resolve_attention
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.saving import describes_itself
+from llava.systems import registry
+from llava.systems.base import AnswerFormat
 from llava.train.arguments import (
     DataArguments,
     ModelArguments,
@@ -43,7 +47,7 @@ from llava.train.arguments import (
     parse_arguments,
     trained_parts,
 )
-from llava.train.checkpointing import FINAL, RUN_FILE, TRIAL, check_same_run, is_finished, resume_checkpoint
+from llava.train.checkpointing import RUN_FILE, check_same_run, resume_checkpoint
 from llava.train.export import export_model
 from llava.train.feature_cache import CachedDataset, cache_features
 from llava.train.loading import StartingPoint, answer_format, build_model, load_start
@@ -53,7 +57,6 @@ from llava.train.validation import verdict_predictor
 
 logger = logging.getLogger(__name__)
 
-LOG_FILE = "log.json"
 _KEPT_OPTIONS = (
     "version",
     "model_max_length",
@@ -99,7 +102,9 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     _set_up_logs(args)
     transformers.set_seed(args.seed)
     start = load_start(model_args, data_args)
-    if args.save_layout == "published" and not start.config.mm_vision_tower:
+    layout = registry.component(start.config.system, "checkpoint_format")
+    names_tower = layout is None or not describes_itself(layout)
+    if args.save_layout == "published" and names_tower and not start.config.mm_vision_tower:
         raise OptionError(
             "--save_layout published names its vision tower rather than describing it; name it by --vision_tower"
         )
@@ -119,36 +124,20 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     assert isinstance(core, LlavaLlamaForCausalLM)
     options = _dataset_options(data_args, start, core)
     train_set = SupervisedDataset(records, **options, verdict_only_share=data_args.verdict_only_share, seed=args.seed)
+    if data_args.cache_features and core.get_model().needs_images():
+        raise OptionError("--cache_features keeps no pixels, but a detector in this model looks at them; leave it out")
     if data_args.cache_features:
         train_set = _cached(train_set, core, Path(data_args.cache_features), args, options)
     validation = SupervisedDataset(validation_records, **options) if validation_records else None
     trainer = _trainer(model, core, model_args, data_args, args, start, train_set, validation)
     if args.should_save:
         print(trainable_table(model), file=sys.stderr)
-    _trial_save(trainer, output)
+    trainer.trial_export()
     if args.should_save:
         write_json(output / RUN_FILE, run, indent=2)
     if _is_muted():
         sys.stderr = sys.__stderr__
-    return _run_to_end(trainer, checkpoint, output)
-
-
-def _run_to_end(trainer: ForgeryTrainer, checkpoint: Path | None, output: Path) -> Path:
-    """Trains from a checkpoint or from the start, and writes the final folder."""
-    if checkpoint is not None and is_finished(checkpoint):
-        trainer.load_finished(checkpoint)
-    else:
-        try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        except BaseException:
-            trainer.end_progress_bar()
-            raise
-    final = output / FINAL
-    trainer.export_to(final)
-    if trainer.args.should_save:
-        write_json(output / LOG_FILE, trainer.state.log_history, indent=2)
-        print(f"the trained model is in {final}")
-    return final
+    return trainer.run_to_end(checkpoint)
 
 
 def _set_up_logs(args: TrainingArguments) -> None:
@@ -179,12 +168,15 @@ def _records(
         max_length=data_args.model_max_length,
         answer_format=answer_format(start.config),
         placeholder_tokens=start.placeholder_tokens,
-        image_folder=None if data_args.image_folder is None else Path(data_args.image_folder),
+        image_folder=_image_folder(data_args),
         drop_invalid=data_args.drop_invalid,
+        needs_verdict=registry.component(start.config.system, "objective") is not None,
+        placeholders=start.placeholders,
     )
-    records = check(read_records([Path(path) for path in data_args.data_path]))
+    words = answer_format(start.config)
+    records = check(_read(data_args.data_path, data_args, words))
     if data_args.eval_data_path:
-        return records, check(read_records([Path(data_args.eval_data_path)]))
+        return records, check(_read([data_args.eval_data_path], data_args, words))
     count = round(data_args.validation_share * len(records))
     if data_args.validation_share and not 0 < count < len(records):
         raise OptionError(
@@ -195,6 +187,23 @@ def _records(
         [record for index, record in enumerate(records) if index not in chosen],
         [record for index, record in enumerate(records) if index in chosen],
     )
+
+
+def _image_folder(data_args: DataArguments) -> Path | None:
+    """The one folder of all images; None where each file's records have the whole path."""
+    folders = data_args.image_folder or []
+    return Path(folders[0]) if len(folders) == 1 else None
+
+
+def _read(files: Sequence[str], data_args: DataArguments, words: AnswerFormat) -> list[Record]:
+    """Reads files of records, each with its own folder of images if that is asked for, and in one system's words."""
+    folders = data_args.image_folder or []
+    records = []
+    for number, file in enumerate(files):
+        for record in read_records([Path(file)]):
+            whole = len(folders) > 1 and record.image is not None
+            records.append(replace(record, image=str(Path(folders[number]) / str(record.image))) if whole else record)
+    return rewrite_records(records, words) if data_args.rewrite_answers else records
 
 
 def describe_run(
@@ -237,6 +246,7 @@ def _build(model_args: ModelArguments, args: TrainingArguments, start: StartingP
             model, rank=model_args.lora_r, alpha=model_args.lora_alpha, dropout=model_args.lora_dropout
         )
     choose_trainable(trained, parts)
+    model.get_model().freeze_behind_outputs()
     if not args.deepspeed:
         # Small updates vanish in 16 bits; DeepSpeed keeps 32-bit copies of its own.
         for parameter in trained.parameters():
@@ -250,13 +260,15 @@ def _build(model_args: ModelArguments, args: TrainingArguments, start: StartingP
 
 def _dataset_options(data_args: DataArguments, start: StartingPoint, model: LlavaLlamaForCausalLM) -> dict[str, Any]:
     return {
-        "image_folder": None if data_args.image_folder is None else Path(data_args.image_folder),
+        "image_folder": _image_folder(data_args),
         "tokenizer": start.tokenizer,
         "template": conv_templates[data_args.version],
         "model_config": model.config,
         "image_processor": model.image_processor,
         "answer_format": answer_format(start.config),
         "placeholder_tokens": start.placeholder_tokens,
+        "placeholders": start.placeholders,
+        "image_inputs": model.get_model().image_inputs,
         "extra_inputs": None if model.objective is None else model.objective.sample_inputs,
         "max_length": data_args.model_max_length,
     }
@@ -355,15 +367,6 @@ def _precision(args: TrainingArguments) -> AbstractContextManager:
     if args.deepspeed or not (args.bf16 or args.fp16):
         return nullcontext()
     return torch.autocast(args.device.type, torch.bfloat16 if args.bf16 else torch.float16)
-
-
-def _trial_save(trainer: ForgeryTrainer, output: Path) -> None:
-    """Writes, opens and removes the final folder once, so that a run does not fail at its end."""
-    trial = output / TRIAL
-    trainer.export_to(trial)
-    if trainer.args.should_save:
-        shutil.rmtree(trial)
-    trainer.accelerator.wait_for_everyone()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -125,6 +125,11 @@ class VisionTower(nn.Module, ABC):
         return ()
 
     @property
+    def parts_behind_output(self) -> Sequence[nn.Module]:
+        """What the features do not depend on, so that no gradient reaches it; by default nothing."""
+        return ()
+
+    @property
     def num_patches(self) -> int:
         """Number of patches P."""
         return self.grid[0] * self.grid[1]

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -125,9 +127,33 @@ class CLIPVisionTower(VisionTower):
         return self.vision_tower.encoder.layers[: self.num_layers_run]
 
     @property
+    def parts_behind_output(self) -> Sequence[nn.Module]:
+        """The layers behind the selected hidden state, and the norm behind all layers."""
+        return [*self.vision_tower.encoder.layers[self.num_layers_run :], self.vision_tower.post_layernorm]
+
+    @property
     def num_patches(self) -> int:
         """Number of features an image, CLS included where it is selected."""
         return super().num_patches + (self.config.get("select_feature") == "cls_patch")
+
+    @torch.no_grad()
+    def calibrate(self, shared_pixels: Tensor) -> None:
+        """Starts the patch embedding from the principal components of typical patches, each scaled to variance 1.
+
+        Nearly all variance of images lies in a few smooth components. Random weights see those alone, and what tells a
+        generator lies in the others. A width that is smaller than the number of components gets every so-manieth.
+        """
+        embedding = self.vision_tower.embeddings.patch_embedding
+        size = embedding.kernel_size[0]
+        patches_BFP = F.unfold(self.own_pixels(shared_pixels).float(), size, stride=size)
+        values_F, components_FF = torch.linalg.eigh(patches_BFP.transpose(1, 2).flatten(0, 1).T.cov())
+        # What rounding to 256 levels alone would give: below it, there is nothing to see.
+        floor = (1 / 255 / min(self.shared.std)) ** 2 / 12
+        white_FF = components_FF.T / values_F.clamp(min=floor).sqrt()[:, None]
+        width = embedding.out_channels
+        chosen = torch.linspace(0, len(white_FF) - 1, min(width, len(white_FF))).round().long()
+        rows_DF = white_FF[chosen.repeat(-(-width // len(chosen)))[:width]]
+        embedding.weight.copy_(rows_DF.unflatten(1, embedding.weight.shape[1:]))
 
     def encode(self, pixels: Tensor, *, with_attention: bool) -> TowerOutput:
         """Returns the selected hidden state; layers behind it are not run."""

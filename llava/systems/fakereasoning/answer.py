@@ -137,6 +137,11 @@ def write_answer(label: Label, *, reasoning: str = "", caption: str = "", form: 
     return "\n\n".join(f"<{stage}> {texts[stage]} </{stage}>" for stage in FORM_STAGES[form])
 
 
+def write_training(label: Label, explanation: str) -> str:
+    """Writes a training answer from a verdict and what speaks for it: REASONING and CONCLUSION, or that one alone."""
+    return write_answer(label, reasoning=explanation, form="reasoning" if explanation.strip() else "verdict")
+
+
 def parse_answer(text: str, *, tolerant: bool = False) -> ParsedAnswer:
     """Reads an answer: its stages, its verdict and the attributes it names.
 
@@ -264,11 +269,13 @@ class _Format:
     verdict_words: tuple[str, str] = VERDICT_WORDS
     closing = "</CONCLUSION>"
     constant_stages = ("SUMMARY",)
+    marks = (_CONCLUSION_TAG,)
     parse = staticmethod(parse_answer)
     complete_to_verdict = staticmethod(complete_to_verdict)
     parse_training = staticmethod(parse_training)
     shorten = staticmethod(shorten)
     attribute_name = staticmethod(attribute_name)
+    write_training = staticmethod(write_training)
 
 
 FORMAT: AnswerFormat = _Format()

@@ -12,8 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVi
 from llava.errors import CheckpointError
 from llava.systems.m2f2det.cnn import build_cnn, run_with_taps
 
-CLIP_TAPS = (6, 10, 14)
-"""Hidden states of the vision tower that the bridge takes."""
+_CLIP_PATCH = 14
 FUSIONS = ("bridge", "cosine")
 SCALAR_NORMS = ("layer_norm", "none")
 TAP_SLICES = ("drop_last", "drop_cls")
@@ -38,6 +37,7 @@ class DetectorConfig:
         tap_widths: Channels of the CNN's taps.
         bridge_scalar_norm: ``layer_norm`` is the published norm over one number, which makes the bridge's vector the
             same for every image; ``none`` is the bridge at work.
+        clip_taps: Hidden states of the vision tower that the bridge takes.
         clip_tap_slice: Which token of a CLIP tap is dropped: ``drop_last`` (published) or ``drop_cls``.
     """
 
@@ -54,6 +54,7 @@ class DetectorConfig:
     bridge_inner: int = 32
     tap_widths: list[int] = field(default_factory=list)
     bridge_scalar_norm: str = "layer_norm"
+    clip_taps: list[int] = field(default_factory=lambda: [6, 10, 14])
     clip_tap_slice: str = "drop_last"
 
     def __post_init__(self) -> None:
@@ -111,7 +112,7 @@ class PromptEncoder(nn.Module):
 
     def __init__(self, config: Mapping[str, Any], length: int) -> None:
         super().__init__()
-        text_config = CLIPTextConfig(**config)
+        text_config = CLIPTextConfig(**{"bos_token_id": None, "eos_token_id": None, **config})
         self.prompt_tokens = nn.Parameter(torch.randn(1, length, text_config.hidden_size))
         self.model = nn.ModuleDict({"text_model": CLIPTextModel(text_config)})
 
@@ -250,6 +251,23 @@ class M2F2Detector(nn.Module):
                     nn.init.normal_(layer.weight, std=0.01)
                     nn.init.zeros_(layer.bias)
 
+    @property
+    def image_size(self) -> int:
+        """Side of the pixels; a cosine detector's follows from its patches, which have the size of CLIP's."""
+        own = self.config.vision.get("image_size")
+        return int(own or _CLIP_PATCH * round(self.config.vision["num_patches"] ** 0.5))
+
+    def frozen_parts(self) -> list[nn.Module | nn.Parameter]:
+        """Returns what stage 1 does not train: CLIP's towers, and of a bridge what its answer does not depend on."""
+        frozen: list[nn.Module | nn.Parameter] = [self.clip_text_encoder.model]
+        if self.config.fusion == "bridge":
+            frozen += [self.clip_vision_encoder, self.clip_text_encoder.prompt_tokens, self.text_proj]
+            if self.config.bridge_scalar_norm == "layer_norm":
+                head = self.bridge_adapter_proj.bridge_adapter_proj
+                taps = [getattr(self, f"linear_{n}") for n in range(1, len(self.config.tap_widths) + 1)]
+                frozen += [self.clip_reduction, head[1], head[2].weight, *taps]
+        return frozen
+
     def forward(self, pixels: Tensor, clip_features: Tensor | None = None) -> DetectorOutput:
         """Analyses CLIP-normalised pixels ``[B, 3, S, S]``.
 
@@ -289,7 +307,7 @@ class M2F2Detector(nn.Module):
             scalars = head.constant(len(taps[0]))
         else:
             tokens = taps[0].new_zeros(len(taps[0]), 0, self.config.bridge_dim)
-            for step, (layer, tap) in enumerate(zip(CLIP_TAPS, taps, strict=True)):
+            for step, (layer, tap) in enumerate(zip(self.config.clip_taps, taps, strict=True)):
                 own = getattr(self, f"linear_{step + 1}")(tap.flatten(2).transpose(1, 2))
                 tokens = torch.cat([tokens, own, self.clip_reduction(self._clip_tap(states[layer]))], dim=1)
                 parts[f"block{step}_in"] = tokens
