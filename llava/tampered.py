@@ -75,6 +75,11 @@ def read_changed(masks: Sequence[Path], *, above: int = CHANGED - 1) -> np.ndarr
     return union
 
 
+def is_mask(file: Path) -> bool:
+    """Whether an image lies in a folder of masks beside a folder of images, so that it is no picture of anything."""
+    return file.parent.name == _MASKS and (file.parent.parent / IMAGES).is_dir()
+
+
 def opens(path: Path) -> bool:
     """Whether it is a folder in which, or up to two levels below, images and masks lie in ``image`` and ``mask``."""
     return path.is_dir() and next(_set_folders(path), None) is not None
@@ -199,6 +204,27 @@ def _conversations(files: Sequence[Path]) -> dict[str, str]:
     return found
 
 
+def read_descriptions(file: Path) -> dict[str, str]:
+    """Reads answers about images, one JSON object a line: ``image``, and ``text`` or ``outputs``.
+
+    Returns:
+        The answers by the images' names as they stand there, and by their whole paths.
+
+    Raises:
+        DataError: A line is no such object.
+    """
+    found: dict[str, str] = {}
+    for row in read_rows(file):
+        name, text = row.values.get("image"), row.values.get("text") or row.values.get("outputs")
+        if not isinstance(name, str):
+            raise DataError(f"{row.where}: a description needs image, and text or outputs")
+        if isinstance(text, str) and text.strip():
+            found[name] = text
+            found[str((file.parent / name).resolve())] = text
+            found.setdefault(str(Path(name).resolve()), text)
+    return found
+
+
 def _entries(file: Path, needed: Sequence[str]) -> list[dict[str, Any]]:
     content = read_json(file)
     if not isinstance(content, list):
@@ -222,9 +248,15 @@ def _from_manifest(root: Path) -> Iterator[TamperedImage]:
                 masks = manifest_masks(root, entry)
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise DataError(f"{file}, line {number}: this is no line of a manifest") from None
-            yield TamperedImage(
-                name, root / name, masks, label, str(entry.get("set") or entry.get("split") or root.name)
-            )
+            found = entry.get("set") or entry.get("split") or root.name
+            yield TamperedImage(name, root / name, masks, label, str(found), description=_sentences(entry))
+
+
+def _sentences(entry: Mapping[str, Any]) -> str | None:
+    """What a manifest's line says of its image."""
+    given = entry.get("attributes")
+    texts = given.values() if isinstance(given, Mapping) else ()
+    return " ".join(str(text) for text in texts if text) or None
 
 
 def manifest_masks(root: Path, entry: Mapping[str, Any]) -> tuple[Path, ...]:

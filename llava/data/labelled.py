@@ -12,6 +12,7 @@ from llava.images import walk_images
 from llava.labels import LABELS
 from llava.systems.base import AnswerFormat
 from llava.tables import TABLE_SUFFIXES, Columns, NameFinder, image_name, read_label, read_rows
+from llava.tampered import is_mask
 
 RECORDS_FILE = "forgery_reasoning_cot.json"
 """Training records of an MMFR tree."""
@@ -153,7 +154,8 @@ def _from_folder(folder: Path, classes: Sequence[str]) -> Iterator[LabelledImage
         )
     for root, label in found:
         for file in walk_images(root):
-            yield LabelledImage((file,), label, str(file))
+            if not is_mask(file):
+                yield LabelledImage((file,), label, str(file))
 
 
 def _class_folders(folder: Path, names: Mapping[str, int]) -> Iterator[tuple[Path, int]]:

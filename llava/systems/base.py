@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from llava.report import ForgeryReport
+    from llava.tampered import TamperedImage
 
 ScoreKind = Literal["auto", "answer", "prompt"]
 SCORE_KINDS: tuple[ScoreKind, ...] = get_args(ScoreKind)
@@ -307,6 +308,45 @@ class NetworkTraining(Protocol):
         ...
 
 
+@runtime_checkable
+class MaskTraining(Protocol):
+    """How a network that says where an image was changed is trained; named and started like a ``NetworkTraining``.
+
+    Attributes:
+        network: A module whose forward turns a batch of ``collate``, by name, into losses, each a ``LossTerm``. What
+            has no gradient is neither trained nor written into a run's checkpoints.
+        described_by: Whose descriptions of the images are taken, see ``llava.tampered.read_tampered``.
+    """
+
+    network: Any
+    described_by: str
+
+    @classmethod
+    def open(cls, path: str | None, config: Mapping[str, Any]) -> "MaskTraining":
+        """Opens what ``save`` wrote, or a published folder, or makes a new network; see ``NetworkTraining.open``."""
+        ...
+
+    def described(self, images: "Sequence[TamperedImage]") -> "list[TamperedImage]":
+        """Returns the images with the descriptions that the settings name, if any."""
+        ...
+
+    def sample(self, image: "TamperedImage", pixels: "Image.Image", random: "Random") -> Any:
+        """Returns a sample of a changed image, its RGB pixels, and what is drawn at random."""
+        ...
+
+    def collate(self, samples: Sequence[Any]) -> dict[str, Any]:
+        """Joins samples to a batch."""
+        ...
+
+    def stored(self) -> dict[str, Any]:
+        """Returns the tensors that ``save`` writes, by name."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes the network into an empty folder that ``open`` and the system's own loader open."""
+        ...
+
+
 # --- evaluation
 
 
@@ -434,7 +474,8 @@ class SystemSpec:
         protocol: Reference of the module with the paper's evaluation (an ``EvaluationProtocol``), or None.
         components: References of classes that only its models are built from (towers, fusions, token sources), by type;
             a config names them ``<system>:<type>``.
-        networks: References of ``NetworkTraining`` classes, by the name of the part; ``<system>:<part>`` names one.
+        networks: References of ``NetworkTraining`` and ``MaskTraining`` classes, by the name of the part;
+            ``<system>:<part>`` names one.
         weights: Hub ids of its published weights and of the towers that these need.
     """
 

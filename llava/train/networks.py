@@ -22,10 +22,12 @@ from llava.errors import CheckpointError, OptionError
 from llava.files import atomic_folder, make_folder, read_json, replace_folder, write_json
 from llava.model.checkpoint_files import list_keys
 from llava.systems import registry
-from llava.systems.base import AnswerFormat, NetworkTraining, resolve
+from llava.systems.base import AnswerFormat, MaskTraining, NetworkTraining, resolve
 from llava.tables import LABEL_MAP_HELP, parse_label_map
+from llava.tampered import TamperedImage
 from llava.train.arguments import TrainingArguments, TrainParser, make_parser, parse_groups
 from llava.train.checkpointing import RUN_FILE, check_same_run, disk_errors, resume_checkpoint
+from llava.train.mask_trainer import MaskDataset, MaskTrainer, read_changed_images
 from llava.train.network_trainer import LabelledDataset, NetworkTrainer
 
 _KEPT_OPTIONS = (
@@ -67,7 +69,8 @@ class NetworkArguments:
     data_path: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "folders with a subfolder a class, MMFR trees, tables of images and labels, training records"
+            "help": "folders with a subfolder a class, MMFR trees, tables of images and labels, training records; for "
+            "masks, folders image and mask, MMFR trees with a manifest, tables with a column mask"
         },
     )
     image_folder: str | None = _option(None, "what names in tables and records start from (default: their folder)")
@@ -115,7 +118,7 @@ def known_networks() -> list[str]:
     return sorted(f"{name}:{part}" for name, spec in registry.specs().items() for part in spec.networks)
 
 
-def network_class(name: str) -> tuple[type[NetworkTraining], AnswerFormat | None]:
+def network_class(name: str) -> tuple[Any, AnswerFormat | None]:
     """Returns the class behind ``<system>:<part>``, and the words that its training records are read by.
 
     Raises:
@@ -149,7 +152,13 @@ def train(options: NetworkArguments, args: TrainingArguments) -> Path:
     if not isinstance(config, dict):
         raise OptionError(f"--model_config: {options.model_config} holds no JSON object")
     training = kind.open(options.model_name_or_path, config)
-    images, validation = _images(options, args, training, words)
+    images: Sequence[Any]
+    validation: Sequence[Any]
+    if isinstance(training, MaskTraining):
+        images, validation = _changed_images(options, args, training)
+    else:
+        images, validation = _images(options, args, training, words)
+    _check_steps(len(images), args)
     output = Path(str(args.output_dir))
     checkpoint = resume_checkpoint(output, args.resume)
     run = _describe_run(options, args, config, images)
@@ -159,18 +168,63 @@ def train(options: NetworkArguments, args: TrainingArguments) -> Path:
     make_folder(output, "--output_dir")
     if args.n_gpu > 1:
         args._n_gpu = 1  # without a launcher one process trains on one GPU
-    trainer = NetworkTrainer(
-        training,
-        args,
-        train_dataset=LabelledDataset(images, training, args.seed),
-        eval_dataset=LabelledDataset(validation, training, None) if validation else None,
-        export=lambda folder: export_network(training, folder),
-        published_optimizer=options.published_optimizer,
-    )
+    trainer = _trainer(training, options, args, images, validation)
     trainer.trial_export()
     if args.should_save:
         write_json(output / RUN_FILE, run, indent=2)
     return trainer.run_to_end(checkpoint)
+
+
+def _trainer(
+    training: Any,
+    options: NetworkArguments,
+    args: TrainingArguments,
+    images: Sequence[Any],
+    validation: Sequence[Any],
+) -> NetworkTrainer:
+    def export(folder: Path) -> None:
+        export_network(training, folder)
+
+    if isinstance(training, MaskTraining):
+        return MaskTrainer(
+            training,
+            args,
+            train_dataset=MaskDataset(images, training, args.seed),
+            eval_dataset=MaskDataset(validation, training, None) if validation else None,
+            export=export,
+        )
+    return NetworkTrainer(
+        training,
+        args,
+        train_dataset=LabelledDataset(images, training, args.seed),
+        eval_dataset=LabelledDataset(validation, training, None) if validation else None,
+        export=export,
+        published_optimizer=options.published_optimizer,
+    )
+
+
+def _check_steps(images: int, args: TrainingArguments) -> None:
+    """Refuses a training that would take no step.
+
+    Raises:
+        OptionError: There are fewer images than a batch, and batches that are not full are dropped.
+    """
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and images < batch:
+        raise OptionError(
+            f"{images} images fill no batch of {batch}, so nothing would be trained; lower "
+            "--per_device_train_batch_size, or set --dataloader_drop_last False"
+        )
+
+
+def _changed_images(
+    options: NetworkArguments, args: TrainingArguments, training: MaskTraining
+) -> tuple[list[TamperedImage], list[TamperedImage]]:
+    """Returns the changed images to train on and those to validate on."""
+    images = read_changed_images(options.data_path, training)
+    if options.eval_data_path:
+        return images, read_changed_images(options.eval_data_path, training)
+    return _split(images, options, args)
 
 
 def _images(
@@ -187,6 +241,11 @@ def _images(
     images = read(options.data_path)
     if options.eval_data_path:
         return images, read(options.eval_data_path)
+    return _split(images, options, args)
+
+
+def _split(images: list[Any], options: NetworkArguments, args: TrainingArguments) -> tuple[list[Any], list[Any]]:
+    """Keeps the share of the images that is to be validated on apart."""
     count = round(options.validation_share * len(images))
     if options.validation_share and not 0 < count < len(images):
         raise OptionError(f"--validation_share {options.validation_share} of {len(images)} images leaves none")
@@ -198,12 +257,12 @@ def _images(
 
 
 def _describe_run(
-    options: NetworkArguments, args: TrainingArguments, config: dict[str, Any], images: Sequence[LabelledImage]
+    options: NetworkArguments, args: TrainingArguments, config: dict[str, Any], images: Sequence[Any]
 ) -> dict[str, Any]:
     """Returns what a resumed run must have in common with its start."""
     digest = hashlib.blake2b(digest_size=16)
     for image in images:
-        digest.update(repr((str(image.images[0]), len(image.images), image.label)).encode())
+        digest.update(repr(image).encode())
     given = args.to_dict()
     return {
         "network": options.network,
@@ -217,7 +276,15 @@ def _describe_run(
     }
 
 
-def export_network(training: NetworkTraining, folder: Path) -> None:
+def _stored(training: Any) -> dict[str, torch.Tensor]:
+    """What a network's files hold."""
+    stored: dict[str, torch.Tensor] = (
+        training.stored() if isinstance(training, MaskTraining) else training.network.state_dict()
+    )
+    return stored
+
+
+def export_network(training: NetworkTraining | MaskTraining, folder: Path) -> None:
     """Writes a network; the folder appears, instead of an earlier one, only when it was read back.
 
     Raises:
@@ -228,8 +295,8 @@ def export_network(training: NetworkTraining, folder: Path) -> None:
     shutil.rmtree(waiting, ignore_errors=True)
     with disk_errors(folder), atomic_folder(waiting) as partial:
         training.save(partial)
-        wanted = training.network.state_dict()
-        found = type(training).open(str(partial), {}).network.state_dict()
+        wanted = _stored(training)
+        found = _stored(type(training).open(str(partial), {}))
         wrong = set(wanted) ^ set(found)
         wrong |= {
             name

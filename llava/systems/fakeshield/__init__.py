@@ -34,5 +34,6 @@ SPEC = SystemSpec(
     answer_format=f"{_ROOM}.answer:FORMAT",
     checkpoint_format="llava.model.checkpoint:PLAIN",
     protocol=f"{_ROOM}.protocol",
+    networks={"tagger": f"{_ROOM}.training:TaggerTraining", "segmenter": f"{_ROOM}.training:SegmenterTraining"},
     weights=("zhipeixu/fakeshield-v1-22b", "openai/clip-vit-large-patch14-336"),
 )

@@ -202,8 +202,16 @@ def shorten(answer: str) -> str | None:
     )
 
 
+def write_training(label: Label, explanation: str) -> str:
+    """Writes a training answer from a verdict and what speaks for it."""
+    return write_answer(label, basis=explanation)
+
+
 class _Format:
     """The words above as an ``AnswerFormat``."""
+
+    marks = ("tampered with",)
+    write_training = staticmethod(write_training)
 
     question = QUESTION
     stages: tuple[str, ...] = STAGES

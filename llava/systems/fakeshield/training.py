@@ -4,6 +4,7 @@ Suffixes: B rows, T ids, L positions of the expanded sequence, V words, n masks.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -35,7 +36,7 @@ from llava.systems.fakeshield.checkpoint import (
 )
 from llava.systems.fakeshield.segmenter import Segmenter, SegmenterPixels
 from llava.systems.fakeshield.tagger import STAGES, Tagger, crop_image, normalize, open_tagger, save_tagger
-from llava.tampered import CHANGED, TamperedImage, read_changed
+from llava.tampered import CHANGED, TamperedImage, read_changed, read_descriptions
 
 BCE, DICE = "bce", "dice"
 WEIGHTS = {LM: 1.0, BCE: 2.0, DICE: 0.5}
@@ -225,10 +226,12 @@ _SETTINGS = {
     "trained": list(PUBLISHED_PARTS),
     "mask_above": CHANGED - 1,
     "described_by": "output",
+    "descriptions": None,
     "max_length": None,
     "vision_tower": None,
 }
-"""Settings of a segmenter's training, with the published values; ``mask_above``: see ``llava.tampered.read_changed``."""
+"""Settings of a segmenter's training, with the published values; ``mask_above``: see ``llava.tampered.read_changed``;
+``descriptions``: a file of answers of the explainer."""
 
 
 class SegmenterTraining:
@@ -263,6 +266,23 @@ class SegmenterTraining:
     def described_by(self) -> str:
         """Whose descriptions are taken, see ``llava.tampered.read_tampered``."""
         return str(self.settings["described_by"])
+
+    def described(self, images: Sequence[TamperedImage]) -> list[TamperedImage]:
+        """Returns the images with the answers that the setting ``descriptions`` names, a file of ``forgery detect``.
+
+        Raises:
+            DataError: It cannot be read, or says nothing of these images.
+        """
+        file = self.settings["descriptions"]
+        if file is None:
+            return list(images)
+        texts = read_descriptions(Path(file))
+        found = [
+            replace(image, description=texts.get(str(image.image.resolve()), texts.get(image.name))) for image in images
+        ]
+        if all(image.description is None for image in found):
+            raise DataError(f"{file} describes none of the {len(images)} images")
+        return found
 
     @classmethod
     def open(cls, path: str | None, config: Mapping[str, Any]) -> "SegmenterTraining":
