@@ -4,11 +4,13 @@
 have is not compared, but at least ``LEAST`` comparisons must be made.
 """
 
+import copy
 import gzip
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -18,13 +20,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoTokenizer, SamModel
 
 from forgery_eval.metrics.localization import FIXED, Pixels, authors_giou, curves, pixel_metrics
 from llava import ForgeryDetector, load_pretrained_model
 from llava.conversation import Conversation, conv_templates
 from llava.data.prompting import fill_template, tokenize_conversation
 from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model import decoding
+from llava.model.checkpoint import Checkpoint, check_keys, complete_config
 from llava.model.checkpoint_files import read_tensors
+from llava.model.checkpoint_layout import KeyMap
+from llava.model.configuration import LlavaConfig
 from llava.model.decoding import Sampler, decode
 from llava.systems.fakeshield import answer as words
 from llava.systems.fakeshield import checkpoint, sam, segmenter, tagger, training
@@ -41,6 +48,12 @@ TAGGER = {"atol": 2e-5, "rtol": 1e-5}
 PIXELS = {"atol": 1e-6, "rtol": 0.0}
 SURE = 1e-4
 """Masks are compared where their logits are farther from 0."""
+
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+HAS_PUBLISHED = pytest.mark.skipif(
+    not (FOLDER / "published_keys.json.gz").is_file(), reason="only one folder has the published names"
+)
 
 
 class Compared:
@@ -269,7 +282,7 @@ def compare_segmenter(answering: segmenter.SegmenterAnswering, cases: tuple[str,
         patches = net.language_model.model.num_image_tokens()
         together = [*case["prompt_ids"], *new_ids[0]]
         at_seg = [t + patches - 1 for t, own in enumerate(together) if own == answering.seg_id]
-        found.same(f"{at}/seg_positions", [t - 1 for t in at_seg], [t for t in case.get("seg_positions_expanded", [])])
+        found.same(f"{at}/seg_positions", [t - 1 for t in at_seg], case.get("seg_positions_expanded", []))
         if len(states[0]):
             _compare_mask(found, net, image, embedding, states[0], at)
     return found
@@ -511,20 +524,27 @@ def compare_norms(net: segmenter.Segmenter) -> Compared:
 # --- tests
 
 
-def test_the_tagger(shield):
-    assert not compare_tagger(shield.tagger.net).wrong
+@pytest.fixture(scope="module")
+def found(detector) -> dict[str, Compared]:
+    """All that is compared of the system at work."""
+    system: FakeShield = detector.system
+    return {
+        "tagger": compare_tagger(system.tagger.net),
+        "explainer": compare_explainer(system),
+        "segmenter": compare_segmenter(system.segmenter.answering),
+        "norms": compare_norms(system.segmenter.answering.segmenter),
+        "metrics": compare_metrics(),
+    }
 
 
-def test_the_explainer(shield):
-    assert not compare_explainer(shield).wrong
+@pytest.mark.parametrize("part", ["tagger", "explainer", "segmenter", "norms", "metrics"])
+def test_a_part_gives_the_authors_numbers(found, part):
+    assert not found[part].wrong
 
 
-def test_the_segmenter(shield):
-    assert not compare_segmenter(shield.segmenter.answering).wrong
-
-
-def test_the_norms(shield):
-    assert not compare_norms(shield.segmenter.answering.segmenter).wrong
+def test_enough_is_compared(found):
+    names = {name for one in found.values() for name in one.names}
+    assert len(names) >= LEAST, f"only {len(names)} comparisons: {sorted(names)}"
 
 
 def test_the_segmenters_training(in_training):
@@ -550,18 +570,155 @@ def test_the_explainers_training(adapted):
     assert not compare_explainer_training(*adapted).wrong
 
 
-def test_metrics_and_words():
-    assert not compare_metrics().wrong
+# --- wrong implementations
 
 
-def test_enough_is_compared(shield, in_training, adapted):
-    in_training.segmenter.zero_grad()
-    adapted[0].zero_grad()
-    made = [
-        compare_tagger(shield.tagger.net),
-        compare_explainer(shield),
-        compare_segmenter(shield.segmenter.answering),
-        compare_metrics(),
-    ]
-    names = {name for one in made for name in one.names}
-    assert len(names) >= LEAST, f"only {len(names)} comparisons: {sorted(names)}"
+@contextmanager
+def changed(monkeypatch, target: str, value: object) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setattr(target, value)
+        yield
+
+
+def test_a_state_at_the_token_is_seen(shield, monkeypatch):
+    """The state of the step behind ``[SEG]`` instead of the one that predicts it."""
+    run = decoding._run
+    seg_id = shield.segmenter.answering.seg_id
+
+    def late(model, cache, padding, **inputs):
+        logits, states = run(model, cache, padding, **inputs)
+        chosen = logits.argmax(dim=-1)
+        embedded = model.get_input_embeddings()(chosen)[:, None]
+        behind = run(model, copy.deepcopy(cache), padding and padding.extended(), inputs_embeds=embedded)[1]
+        return logits, torch.where((chosen == seg_id)[:, None], behind, states)
+
+    with changed(monkeypatch, "llava.model.decoding._run", late):
+        wrong = compare_segmenter(shield.segmenter.answering, ("wrapped0",)).wrong
+    assert {"wrapped0/seg_hidden", "wrapped0/seg_embed"} <= set(wrong)
+
+
+def test_another_epsilon_of_the_decoder_is_seen(shield):
+    net = shield.segmenter.answering.segmenter
+    norms = [m for m in net.sam.mask_decoder.transformer.modules() if isinstance(m, nn.LayerNorm)]
+    before = [norm.eps for norm in norms]
+    try:
+        for norm in norms:
+            norm.eps = 1e-6
+        wrong = compare_norms(net).wrong
+    finally:
+        for norm, eps in zip(norms, before, strict=True):
+            norm.eps = eps
+    assert "norm_small/decoder_layers.0.norm1" in wrong and not [name for name in wrong if "encoder" in name]
+
+
+def test_a_padded_clip_branch_is_seen(shield):
+    config = shield.segmenter.answering.segmenter.language_model.config
+    config.image_aspect_ratio = "pad"
+    try:
+        wrong = compare_segmenter(shield.segmenter.answering, ("wrapped0",)).wrong
+    finally:
+        config.image_aspect_ratio = "square"
+    assert {"wrapped0/new_ids", "wrapped0/seg_hidden"} & set(wrong)
+
+
+def test_padding_before_normalising_is_seen(shield, monkeypatch):
+    def early(image: np.ndarray, side: int) -> Tensor:
+        padded = np.zeros((side, side, 3), np.uint8)
+        padded[: image.shape[0], : image.shape[1]] = image
+        return right(padded, side)
+
+    right = sam.normalize
+    with changed(monkeypatch, "llava.systems.fakeshield.sam.normalize", early):
+        wrong = compare_segmenter(shield.segmenter.answering, ("wrapped0",)).wrong
+    assert "wrapped0/iou" not in wrong and {"sam/0/pixels_row8", "wrapped0/mask"} & set(wrong)
+
+
+def test_another_mask_decoder_is_seen(shield):
+    """That of SAM's own file, or where the folder has none, one with other weights of its own."""
+    net = shield.segmenter.answering.segmenter
+    decoder = net.sam.mask_decoder
+    kept = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
+    file = FOLDER / "sam_tiny.pth"
+    if file.is_file():
+        rules = KeyMap(tuple(sam.sam_rules("", "")))
+        stored = rules.to_native(torch.load(file, weights_only=True))
+        other = {n.removeprefix("mask_decoder."): t for n, t in stored.items() if n.startswith("mask_decoder.")}
+    else:
+        other = {name: tensor.roll(1, 0) for name, tensor in kept.items()}
+    try:
+        decoder.load_state_dict(other)
+        wrong = compare_segmenter(shield.segmenter.answering, ("wrapped0", "wrapped2")).wrong
+    finally:
+        decoder.load_state_dict(kept)
+    assert {"wrapped0/mask", "wrapped2/low_res_masks"} & set(wrong)
+    assert not [name for name in wrong if "seg_" in name or "image_embedding" in name]
+
+
+def test_one_id_more_is_seen(shield, whole):
+    """The tokenizer as it is loaded by itself, which keeps a blank before an added token."""
+    answering = shield.segmenter.answering
+    plain = AutoTokenizer.from_pretrained(str(whole / "MFLM"), config=LlavaConfig())
+    other = segmenter.SegmenterAnswering(answering.segmenter, plain, answering.context_length)
+    assert "wrapped0/prompt_ids" in compare_segmenter(other, ("wrapped0",)).wrong
+
+
+def test_another_template_tag_or_padding_of_the_explainer_is_seen(shield, monkeypatch):
+    system = "llava.systems.fakeshield.system.tag_sentence"
+    with changed(monkeypatch, system, lambda domain: words.tag_sentence((domain + 1) % 3)):
+        assert {"dte/0/prompt", "dte/0/logits_last16"} & set(compare_explainer(shield, only=0).wrong)
+    config = shield.model.config
+    config.image_aspect_ratio = "square"
+    try:
+        assert "dte/0/hidden_last" in compare_explainer(shield, only=0).wrong
+    finally:
+        config.image_aspect_ratio = "pad"
+
+
+def test_a_dice_loss_without_its_scale_is_seen(monkeypatch):
+    with changed(monkeypatch, "llava.systems.fakeshield.training.DICE_SMOOTH", 1.0):
+        assert "canned/dice" in compare_metrics().wrong
+
+
+# --- real sizes
+
+
+@HAS_PUBLISHED
+def test_the_published_segmenter_maps_both_ways():
+    names = published_keys()["MFLM"]
+    with torch.device("meta"):
+        tensors = {name: torch.empty(shape, dtype=DTYPES[kind]) for name, (kind, shape) in names.items()}
+    assert sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values()) == 16_752_883_392
+    used = {n: t for n, t in tensors.items() if not n.startswith(checkpoint.UNUSED) and "inv_freq" not in n}
+    native = checkpoint.KEY_MAP.to_native(used)
+    bare = {name.removeprefix("sam."): t for name, t in native.items() if name.startswith("sam.")}
+    config = sam.infer_config(bare, {}, "the published file")
+    vision = config.vision_config
+    assert (vision.image_size, vision.hidden_size, vision.num_attention_heads) == (1024, 1280, 16)
+    assert vision.window_size == 14 and list(vision.global_attn_indexes) == [7, 15, 23, 31]
+    with torch.device("meta"):
+        own = SamModel(config).state_dict()
+    assert {n: list(t.shape) for n, t in own.items() if n != sam.REPEATED_POSITIONS} == {
+        name: list(tensor.shape) for name, tensor in bare.items()
+    }
+    assert checkpoint.KEY_MAP.to_published(native).keys() == used.keys()
+    assert len(tensors) - len(used) == 43 + 32
+
+
+@HAS_PUBLISHED
+def test_the_published_explainer_and_tagger_map_both_ways():
+    names = published_keys()["DTE-FDM"]
+    with torch.device("meta"):
+        tensors = {name: torch.empty(shape, dtype=DTYPES[kind]) for name, (kind, shape) in names.items()}
+    assert sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values()) == 27_308_693_504
+    values = {
+        **{"hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40, "intermediate_size": 13824},
+        **{"vocab_size": 32000, "mm_vision_tower": "openai/clip-vit-large-patch14-336", "rms_norm_eps": 1e-5},
+    }
+    opened = Checkpoint(Path("DTE-FDM"), values, tensors, Path("DTE-FDM"), system="fakeshield")
+    complete, config = complete_config(opened)
+    check_keys(config, complete)
+    own = published_keys()["DTG.pth"]
+    with torch.device("meta"):
+        net = tagger.Tagger()
+        assert {n: list(t.shape) for n, t in net.published_state().items()} == {n: list(s) for n, (_, s) in own.items()}
+        net.load_published({name: torch.empty(shape) for name, (_, shape) in own.items()}, "DTG.pth")
