@@ -173,7 +173,7 @@ def _part(name: str, images: Sequence[Localized], draws: int, seed: int) -> dict
         "images": len(images),
         "changed": int(is_changed.sum()),
         "real": sum(image.label != FAKE for image in images),
-        "missing": sum(one.missing for one in pixels),
+        "missing": sum(one.missing and one.any_changed for one in pixels),
     }
     if not images:
         return {"metrics": metrics, "intervals": {}, "undefined": {"iou": NO_IMAGE}}

@@ -164,8 +164,12 @@ def _has_module(model: torch.nn.Module, name: str) -> bool:
     return True
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, *, legacy: bool | None = None) -> PreTrainedTokenizerBase:
     """Loads a folder's tokenizer.
+
+    Args:
+        folder: The folder.
+        legacy: Whether pieces behind an added token begin like a text of their own; None: as the folder says.
 
     Raises:
         CheckpointError: There is none, or it cannot be read.
@@ -176,7 +180,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     settings = folder / "tokenizer_config.json"
     if settings.is_file() and read_json(settings).get("add_eos_token"):
         options["add_eos_token"] = False  # an end mark would stand between the prompt and the answer
-    if not (folder / "tokenizer.json").is_file():
+    if legacy is not None:
+        options["legacy"] = legacy
+    elif not (folder / "tokenizer.json").is_file():
         # A bare SentencePiece file is read differently by different versions unless it is told.
         options["legacy"] = read_json(settings).get("legacy", True) if settings.is_file() else True
     try:

@@ -93,7 +93,13 @@ _STATEMENTS: tuple[tuple[Label, re.Pattern[str]], ...] = (
         "real",
         re.compile(r"\bno\s+(?:signs?|traces?|evidence)\s+of\s+(?:\w+\s+)?(?:tampering|manipulation|editing)\b", re.I),
     ),
-    ("fake", re.compile(rf"\b(?:has|have|had|was|were|is|are|been)\s+(?:\w+ly\s+)?(?:been\s+)?(?:{_CHANGED})\b", re.I)),
+    (
+        "fake",
+        re.compile(
+            rf"\b(?:has|have|had|was|were|is|are|been)\s+(?:(?!likely|possibly|probably)\w+ly\s+)?(?:been\s+)?(?:{_CHANGED})\b",
+            re.I,
+        ),
+    ),
     ("fake", re.compile(r"\bnot\s+(?:an?\s+)?(?:authentic|genuine)\b", re.I)),
 )
 _TOLERANT: tuple[tuple[Label, re.Pattern[str]], ...] = (

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from llava.errors import CheckpointError, OptionError
 from llava.model.builder import (
     check_device_map,
+    load_tokenizer,
     materialize,
     quantization,
     resolve_attention,
@@ -213,7 +214,7 @@ def load_segmenter(
         raise OptionError("load_8bit and load_4bit exclude each other")
     target = resolve_device(device)
     own_dtype = resolve_dtype(dtype, files.checkpoint, target)
-    tokenizer = load_tokenizer(files.checkpoint.tokenizer_folder)
+    tokenizer = prepare_tokenizer(load_tokenizer(files.checkpoint.tokenizer_folder, legacy=True))
     model = materialize(
         files.config,
         files.checkpoint.tensors,
@@ -249,23 +250,6 @@ def _load_others(segmenter: Segmenter, files: SegmenterFiles, dtype: torch.dtype
             if name.startswith(prefix)
         }
         part.load_state_dict(tensors, assign=True)  # copies of no memory that is shared with the file
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Loads the segmenter's tokenizer, see ``prepare_tokenizer``.
-
-    Raises:
-        CheckpointError: There is none, or it cannot be read.
-    """
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise CheckpointError(f"{folder} has no tokenizer: neither tokenizer.json nor tokenizer.model")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), config=LlavaConfig(), legacy=True, add_eos_token=False)
-    except Exception as error:
-        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {type(error).__name__}: {error}") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    return prepare_tokenizer(tokenizer)
 
 
 def segmenter_tensors(segmenter: Segmenter, *, with_tower: bool) -> dict[str, Tensor]:
@@ -337,7 +321,7 @@ def new_segmenter(values: Mapping[str, Any]) -> tuple[PreTrainedTokenizerBase, S
     if set(values) != needed:
         wrong = ", ".join(sorted(needed ^ set(values)))
         raise OptionError(f"a new segmenter is described by {', '.join(sorted(needed))}; missing or unknown: {wrong}")
-    tokenizer = load_tokenizer(Path(values["tokenizer"]))
+    tokenizer = prepare_tokenizer(load_tokenizer(Path(values["tokenizer"]), legacy=True))
     tower = read_vision_tower(str(values["tower"]))
     own = {
         **_language_model_values({"tokenizer_model_max_length": CONTEXT_LENGTH, **values["language_model"]}),

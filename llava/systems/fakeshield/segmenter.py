@@ -24,7 +24,7 @@ from llava.model.decoding import Sampler, decode
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.llava_arch import splice
 from llava.systems.fakeshield import sam as sam_parts
-from llava.systems.fakeshield.answer import ADDED_TOKENS, OVERVIEW, SEG
+from llava.systems.fakeshield.answer import ADDED_TOKENS, OVERVIEW, SEG, mask_request
 
 MAX_NEW_TOKENS = 64
 """Longest answer of the segmenter; the published ones have at most a dozen tokens."""
@@ -199,7 +199,11 @@ class SegmenterAnswering:
         """Decodes greedily; returns texts, new ids, and the states ``[n, D]`` that predict each ``[SEG]``."""
         model = self.segmenter.language_model
         prompts = [tokenizer_image_token(build_prompt(request), self.tokenizer) for request in requests]
-        budget = min(MAX_NEW_TOKENS, *(self._free_context(ids) for ids in prompts))
+        budget = min(MAX_NEW_TOKENS, *map(self._free_context, prompts))
+        if budget < 1:
+            raise OptionError(
+                f"what the segmenter is asked takes more than its context of {self.context_length} tokens"
+            )
         pixels = torch.stack([image.clip for image in images]).to(model.device, model.dtype)
         tokens_BPD = model.encode_images(pixels).tokens
         lengths = torch.tensor([len(ids) for ids in prompts])
@@ -222,18 +226,37 @@ class SegmenterAnswering:
             attention_mask=batch.attention_mask,
             states_of=self.seg_id,
         )
-        texts = [self.tokenizer.decode(one.ids, skip_special_tokens=True).strip() for one in decoded]
+        texts = [_spaced(self.tokenizer.decode(one.ids, skip_special_tokens=True)) for one in decoded]
         return texts, [one.ids for one in decoded], [one.states for one in decoded]
 
+    def request(self, description: str | None, variant: int) -> tuple[str, bool]:
+        """Returns what the segmenter is asked, its description cut at the end where the context has no room for all.
+
+        Args:
+            description: See ``answer.mask_request``.
+            variant: As there.
+
+        Returns:
+            The request, and whether the description was cut.
+        """
+        kept, is_cut = description, False
+        while True:
+            request = mask_request(kept, variant)
+            ids = tokenizer_image_token(build_prompt(request), self.tokenizer)
+            over = MAX_NEW_TOKENS - self._free_context(ids)
+            if over <= 0 or not kept:
+                return request, is_cut
+            own = self.tokenizer(kept, add_special_tokens=False).input_ids
+            kept, is_cut = self.tokenizer.decode(own[: max(0, len(own) - over)]), True
+
     def _free_context(self, ids: Sequence[int]) -> int:
-        """Tokens that the context has left after a prompt; at least 1."""
-        length = len(ids) - 1 + self.segmenter.language_model.model.num_image_tokens()
-        if length >= self.context_length:
-            raise OptionError(
-                f"the segmenter's prompt takes {length} tokens, but its context has {self.context_length}; shorten the "
-                "explanation with max_new_tokens, or give a description"
-            )
-        return self.context_length - length
+        """Tokens that the context has left after a prompt; below 1 if it is full."""
+        return self.context_length - (len(ids) - 1 + self.segmenter.language_model.model.num_image_tokens())
+
+
+def _spaced(text: str) -> str:
+    """An answer with blanks about ``[SEG]`` as one writes them."""
+    return " ".join(text.replace(SEG, f" {SEG} ").split()).replace(f"{SEG} .", f"{SEG}.").replace(f"{SEG} ,", f"{SEG},")
 
 
 def share_vision_tower(segmenter: Segmenter, other: LlavaLlamaForCausalLM) -> None:

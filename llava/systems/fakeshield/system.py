@@ -1,6 +1,7 @@
 """FakeShield at work: a domain tag, an answer with P(fake), and a mask of what was changed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import OptionError
@@ -52,6 +54,18 @@ NAME = "FakeShield"
 _LANGUAGE_MODEL_OPTIONS = ("device", "dtype", "device_map", "load_8bit", "load_4bit", "attn_implementation")
 _NO_SEGMENT = "the segmenter found nothing to mark, so the mask is empty"
 _NOT_ASKED = "no mask was asked for, since the answer does not call the image changed"
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keeps transformers' progress bar from standing in the middle of another one."""
+    shows_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shows_bars:
+            logging.enable_progress_bar()
 
 
 class TaggerPart:
@@ -99,7 +113,8 @@ class SegmenterPart:
     @cached_property
     def answering(self) -> SegmenterAnswering:
         """The segmenter at work."""
-        tokenizer, segmenter = load_segmenter(self.files, **self.options)
+        with quiet_loading():
+            tokenizer, segmenter = load_segmenter(self.files, **self.options)
         if self.shared is not None:
             share_vision_tower(segmenter, self.shared)
         return SegmenterAnswering(segmenter.requires_grad_(False), tokenizer, self.files.context_length)
@@ -280,10 +295,12 @@ class FakeShield(LanguageModelSystem):
         if not asked:
             return reports
         photos: list[Any] = [prepared[row] for row in asked]
-        requests = [mask_request(options.description or reports[row].text, options.mask_question - 1) for row in asked]
-        found = self.segmenter.answering.segment([photo.segmenter for photo in photos], requests)
-        for row, photo, one in zip(asked, photos, found, strict=True):
-            reports[row] = add_mask(reports[row], one, photo.segmenter.shape, soft=options.soft_mask)
+        answering, variant = self.segmenter.answering, options.mask_question - 1
+        requests = [answering.request(options.description or reports[row].text, variant) for row in asked]
+        found = answering.segment([photo.segmenter for photo in photos], [request for request, _ in requests])
+        for row, photo, one, (_, is_cut) in zip(asked, photos, found, requests, strict=True):
+            report = add_mask(reports[row], one, photo.segmenter.shape, soft=options.soft_mask)
+            reports[row] = replace(report, details={**report.details, "description_cut": True}) if is_cut else report
         return reports
 
 
@@ -379,7 +396,7 @@ class SegmenterAlone(_Alone):
         self.refuse(options, "is a segmenter alone")
         if not options.makes_masks:
             raise OptionError("this checkpoint is a segmenter alone, so without masks there is nothing to do")
-        request = mask_request(options.description, options.mask_question - 1)
+        request, _ = self.segmenter.answering.request(options.description, options.mask_question - 1)
         found = self.segmenter.answering.segment(prepared, [request] * len(prepared))
         empty = ForgeryReport(label=None, fake_probability=None, score_source=None, system=NAME)
         return [

@@ -191,7 +191,7 @@ def add_lora(segmenter: Segmenter, *, rank: int = 8, alpha: float = 16, dropout:
 
 
 def part_of(name: str) -> str:
-    """Returns which part a segmenter's parameter belongs to: one of ``PUBLISHED_PARTS``, ``vision_tower``, ``other``."""
+    """Returns the part of a segmenter's parameter: one of ``PUBLISHED_PARTS``, ``vision_tower``, or ``other``."""
     if ".lora_" in name:
         return "lora"
     for part in ("lm_head", "embed_tokens", "mask_decoder", "text_hidden_fcs", "vision_tower"):
