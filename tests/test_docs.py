@@ -42,6 +42,7 @@ PAGES_OF_FLAGS = {
     "docs/data.md": [["data", name] for name in front.DATA],
     "docs/synthetic.md": [["data", "synthetic"]],
     "docs/adding-a-system.md": [["eval"]],
+    "docs/fakeshield.md": [["detect", "--system", "fakeshield"], ["eval"]],
     "docs/architecture.md": [],
     "CONTRIBUTING.md": [["eval"]],
     "CHANGELOG.md": [["train"], ["train", "--recipe", "fakereasoning"], ["merge"], ["eval"]],

@@ -59,6 +59,8 @@ TORCH_FREE = [
     "llava.systems.registry",
     "llava.systems.fakereasoning.answer",
     "llava.systems.fakereasoning.options",
+    "llava.systems.fakeshield.answer",
+    "llava.systems.fakeshield.options",
     "llava.data.records",
     "llava.__main__",
     "llava.doctor",

@@ -320,7 +320,7 @@ def _worst_masks(
     if found is None:
         return []
     by_id = {row.sample.id: row for row in rows}
-    shown = []
+    shown: list[dict[str, str]] = []
     for entry in sorted(found["images"], key=lambda entry: (entry["iou"], entry["id"])):
         row = by_id[entry["id"]]
         if len(shown) == most:

@@ -138,7 +138,9 @@ class MaskTrainer(NetworkTrainer):
         The network with the lowest sum of losses so far is kept in ``<output_dir>/best``.
         """
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        was_training, sums, weights = self.model.training, {}, {}
+        was_training = self.model.training
+        sums: dict[str, float] = {}
+        weights: dict[str, float] = {}
         self.model.eval()
         size = self.args.per_device_eval_batch_size
         for first in range(0, len(dataset), size):

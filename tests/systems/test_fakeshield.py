@@ -231,7 +231,7 @@ def test_faults_are_told_in_one_sentence(folder, clip, tmp_path):
     detector = ForgeryDetector.from_pretrained(broken, device="cpu", vision_tower=clip)
     with pytest.raises(CheckpointError, match=r"sam\.mask_decoder\.iou_token\.weight"):
         detector.analyze(IMAGES[0])
-    torch.save({"fc.weight": torch.ones(3, 2), "layer4.2.conv3.weight": torch.ones(1)}, tmp_path / "DTG.pth")
+    torch.save({"fc.weight": torch.ones(3, 2), "layer4.0.conv3.weight": torch.ones(1)}, tmp_path / "DTG.pth")
     with pytest.raises(CheckpointError, match="no tagger of 3 domains"):
         ForgeryDetector.from_pretrained(tmp_path / "DTG.pth").analyze(IMAGES[0])
 

@@ -4,7 +4,7 @@ from llava.systems.base import CheckpointFiles, SystemSpec
 
 _ROOM = "llava.systems.fakeshield"
 _PARTS = ("DTG.pth", "DTG.safetensors", "DTE-FDM", "MFLM")
-_TAGGER_HEAD, _TAGGER_BLOCK = "fc.weight", "layer4.2.conv3.weight"
+_TAGGER_HEAD, _TAGGER_BLOCK = "fc.weight", "layer4.0.conv3.weight"
 
 
 def identify(files: CheckpointFiles) -> bool:

@@ -173,7 +173,7 @@ class SegmenterAnswering:
         self.segmenter = segmenter
         self.tokenizer = tokenizer
         self.context_length = context_length
-        self.seg_id = int(tokenizer.convert_tokens_to_ids(SEG))  # type: ignore[arg-type]
+        self.seg_id = int(tokenizer.convert_tokens_to_ids(SEG))
 
     @torch.no_grad()
     def segment(self, images: Sequence[SegmenterPixels], requests: Sequence[str]) -> list[Segmentation]:

@@ -1,5 +1,6 @@
 """The domain tagger: a ResNet-50 that says from which kind of data an image comes (arXiv 2410.02761, section 4.1)."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -129,15 +130,17 @@ def open_tagger(file: Path) -> Tagger:
     Raises:
         CheckpointError: It is no tagger.
     """
-    tagger = Tagger()
-    tagger.load_published(read_tensor_file(file), str(file))
+    tensors = read_tensor_file(file)
+    blocks = [{name.split(".")[1] for name in tensors if name.startswith(f"layer{stage}.")} for stage in (1, 2, 3, 4)]
+    if not all(blocks):
+        raise CheckpointError(f"{file} is no tagger of {len(DOMAINS)} domains: it has not the four stages of a ResNet")
+    tagger = Tagger([len(own) for own in blocks])
+    tagger.load_published(tensors, str(file))
     return tagger.eval()
 
 
 def save_tagger(tagger: Tagger, file: Path) -> None:
     """Writes a tagger as ``open_tagger`` and torchvision read it; the file appears only when it is whole."""
-    import io
-
     stream = io.BytesIO()
     torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tagger.published_state().items()}, stream)
     atomic_write(file, stream.getvalue())

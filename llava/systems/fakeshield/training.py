@@ -258,7 +258,7 @@ class SegmenterTraining:
             rank, alpha, dropout = (self.settings[name] for name in names)
             add_lora(segmenter, rank=rank, alpha=alpha, dropout=dropout)
         choose_trained(segmenter, trained)
-        seg_id = int(tokenizer.convert_tokens_to_ids(SEG))  # type: ignore[arg-type]
+        seg_id = int(tokenizer.convert_tokens_to_ids(SEG))
         frozen = not any(parameter.requires_grad for parameter in segmenter.sam.vision_encoder.parameters())
         self.network = SegmenterInTraining(segmenter, seg_id, encodes_frozen=frozen)
 
