@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--vision-tower", help="CLIP tower: folder or hub id, if the checkpoint does not hold it")
     parser.add_argument("--dino-weights", help="DINOv2 .pth or folder, if the checkpoint does not hold it")
+    parser.add_argument("--system", help="the checkpoint's system, where its files do not tell it")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; default: the adapter's")
     return parser
 
@@ -55,7 +56,7 @@ def merge(arguments: argparse.Namespace) -> None:
     from llava.model.checkpoint import open_checkpoint
     from llava.model.saving import save_published
 
-    checkpoint = open_checkpoint(arguments.model_path, arguments.model_base)
+    checkpoint = open_checkpoint(arguments.model_path, arguments.model_base, system=arguments.system)
     dtype = _written_dtype(arguments.dtype, checkpoint)
     check_finite(checkpoint.tensors, f"{checkpoint.folder} or its base")
     _, model, _, _ = load_pretrained_model(
@@ -65,6 +66,7 @@ def merge(arguments: argparse.Namespace) -> None:
         dtype=dtype if checkpoint.adapter is None else "float32",
         vision_tower=arguments.vision_tower,
         dino_weights=arguments.dino_weights,
+        system=arguments.system,
     )
     if checkpoint.adapter is not None:
         _say_what_is_lost(checkpoint, dtype)

@@ -15,7 +15,8 @@ from llava.errors import DataError, FileError, MissingFileError
 from llava.files import digest_file, file_errors, read_json, write_json
 from llava.images import load_image
 from llava.labels import Label
-from llava.systems.fakereasoning.answer import ATTRIBUTES, parse_answer
+from llava.systems import registry
+from llava.systems.fakereasoning.answer import ATTRIBUTES, FORMAT
 from mmfr_generation.build_cot import IMAGE_MARK, label_of
 from mmfr_generation.images import (
     hamming_distances,
@@ -30,6 +31,7 @@ CHECKS = {
     "image mark": f"conversations without exactly one {IMAGE_MARK}, in the first question",
     "verdict": "answers without a verdict",
     "attributes": "attributes that do not belong to the class",
+    "label": "answers against the entry's label (FakeClue: 1 is real)",
     "folder": "verdict or attributes against the folder's class",
     "missing image": "images that are not there",
     "unreadable image": "images that do not open",
@@ -38,6 +40,7 @@ CHECKS = {
     "class": "evaluation sets without images of both classes",
 }
 """Every fault that is checked for."""
+_FAKECLUE_LABELS = {"real": 1, "fake": 0}
 REMARKS = {
     "similar": "images that look alike in the same set",
     "file type": "classes that the file type alone tells apart",
@@ -186,15 +189,26 @@ def _check_record(place: str, record: Any, findings: Findings) -> str | None:
         return None
     if marks[0] != 1 or sum(marks) != 1:
         findings.add("image mark", f"{place}: {marks[0]} in the first question, {sum(marks)} in all")
-    parsed = parse_answer(turns[1]["value"])
+    words = registry.words_of([turns[1]["value"]], FORMAT)
+    parsed = words.parse(turns[1]["value"])
     if parsed.verdict is None:
         findings.add("verdict", f"{place}: {parsed.problem}")
         return str(image)
-    unknown_names = sorted(set(parsed.attributes) - set(ATTRIBUTES[parsed.verdict]))
+    _check_label(place, record, parsed.verdict, findings)
+    unknown_names = sorted(set(parsed.attributes) - set(words.attributes[parsed.verdict]))
     if unknown_names:
         findings.add("attributes", f"{place}: a {parsed.verdict} image with {', '.join(unknown_names)}")
     _check_folder(place, image, parsed.verdict, findings)
     return str(image)
+
+
+def _check_label(place: str, record: dict[str, Any], verdict: Label, findings: Findings) -> None:
+    """Checks the label that an entry of FakeClue has beside its answer."""
+    if "label" not in record or "cate" not in record:
+        return
+    wanted = _FAKECLUE_LABELS.get(verdict)
+    if isinstance(record["label"], bool) or record["label"] != wanted:
+        findings.add("label", f"{place}: its answer says {verdict}, its label is {record['label']!r}")
 
 
 def _layout_problem(record: Any, turns: Any) -> str:

@@ -41,11 +41,18 @@ PAGES_OF_FLAGS = {
     "docs/checkpoints.md": [["merge"], ["detect"]],
     "docs/data.md": [["data", name] for name in front.DATA],
     "docs/synthetic.md": [["data", "synthetic"]],
+    "docs/fakevlm.md": [
+        ["detect", "--system", "fakevlm"],
+        ["eval", "--system", "fakevlm"],
+        ["train"],
+        ["train", "--recipe", "fakevlm"],
+        ["merge"],
+    ],
     "docs/adding-a-system.md": [["eval"]],
     "docs/fakeshield.md": [["detect", "--system", "fakeshield"], ["eval"]],
     "docs/architecture.md": [],
     "CONTRIBUTING.md": [["eval"]],
-    "CHANGELOG.md": [["train"], ["train", "--recipe", "fakereasoning"], ["merge"], ["eval"]],
+    "CHANGELOG.md": [["train"], ["train", "--recipe", "fakereasoning"], ["merge"], ["eval"], ["detect"]],
 }
 """The verbs whose flags each page names in its text."""
 ELSEWHERE = {"--outliers": "llava.demo.towers", "--strangers": "llava.demo.towers"}

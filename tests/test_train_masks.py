@@ -155,12 +155,14 @@ def test_settings_are_checked(folder, clip):
 def test_a_new_segmenter_is_trained_whole(clip, tmp_path):
     sam = {
         "vision": {
-            "hidden_size": 16, "output_channels": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 64,
-            "patch_size": 16, "window_size": 0, "global_attn_indexes": [0], "num_pos_feats": 8, "mlp_dim": 32,
+            "hidden_size": 16, "output_channels": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 64, "patch_size": 16, "window_size": 0, "global_attn_indexes": [0], "num_pos_feats": 8,
+            "mlp_dim": 32,
         },
         "prompt": {"hidden_size": 16, "image_size": 64, "patch_size": 16, "mask_input_channels": 8},
         "decoder": {
-            "hidden_size": 16, "mlp_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "iou_head_hidden_dim": 16,
+            "hidden_size": 16, "mlp_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "iou_head_hidden_dim": 16,
         },
     }  # fmt: skip
     language_model = {

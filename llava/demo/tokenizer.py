@@ -57,12 +57,15 @@ def constant_texts() -> list[str]:
     return list(dict.fromkeys(texts))
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int = 2000, *, image_token: bool = False
+) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE with the constant texts as tokens of their own.
 
     Args:
         texts: What to learn pieces from.
-        vocab_size: Most entries that the vocabulary may have.
+        vocab_size: Most entries that the vocabulary may have, without the image's mark.
+        image_token: Whether the image's mark is an entry, the last one, as transformers' LLaVA needs it.
 
     Raises:
         OptionError: The vocabulary cannot hold even single bytes.
@@ -84,6 +87,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> PreTrainedT
     )
     tokenizer.train_from_iterator(_without_constants(texts, constants), trainer)
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in constants])
+    if image_token:
+        tokenizer.add_special_tokens([DEFAULT_IMAGE_TOKEN])
     opening = SPECIAL_TOKENS["bos_token"]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{opening} $A", pair=f"{opening} $A $B", special_tokens=[(opening, tokenizer.token_to_id(opening))]
@@ -124,6 +129,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OptionParser(prog="python -m llava.demo.tokenizer", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="training files")
     parser.add_argument("--output_dir", type=Path, required=True, help="new folder for the tokenizer")
+    parser.add_argument(
+        "--image_token",
+        action="store_true",
+        help=f"an entry for {DEFAULT_IMAGE_TOKEN}, as transformers' LLaVA needs it",
+    )
     parser.add_argument("--vocab_size", type=int, default=2000, help="most entries of the vocabulary (default 2000)")
     return parser
 
@@ -133,7 +143,8 @@ def run(arguments: argparse.Namespace) -> None:
     records = read_records(arguments.files)
     texts = [turn["value"].replace(DEFAULT_IMAGE_TOKEN, "") for record in records for turn in record.turns]
     with atomic_folder(arguments.output_dir) as partial:
-        tokenizer = train_tokenizer(tqdm(texts, "reading", unit=" turns", leave=False), arguments.vocab_size)
+        shown = tqdm(texts, "reading", unit=" turns", leave=False)
+        tokenizer = train_tokenizer(shown, arguments.vocab_size, image_token=arguments.image_token)
         tokenizer.save_pretrained(partial)
     counts = measure(records[:_CHECKED_RECORDS], tokenizer)
     print(

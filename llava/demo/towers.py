@@ -32,8 +32,10 @@ from llava.demo.tower_training import TOWERS, TowerWithHead, Training, build_tow
 from llava.errors import CheckpointError, OptionError
 from llava.files import atomic_folder, file_errors, make_folder, write_json
 from llava.model.checkpoint_files import read_json
+from llava.model.checkpoint_layout import memory_names
 from llava.model.configuration import LlavaConfig
-from llava.model.multimodal_encoder.base import PixelFormat
+from llava.model.multimodal_encoder.base import PixelFormat, VisionTower
+from llava.model.multimodal_encoder.builder import read_vision_tower
 
 CHECKPOINT, HEADS, METRICS = "checkpoint.pt", "heads.safetensors", "metrics.json"
 _CALIBRATION_IMAGES = 1024
@@ -54,6 +56,20 @@ def write_result(
     heads = {f"{name}.{key}": value for name, tower in towers.items() for key, value in tower.head.state_dict().items()}
     save_file(heads, out / HEADS, {"targets": json.dumps(asdict(names), ensure_ascii=False)})
     write_json(out / METRICS, metrics, indent=2)
+
+
+def load_tower(tower: VisionTower, folder: Path) -> None:
+    """Reads the weights of a tower that an earlier run has written.
+
+    Raises:
+        CheckpointError: There is none, or it is of another config.
+    """
+    source = read_vision_tower(str(folder))
+    names = memory_names(tower)
+    needed = {stored: tuple(tower.state_dict()[name].shape) for stored, name in names.items()}
+    if {name: tuple(tensor.shape) for name, tensor in source.tensors.items()} != needed:
+        raise CheckpointError(f"--start: the tower in {folder} is not the one that --config describes")
+    tower.load_state_dict({names[stored]: tensor[...] for stored, tensor in source.tensors.items()})
 
 
 def loss_weights(text: str) -> dict[str, float]:
@@ -84,6 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data", type=Path, nargs="+", required=True, help=f"record files, or folders that hold {RECORDS_FILE}")
     add("--image_folder", type=Path, help="folder of the records' images (default: that of their file)")
     add("--config", type=Path, required=True, help="config.json of the model whose towers are to be trained")
+    add("--start", type=Path, metavar="FOLDER", help="output of an earlier run, whose towers are trained further")
     add("--output_dir", type=Path, required=True, help="where towers, heads, metrics and the checkpoint are written")
     add("--epochs", type=float, default=4.0, help="passes over the images (default 4)")
     add("--max_steps", type=int, help="stop after so many steps, if that is less")
@@ -172,8 +189,11 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         print(f"resumed from {checkpoint} at step {training.step} of {training.total_steps}")
     else:
         sample = shared_pixels(training_data.levels[:_CALIBRATION_IMAGES], shared, device)
-        for tower in towers.values():
-            tower.tower.calibrate(sample)
+        for name, tower in towers.items():
+            if options.start:
+                load_tower(tower.tower, options.start / name)
+            else:
+                tower.tower.calibrate(sample)
         training.save(checkpoint)
     training.run(checkpoint)
     training.save(checkpoint)

@@ -15,7 +15,7 @@ from llava.model.adapter import Adapter
 from llava.model.branches import projector_name, tower_name
 from llava.model.checkpoint import Checkpoint, check_keys, complete_config, has_tokenizer, open_checkpoint, stored_dtype
 from llava.model.checkpoint_files import TensorLike, list_keys, read_json
-from llava.model.checkpoint_layout import LORA_PREFIX, KeyMap
+from llava.model.checkpoint_layout import LORA_PREFIX, KeyMap, memory_names
 from llava.model.configuration import LlavaConfig
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
@@ -133,7 +133,11 @@ def apply_lora(model: LlavaLlamaForCausalLM, adapter: Adapter, key_map: KeyMap) 
     Raises:
         CheckpointError: It is on something that is no module of its own here, so that it can only be merged.
     """
-    paths = adapter.module_paths(key_map)
+    in_memory = memory_names(model)
+    paths = {
+        path: in_memory.get(f"{native}.weight", f"{native}.weight").removesuffix(".weight")
+        for path, native in adapter.module_paths(key_map).items()
+    }
     absent = [path for path in paths.values() if not _has_module(model, path)]
     if absent:
         raise CheckpointError(

@@ -143,8 +143,8 @@ def _words_folder(folder: Path, config: Mapping[str, Any], base: str | os.PathLi
     if has_tokenizer(folder):
         if base is not None:
             raise CheckpointError(
-                f"a base model is given, but {folder} is neither a LoRA folder (it has no adapter_config.json) nor "
-                "without a tokenizer, so the base would do nothing"
+                f"a base is given, but {folder} has a tokenizer and no adapter_config.json: it is no LoRA folder, "
+                "and the base would do nothing"
             )
         return folder
     found = base or _named_start(folder, config)
@@ -198,7 +198,7 @@ def _open_lora(files: CheckpointFiles, model_base: str | os.PathLike[str] | None
         raise CheckpointError(f"{folder} is a LoRA folder whose base model cannot be opened: {error}") from error
     opened = opened.with_update()  # the base may be a LoRA folder itself, whose training was gone on with
     adapter = read_adapter(folder)
-    beside = layout.key_map.to_native(strip_lora_prefix(read_tensor_file(folder / NON_LORA_FILE)))
+    beside = layout.key_map.to_native(_trained_whole(folder, name, adapter))
     _check_whole_parts(beside, opened.tensors, folder)
     tokenizer_folder = folder if has_tokenizer(folder) else opened.tokenizer_folder
     own_config = read_json(folder / "config.json") if (folder / "config.json").is_file() else opened.config
@@ -244,6 +244,19 @@ def _open_projectors(
         )
     config = {**opened.config, **read_json(files.folder / "config.json")}
     return Checkpoint(files.folder, config, opened.tensors | own, opened.tokenizer_folder, layout, name)
+
+
+def _trained_whole(folder: Path, system: str, adapter: Adapter) -> dict[str, TensorLike]:
+    """What lies beside an adapter; PEFT's own folders have it within the adapter, if there is any.
+
+    Raises:
+        CheckpointError: The file is missing, and the system trains parts whole of which the adapter holds none.
+    """
+    file = folder / NON_LORA_FILE
+    needs_whole = not system or registry.component(system, "objective") is not None
+    if not file.is_file() and (adapter.whole or not needs_whole):
+        return {}
+    return strip_lora_prefix(read_tensor_file(file))
 
 
 def _check_whole_parts(beside: Mapping[str, TensorLike], base: Mapping[str, TensorLike], folder: Path) -> None:

@@ -155,6 +155,13 @@ _STORED_PREFIXES = {"CLIPVisionModel": "vision_model.", "Dinov2Model": ""}
 """Towers of transformers' own that a model may hold, and what stands before their stored names."""
 
 
+def memory_names(module: nn.Module) -> dict[str, str]:
+    """Returns the name in memory of each of a module's tensors by the name under which checkpoints hold it."""
+    names = list(module.state_dict())
+    numbers = stored_state_dict(module, {name: torch.tensor(number) for number, name in enumerate(names)})
+    return {stored: names[int(number)] for stored, number in numbers.items()}
+
+
 def stored_state_dict(
     module: nn.Module, state_dict: Mapping[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from llava.model.branches import LORA, is_projector, is_tower
 from llava.model.configuration import CPM_SEARCHES
 from llava.train.export import LAYOUTS
 from llava.train.option_names import current_name, current_names, is_on, read_flags
-from llava.train.recipes import deepspeed_config, describe_recipes, read_recipe, recipe_options
+from llava.train.recipes import GLOBAL_BATCH, deepspeed_config, describe_recipes, read_recipe, recipe_options
 
 AVERAGES = ("global_batch", "micro_batch")
 VERDICT_CHECKS = ("auto", "generate", "score")
@@ -327,7 +327,7 @@ def parse_groups(parser: "TrainParser", kinds: Sequence[type], arguments: Sequen
 def _recipe_flags(parser: TrainParser, name: str, flags: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """Returns the options of a recipe that flags leave open."""
     recipe = read_recipe(name)
-    for option in recipe:
+    for option in recipe.keys() - {GLOBAL_BATCH}:
         word = f"--{current_name(option)}"
         if word not in parser._option_string_actions:
             raise OptionError(f"--recipe {name}: {unknown_option(word, parser._option_string_actions)}")

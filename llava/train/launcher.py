@@ -16,7 +16,7 @@ from llava.cli import run_cli
 from llava.errors import OptionError
 from llava.files import file_errors
 from llava.train.option_names import is_on, read_flags
-from llava.train.recipes import deepspeed_config, describe_recipes, read_recipe, recipe_options
+from llava.train.recipes import GLOBAL_BATCH, deepspeed_config, describe_recipes, read_recipe, recipe_options
 
 ROOT = Path(__file__).parents[2]
 OWN_FLAGS = ("recipe", "dry_run", "list_recipes")
@@ -248,7 +248,8 @@ def make_plan(flags: Flags, recipe: Flags, env: Environment, *, starts: bool) ->
         raise OptionError("ZERO and --deepspeed both choose a configuration; leave one of them out")
     added = recipe_options(recipe, flags, on_cpu=on_cpu)
     processes = count_processes(env, on_cpu=on_cpu, starts=starts)
-    batch = plan_batch({**added, **flags}, processes, env.global_batch)
+    published = "" if "gradient_accumulation_steps" in flags else _first(recipe, GLOBAL_BATCH)
+    batch = plan_batch({**added, **flags}, processes, env.global_batch or published)
     zero = env.zero or "3"
     if zero != "0" and "deepspeed" not in flags and (env.zero or "deepspeed" not in added):
         added["deepspeed"] = [deepspeed_config(f"zero{zero}")]
@@ -475,7 +476,8 @@ those of the folder where it was called.
 
 Environment:
   NUM_GPUS=8                  processes on each machine, one a GPU (with DEVICE=cpu the default is 1)
-  GLOBAL_BATCH=128            samples an optimizer step. --gradient_accumulation_steps is computed from it; a batch that
+  GLOBAL_BATCH=…              samples an optimizer step (default: the recipe's, else 128).
+                              --gradient_accumulation_steps is computed from it; a batch that
                               cannot be made exactly is refused. Who gives --gradient_accumulation_steps but no
                               GLOBAL_BATCH gets the batch that follows from it; both must agree.
   ZERO=3                      2 or 3: DeepSpeed's ZeRO stage by the package's zero<stage>.json; 0: without DeepSpeed.

@@ -16,6 +16,8 @@ _ANSWERED_BY = {
 }
 """Flags beside its own that take the place of a recipe's option."""
 _GPU_ONLY = ("bf16", "tf32")
+GLOBAL_BATCH = "global_batch"
+"""The entry of a recipe that the launcher divides over devices; no option of the training itself."""
 
 
 def list_recipes() -> list[str]:
@@ -78,7 +80,7 @@ def recipe_options(
     return {
         name: values
         for name, values in options.items()
-        if current_name(name) not in given and not given & _ANSWERED_BY.get(name, set())
+        if name != GLOBAL_BATCH and current_name(name) not in given and not given & _ANSWERED_BY.get(name, set())
     }
 
 

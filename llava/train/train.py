@@ -108,6 +108,11 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
         raise OptionError(
             "--save_layout published names its vision tower rather than describing it; name it by --vision_tower"
         )
+    if args.save_layout == "published" and not names_tower and model_args.lora_enable:
+        raise OptionError(
+            "--save_layout published: this system's published files are a whole model; use --save_layout adapter, and "
+            "forgery merge --layout published afterwards"
+        )
     records, validation_records = _records(data_args, args, start)
     output = Path(args.output_dir)
     checkpoint = resume_checkpoint(output, args.resume)

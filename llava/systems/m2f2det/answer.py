@@ -77,7 +77,7 @@ def arrange(question: str) -> str:
     The lines on which they stood stay, so that a question that begins with both has two empty lines before it.
     """
     rest = question.replace(DEFAULT_IMAGE_TOKEN, "").replace(DETECTOR_TOKEN, "")
-    return f"{DEFAULT_IMAGE_TOKEN}\n{DETECTOR_TOKEN}\n{rest}"
+    return f"{DEFAULT_IMAGE_TOKEN}\n{DETECTOR_TOKEN}\n{rest}".strip()
 
 
 # --- answers

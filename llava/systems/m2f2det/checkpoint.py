@@ -262,8 +262,7 @@ def open_tower(detector: M2F2Detector, source: str | None, beside: Path | None) 
         )
     found = read_vision_tower(place)
     shared = PixelFormat(found.config.get("image_size", detector.image_size), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    with torch.device("meta"):
-        tower = build_vision_tower({**found.config, "select_layer": -2, "select_feature": "cls_patch"}, shared)
+    tower = build_vision_tower({**found.config, "select_layer": -2, "select_feature": "cls_patch"}, shared)
     wanted, given = detector.config.vision, (tower.hidden_size, tower.num_patches - 1)
     if given != (wanted["hidden_size"], wanted["num_patches"]):
         raise CheckpointError(
@@ -271,5 +270,5 @@ def open_tower(detector: M2F2Detector, source: str | None, beside: Path | None) 
             f"width {wanted['hidden_size']}"
         )
     names = dict(zip(tower.state_dict(), stored_state_dict(tower), strict=True))
-    tower.load_state_dict({name: found.tensors[stored][...] for name, stored in names.items()}, assign=True)
+    tower.load_state_dict({name: found.tensors[stored][...] for name, stored in names.items()})
     return tower.requires_grad_(False).eval()

@@ -1,0 +1,127 @@
+"""FakeVLM trained by its recipes on a CPU, and evaluated on its data sets: what is written, and that it opens."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from forgery_eval.eval import run as evaluate
+from llava import load_pretrained_model
+from llava.merge import main as merge
+from llava.train.launcher import main as launch
+from llava.train.train import main as train
+from tests.training_runs import LORA, QUICK, steps, write_records
+
+GOLDENS = Path(__file__).parents[1] / "data" / "goldens_fakevlm"
+BASE, CLUE = GOLDENS / "base", GOLDENS / "fakeclue"
+CLUE_TRAIN = {"data_path": CLUE / "data_json" / "train.json", "image_folder": CLUE / "train"}
+
+
+def options(**given) -> list[str]:
+    values = {"model_name_or_path": BASE, **CLUE_TRAIN, **QUICK, "model_max_length": 160, "save_dtype": "float32"}
+    words = []
+    for name, value in {**values, **given}.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """Three steps of the recipe over the small base."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    assert train([*options(output_dir=output, learning_rate=1e-3), "--recipe", "fakevlm"]) == 0
+    return output / "final"
+
+
+def test_the_recipe_trains_tower_projector_and_language_model(whole):
+    before = {k: v for file in BASE.glob("*.safetensors") for k, v in load_file(file).items()}
+    after = load_file(whole / "model.safetensors")
+    assert after.keys() == before.keys()
+    still = {name for name, value in after.items() if torch.equal(value, before[name])}
+    layers = json.loads((BASE / "config.json").read_text())["vision_config"]["num_hidden_layers"]
+    frozen = ("post_layernorm", f"vision_model.encoder.layers.{layers - 1}.")
+    assert still == {name for name in after if any(part in name for part in frozen)}
+    losses = steps(whole, "lm_loss")
+    assert losses[-1] < losses[0]
+
+
+def test_what_is_written_opens_here_and_in_transformers(whole):
+    tokenizer, model, _, length = load_pretrained_model(whole, device="cpu")
+    assert model.config.system == "fakevlm" and length == 160 and model.config.conv_mode == "raw"
+    assert tokenizer.convert_tokens_to_ids("<image>") < model.config.vocab_size
+    theirs = LlavaForConditionalGeneration.from_pretrained(whole, dtype=torch.float32)
+    processor = LlavaProcessor.from_pretrained(whole).image_processor
+    assert processor.crop_size["height"] == model.image_processor.crop_size["height"]
+    ids = torch.tensor([[1, 5, 6, 7]])
+    with torch.no_grad():
+        assert (theirs(input_ids=ids).logits - model(input_ids=ids).logits).abs().max() < 1e-5
+
+
+def test_lora_of_the_recipe_is_merged_into_transformers_layout(tmp_path):
+    output = tmp_path / "run"
+    assert train([*options(output_dir=output, **LORA), "--recipe", "fakevlm_lora"]) == 0
+    final = output / "final"
+    assert (final / "adapter_model.safetensors").is_file()
+    target = tmp_path / "merged"
+    words = ["--model-path", str(final), "--save-model-path", str(target), "--dtype", "float32"]
+    assert merge([*words, "--layout", "published"]) == 0
+    ids = torch.tensor([[1, 5, 6, 7]])
+    with torch.no_grad():
+        found = [load_pretrained_model(path, device="cpu")[1](input_ids=ids).logits for path in (final, target)]
+        found.append(LlavaForConditionalGeneration.from_pretrained(target, dtype=torch.float32)(input_ids=ids).logits)
+    assert all((one - found[0]).abs().max() < 1e-5 for one in found)
+
+
+def test_layouts_that_cannot_be_written_are_refused_at_once(tmp_path, capsys):
+    words = [*options(output_dir=tmp_path / "run", **LORA, save_layout="published"), "--recipe", "fakevlm_lora"]
+    assert train(words) == 1
+    assert "published files are a whole model" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("rewrite", [True, False])
+def test_data_of_two_systems_are_mixed(tmp_path, rewrite):
+    tagged = write_records(tmp_path, count=4)
+    mixed = {"data_path": (CLUE_TRAIN["data_path"], tagged), "image_folder": (CLUE / "train", tmp_path / "images")}
+    given = options(output_dir=tmp_path / "run", **mixed, rewrite_answers=rewrite, max_steps=1, model_max_length=1500)
+    assert train([*given, "--recipe", "fakevlm"]) == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["records"] == 7
+
+
+def test_a_label_against_its_answer_stops_the_training(tmp_path, capsys):
+    shutil.copytree(CLUE, tmp_path / "clue")
+    file = tmp_path / "clue/data_json/train.json"
+    rows = json.loads(file.read_text())
+    rows[0]["label"] = 1
+    file.write_text(json.dumps(rows))
+    assert train([*options(output_dir=tmp_path / "run", data_path=file), "--recipe", "fakevlm"]) == 1
+    assert "row 1: its answer says fake, but its label real" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["fakevlm", "fakevlm_lora", "fakevlm_qlora"])
+def test_the_published_batch_is_divided(name, capsys, monkeypatch):
+    for gpus, wanted in (("8", "8 per device x 4 accumulation x 8"), ("2", "8 per device x 16 accumulation x 2")):
+        monkeypatch.setenv("NUM_GPUS", gpus)
+        assert launch(["--recipe", name, "--dry-run"]) == 0
+        printed = capsys.readouterr().out
+        assert f"batch: {wanted} processes = 256 global" in printed and "--global_batch" not in printed
+        assert "zero3" in printed and "--system fakevlm" in printed and "--learning_rate" in printed
+
+
+def test_it_is_evaluated_on_its_data_sets_by_the_papers_protocol(whole, tmp_path):
+    for name in ("fakeclue", "loki", "ddvqa"):
+        result = tmp_path / name
+        words = ["--model-path", whole, "--dataset_path", GOLDENS / name, "--result_folder", result]
+        given = [*map(str, words), "--paper-protocol", "--max_new_tokens", "4", "--device", "cpu"]
+        assert evaluate(given) == 0
+        metrics = json.loads((result / "metrics.json").read_text())
+        paper = metrics["paper"][name]
+        counts = [paper[f"{kind}_{label}"] for kind in ("right", "wrong") for label in ("real", "fake")]
+        assert sum(counts) == metrics["detection"]["all"]["metrics"]["images"]
+        assert metrics["settings"]["image_mode"] == "crop"
+        page = (result / "report.html").read_text()
+        assert "published acc" in page and "published f1" in page
