@@ -190,20 +190,19 @@ def _part(name: str, images: Sequence[Localized], draws: int, seed: int) -> dict
     real = np.array([image.label != FAKE for image in images], bool)
     columns["giou"] = (authors_giou(fixed), np.ones(len(images), bool))
     columns["real_without_mask"] = ((~marked).astype(float), real)
+    # Each metric is a ratio of sums over images: of values, and of what they are averaged over.
+    sums = {
+        key: (np.where(known, column, 0.0), known.astype(float)) for key, (column, known) in _known(columns).items()
+    }
+    sums["ciou"] = (fixed["tp"], fixed["tp"] + fixed["fp"] + fixed["fn"])
+    drawn = _bootstrap(name, images, sums, draws, seed)
     intervals: dict[str, list[float] | None] = {}
-    weights_DN = _weights(name, images, draws, seed)
-    for key, (column, among) in columns.items():
-        known = among & ~np.isnan(column)
-        metrics[key] = float(column[known].mean()) if known.any() else None
-        intervals[key] = interval(_weighted_mean(weights_DN, column, known)) if known.any() else None
-        if not known.any():
+    for key, (values_N, over_N) in sums.items():
+        is_defined = over_N.sum() > 0
+        metrics[key] = float(values_N.sum() / over_N.sum()) if is_defined else None
+        intervals[key] = interval(drawn[key]) if is_defined else None
+        if not is_defined:
             undefined[key] = "there is no real image" if key == "real_without_mask" else NO_CHANGED
-    union = fixed["tp"] + fixed["fp"] + fixed["fn"]
-    metrics["ciou"] = float(fixed["tp"].sum() / union.sum()) if union.sum() else None
-    with np.errstate(divide="ignore", invalid="ignore"):
-        intervals["ciou"] = interval((weights_DN @ fixed["tp"]) / (weights_DN @ union)) if union.sum() else None
-    if not union.sum():
-        undefined["ciou"] = NO_CHANGED
     if is_binary:
         for key in ("auroc", *best, *(f"{key}_threshold" for key in best)):
             metrics[key], undefined[key] = None, undefined.get(key) or BINARY
@@ -222,18 +221,24 @@ def _best(counts: Mapping[str, Array], among: Array) -> dict[str, tuple[int, Arr
     return found
 
 
-def _weights(name: str, images: Sequence[Localized], draws: int, seed: int) -> Array:
-    """How often each image is drawn, shape (draws, N): with replacement within each set and class."""
+def _known(columns: Mapping[str, tuple[Array, Array]]) -> dict[str, tuple[Array, Array]]:
+    """Each column with the images that it is averaged over and that have a value."""
+    return {key: (column, among & ~np.isnan(column)) for key, (column, among) in columns.items()}
+
+
+def _bootstrap(
+    name: str, images: Sequence[Localized], sums: Mapping[str, tuple[Array, Array]], draws: int, seed: int
+) -> dict[str, Array]:
+    """Ratios of sums in each draw, shape (draws,): images drawn with replacement within each set and class."""
     sets = {own: number for number, own in enumerate(dict.fromkeys(image.set for image in images))}
     labels = np.array([image.label for image in images], int)
     nothing = np.full(len(images), np.nan)
     strata = np.array([sets[image.set] for image in images], int)
     rng = np.random.default_rng([seed, zlib.crc32(f"localization {name}".encode())])
-    return np.concatenate([*draw_weights(Outcomes(labels, labels, nothing, strata), draws, rng)])
-
-
-def _weighted_mean(weights_DN: Array, column: Array, among: Array) -> Array:
-    weights = weights_DN[:, among]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        means: Array = (weights @ column[among]) / weights.sum(axis=1)
-    return means
+    outcomes = Outcomes(labels, labels, nothing, strata)
+    found: dict[str, list[Array]] = {key: [] for key in sums}
+    for weights_DN in draw_weights(outcomes, draws, rng):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            for key, (values_N, over_N) in sums.items():
+                found[key].append((weights_DN @ values_N) / (weights_DN @ over_N))
+    return {key: np.concatenate(parts) for key, parts in found.items()}

@@ -263,3 +263,17 @@ def test_an_evaluation_compares_masks(pairs, tmp_path):
 def test_predictions_without_masks_are_not_compared():
     samples = open_benchmark(GOLDENS / "dataset" / "photoshop" / "Columbia")
     assert localization(samples, [Prediction(sample.id, sample.label) for sample in samples], None) is None
+
+
+def test_maps_of_another_system_are_compared(pairs, trained, tmp_path):
+    for name in ("a", "b"):
+        Image.effect_noise((40, 30), 60).convert("RGB").save(pairs / "set_Tp" / "image" / f"{name}.jpg")
+        Image.fromarray(np.where(np.arange(1200).reshape(30, 40) < 500, 255, 0).astype(np.uint8)).save(
+            pairs / "set_Tp" / "mask" / f"{name}.png"
+        )
+    given = ["--dataset_path", str(pairs), "--model-path", str(trained), "--device", "cpu", "--max_new_tokens", "4"]
+    assert main(["eval", *given, "--score-maps", "--result_folder", str(tmp_path / "maps")]) == 0
+    found = json.loads((tmp_path / "maps" / "metrics.json").read_text())["localization"]["all"]["metrics"]
+    assert found["missing"] == 0 and 0 < found["auroc"] < 1 and 0 < found["iou_best_threshold"] <= 1
+    assert main(["eval", *given, "--result_folder", str(tmp_path / "plain")]) == 0
+    assert "localization" not in json.loads((tmp_path / "plain" / "metrics.json").read_text())

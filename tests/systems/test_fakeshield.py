@@ -137,6 +137,12 @@ def test_a_long_explanation_is_cut_for_the_segmenter(detector):
     assert len(answering.segment([detector.system.prepare(Image.open(IMAGES[0])).segmenter], [request])) == 1
 
 
+def test_an_image_that_the_segmenter_cannot_take_gets_no_mask(detector):
+    thin = Image.new("RGB", (900, 3), (90, 120, 150))
+    report = detector.analyze(thin, gate="published")
+    assert report.error == "" and report.text and report.mask is None and "too oblong" in report.details["mask"]
+
+
 def test_both_language_models_share_one_tower(detector):
     segmenter = detector.system.segmenter.answering.segmenter
     assert segmenter.language_model.model.vision_tower is detector.system.model.model.vision_tower

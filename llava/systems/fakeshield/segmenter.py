@@ -28,7 +28,8 @@ from llava.systems.fakeshield.answer import ADDED_TOKENS, OVERVIEW, SEG, mask_re
 
 MAX_NEW_TOKENS = 64
 """Longest answer of the segmenter; the published ones have at most a dozen tokens."""
-_SAM_BATCH = {"cpu": 1}
+_SAM_BATCH = {"cpu": 1, "cuda": 4}
+"""Images that SAM's encoder sees at a time: each of its global blocks holds half a gigabyte an image."""
 _TEMPLATE = "llava_v1"
 
 
@@ -129,7 +130,7 @@ class Segmenter(nn.Module):
     def embed_images(self, images: Sequence[np.ndarray]) -> Tensor:
         """Returns SAM's embeddings ``[B, C, g, g]`` of resized images."""
         device = self.sam.device
-        size = _SAM_BATCH.get(device.type, len(images)) or 1
+        size = _SAM_BATCH.get(device.type, 1)
         embeddings = []
         for start in range(0, len(images), size):
             pixels = torch.stack([sam_parts.normalize(image, self.side) for image in images[start : start + size]])

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.errors import OptionError
+from llava.errors import DataError, OptionError
 from llava.model.answering import ImageAnswers
 from llava.model.builder import load_pretrained_model, resolve_device
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
@@ -126,10 +126,17 @@ class SegmenterPart:
 
 @dataclass(frozen=True)
 class PreparedPhoto(PreparedImage):
-    """An image as all three parts take it: the explainer's pixels, the tagger's crop, the segmenter's pixels."""
+    """An image as all three parts take it.
+
+    Attributes:
+        crop: The tagger's, ``[224, 224, 3]``; None without a tagger.
+        segmenter: The segmenter's pixels; None without one, or where it cannot take the image.
+        unmarked: Why it cannot.
+    """
 
     crop: np.ndarray | None = None
     segmenter: SegmenterPixels | None = None
+    unmarked: str = ""
 
 
 class FakeShield(LanguageModelSystem):
@@ -209,11 +216,13 @@ class FakeShield(LanguageModelSystem):
 
     def prepare(self, image: Image.Image) -> PreparedPhoto:
         """Makes the pixels of every part that is there."""
-        return PreparedPhoto(
-            **vars(super().prepare(image)),
-            crop=tagger_parts.crop_image(image) if self.tagger else None,
-            segmenter=self.segmenter.prepare(image) if self.segmenter else None,
-        )
+        segmenter, unmarked = None, ""
+        try:
+            segmenter = self.segmenter.prepare(image) if self.segmenter else None
+        except DataError as error:
+            unmarked = f"no mask: {error}"
+        crop = tagger_parts.crop_image(image) if self.tagger else None
+        return PreparedPhoto(**vars(super().prepare(image)), crop=crop, segmenter=segmenter, unmarked=unmarked)
 
     @torch.no_grad()
     def analyze_batch(self, prepared: Sequence[PreparedImage], options: AnalyzeOptions) -> list[ForgeryReport]:
@@ -289,9 +298,14 @@ class FakeShield(LanguageModelSystem):
         """Adds masks to the reports whose answer calls for one."""
         if self.segmenter is None or not options.makes_masks:
             return reports
-        asked = [row for row, report in enumerate(reports) if calls_for_mask(report, options.gate)]
-        for row in set(range(len(reports))) - set(asked):
-            reports[row] = replace(reports[row], details={**reports[row].details, "mask": _NOT_ASKED})
+        asked = []
+        for row, report in enumerate(reports):
+            calls, unmarked = calls_for_mask(report, options.gate), getattr(prepared[row], "unmarked", "")
+            if calls and not unmarked:
+                asked.append(row)
+            else:
+                details = {**report.details, "mask": unmarked if calls else _NOT_ASKED}
+                reports[row] = replace(report, details=details)
         if not asked:
             return reports
         photos: list[Any] = [prepared[row] for row in asked]
