@@ -207,6 +207,17 @@ def test_what_is_written_opens_again(folder, clip, tmp_path):
     assert load_state(tmp_path / "DTG.pth").keys() == load_state(folder / "DTG.pth").keys()
 
 
+def test_the_whole_folder_is_written_and_opens(detector, clip, tmp_path):
+    detector.system.save(tmp_path / "out")
+    assert sorted(item.name for item in (tmp_path / "out").iterdir()) == ["DTE-FDM", "DTG.pth", "MFLM"]
+    again = ForgeryDetector.from_pretrained(tmp_path / "out", device="cpu", vision_tower=clip)
+    before, after = detector.analyze(IMAGES[0]), again.analyze(IMAGES[0])
+    assert (before.text, before.tag, before.fake_probability) == (after.text, after.tag, after.fake_probability)
+    assert (before.mask == after.mask).all()
+    written, published = (read_tensors(root / "DTE-FDM") for root in (tmp_path / "out", GOLDENS))
+    assert written.keys() == published.keys()
+
+
 def load_state(file: Path) -> dict:
     return torch.load(file, weights_only=True)
 

@@ -15,10 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.errors import DataError, OptionError
+from llava.errors import CheckpointError, DataError, OptionError
+from llava.files import atomic_folder
 from llava.model.answering import ImageAnswers
 from llava.model.builder import load_pretrained_model, resolve_device
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.saving import save_published
 from llava.report import ForgeryReport
 from llava.systems.base import AnalyzeOptions, AnswerFormat
 from llava.systems.fakeshield import tagger as tagger_parts
@@ -33,11 +35,15 @@ from llava.systems.fakeshield.answer import (
     tag_sentence,
 )
 from llava.systems.fakeshield.checkpoint import (
+    EXPLAINER,
+    SEGMENTER,
+    TAGGER,
     SegmenterFiles,
     find_parts,
     known_tower,
     load_segmenter,
     read_segmenter,
+    write_segmenter,
 )
 from llava.systems.fakeshield.options import FakeShieldOptions
 from llava.systems.fakeshield.segmenter import (
@@ -47,7 +53,7 @@ from llava.systems.fakeshield.segmenter import (
     prepare_pixels,
     share_vision_tower,
 )
-from llava.systems.fakeshield.tagger import Tagger, open_tagger
+from llava.systems.fakeshield.tagger import Tagger, open_tagger, save_tagger
 from llava.systems.language_model import LanguageModelSystem, PreparedImage, fill_conversation
 
 NAME = "FakeShield"
@@ -149,6 +155,7 @@ class FakeShield(LanguageModelSystem):
         context_length: The explainer's longest sequence in tokens.
         tagger: The tagger, or None.
         segmenter: The segmenter, or None.
+        folder: Where the explainer lies; None where it was made here.
     """
 
     name = NAME
@@ -163,8 +170,10 @@ class FakeShield(LanguageModelSystem):
         context_length: int,
         tagger: TaggerPart | None = None,
         segmenter: SegmenterPart | None = None,
+        folder: Path | None = None,
     ) -> None:
         super().__init__(tokenizer, model, image_processor, context_length)
+        self.folder = folder
         self.tagger = tagger
         self.segmenter = segmenter
 
@@ -195,7 +204,25 @@ class FakeShield(LanguageModelSystem):
         if parts.segmenter is not None:
             files = read_segmenter(parts.segmenter, vision_tower=tower, known_tower=known_tower(opened[1]))
             segmenter = SegmenterPart(files, own, opened[1] if files.shares_tower else None)
-        return cls(*opened, tagger, segmenter)
+        return cls(*opened, tagger, segmenter, parts.explainer)
+
+    def save(self, folder: Path) -> None:
+        """Writes the parts that there are as the published folder has them; the segmenter with its CLIP.
+
+        Raises:
+            CheckpointError: The explainer was not opened from files, or has adapters that are not merged.
+            FileError: The folder exists and is not empty, or cannot be written.
+        """
+        if self.folder is None:
+            raise CheckpointError("an explainer that was made here is written by its training, not by this")
+        with atomic_folder(folder) as partial:
+            if self.tagger is not None:
+                save_tagger(self.tagger.net, partial / TAGGER)
+            save_published(self.model, partial / EXPLAINER, self.model.config.to_dict(), self.folder)
+            if self.segmenter is not None:
+                (partial / SEGMENTER).mkdir()
+                answering, unused = self.segmenter.answering, self.segmenter.files.unused
+                write_segmenter(answering.segmenter, answering.tokenizer, partial / SEGMENTER, unused=unused)
 
     def prompt(self, options: FakeShieldOptions) -> str:
         """Returns what the explainer is asked without a tag; see ``tagged_prompt``."""
