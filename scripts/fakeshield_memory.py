@@ -7,6 +7,7 @@ quantised too, 0.127 bits a weight.
 
 import json
 import sys
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ _CLIP = {
     **{"type": "clip", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24},
     **{"num_attention_heads": 16, "image_size": 336, "patch_size": 14},
 }
-_SAM = {
+_SAM: dict[str, dict[str, Any]] = {
     "vision": {
         **{"hidden_size": 1280, "output_channels": 256, "num_hidden_layers": 32, "num_attention_heads": 16},
         **{"image_size": 1024, "patch_size": 16, "window_size": 14, "global_attn_indexes": [7, 15, 23, 31]},
@@ -70,14 +71,19 @@ def weight_bytes(model: nn.Module, bits: int) -> float:
     return total
 
 
+def count(module: nn.Module) -> int:
+    """Returns how many numbers a module has."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def main() -> int:
     """Prints the table and the JSON line."""
     models = {part: language_model(part) for part in _SIZES}
     with torch.device("meta"):
         sam, tagger = SamModel(build_config(_SAM)), Tagger()
-    clip = sum(parameter.numel() for parameter in models["segmenter"].model.vision_tower.parameters()) * HALF
-    tag_bytes = sum(parameter.numel() for parameter in tagger.parameters()) * 4
-    sam_bytes = sum(parameter.numel() for parameter in sam.parameters()) * HALF
+    tower = models["segmenter"].model.vision_tower
+    assert tower is not None
+    clip, sam_bytes, tag_bytes = count(tower) * HALF, count(sam) * HALF, count(tagger) * 4
     cache = {part: 2 * _SIZES[part][0] * _SIZES[part][1] * HALF * _POSITIONS[part] for part in _SIZES}
     attention = 16 * 4096**2 * HALF  # of one image in SAM's global blocks, whose positions need the whole matrix
     rows = {}
