@@ -16,6 +16,7 @@ from llava.model.checkpoint_files import read_tensors
 from llava.systems import registry
 from llava.systems.fakeshield import answer, checkpoint, tagger
 from llava.systems.fakeshield.options import FakeShieldOptions
+from llava.systems.fakeshield.system import SegmenterPart
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens_fakeshield"
 IMAGES = [GOLDENS / "images" / f"img{index}.png" for index in range(3)]
@@ -146,6 +147,24 @@ def test_an_image_that_the_segmenter_cannot_take_gets_no_mask(detector):
 def test_both_language_models_share_one_tower(detector):
     segmenter = detector.system.segmenter.answering.segmenter
     assert segmenter.language_model.model.vision_tower is detector.system.model.model.vision_tower
+
+
+def test_half_precision(folder, clip):
+    detector = ForgeryDetector.from_pretrained(folder, device="cpu", vision_tower=clip, dtype="bfloat16")
+    report = detector.analyze(IMAGES[0])
+    assert report.label == "fake" and (report.mask == golden_mask(0)).mean() > 0.9
+    segmenter = detector.system.segmenter.answering.segmenter
+    assert segmenter.sam.dtype == segmenter.language_model.dtype == torch.bfloat16
+
+
+def test_a_tower_of_another_dtype_is_not_shared(folder, clip, detector):
+    """The published explainer is stored in float16 and the segmenter in bfloat16."""
+    part = detector.system.segmenter
+    other = SegmenterPart(part.files, {"device": "cpu", "dtype": "bfloat16"}, detector.system.model)
+    tower = other.answering.segmenter.language_model.model.vision_tower
+    assert tower is not detector.system.model.model.vision_tower
+    found = other.answering.segment([other.prepare(Image.open(IMAGES[0]))], [other.answering.request("the sky", 0)[0]])
+    assert found[0].logits is not None
 
 
 def test_every_part_works_alone(folder, clip):

@@ -104,7 +104,7 @@ class SegmenterPart:
     Args:
         files: What ``read_segmenter`` gave.
         options: As for ``load_segmenter``.
-        shared: A model whose CLIP tower it uses instead of an equal one of its own.
+        shared: A model whose CLIP tower it uses instead of an equal one of its own, where both compute in one dtype.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class SegmenterPart:
         """The segmenter at work."""
         with quiet_loading():
             tokenizer, segmenter = load_segmenter(self.files, **self.options)
-        if self.shared is not None:
+        if self.shared is not None and self.shared.dtype == segmenter.language_model.dtype:
             share_vision_tower(segmenter, self.shared)
         return SegmenterAnswering(segmenter.requires_grad_(False), tokenizer, self.files.context_length)
 
