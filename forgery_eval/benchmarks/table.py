@@ -14,7 +14,7 @@ from llava.errors import DataError
 from llava.tables import TABLE_SUFFIXES, Columns, NameFinder, image_name, read_label, read_rows
 from llava.tampered import row_masks
 
-_OWN = ("id", "set", "reference", "attributes", "mask")
+_OWN = ("id", "set", "reference", "attributes", "mask", "description")
 
 
 def opens(path: Path) -> bool:

@@ -316,12 +316,12 @@ def _localization(found: Mapping[str, Any], published: EvaluationProtocol | None
 def _worst_masks(
     found: Mapping[str, Any] | None, rows: Sequence[Scored], masks: Path | None, most: int = WORST
 ) -> list[dict[str, str]]:
-    """Images beside their predicted and their true mask, the worst IoU first."""
+    """Images beside their predicted and their true mask: changed ones, the worst IoU first, then marked real ones."""
     if found is None:
         return []
     by_id = {row.sample.id: row for row in rows}
     shown: list[dict[str, str]] = []
-    for entry in sorted(found["images"], key=lambda entry: (entry["iou"], entry["id"])):
+    for entry in sorted(found["images"], key=lambda one: (not by_id[one["id"]].sample.masks, one["iou"], one["id"])):
         row = by_id[entry["id"]]
         if len(shown) == most:
             break
@@ -336,7 +336,7 @@ def _worst_masks(
                 "image": image_source(image) if image else "",
                 "mask": image_source(_small(predicted)) if predicted else "",
                 "truth": image_source(_small(truth)) if truth else "",
-                "words": f"IoU {entry['iou']:.3f} · F1 {entry['f1']:.3f}",
+                "words": f"IoU {entry['iou']:.3f} · F1 {entry['f1']:.3f}" if truth else "real, but marked",
             }
         )
     return shown
