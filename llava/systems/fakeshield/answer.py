@@ -216,7 +216,7 @@ def write_training(label: Label, explanation: str) -> str:
 class _Format:
     """The words above as an ``AnswerFormat``."""
 
-    marks = ("tampered with",)
+    marks = ("Description of the tampered area", "Judgment basis:")
     write_training = staticmethod(write_training)
 
     question = QUESTION
