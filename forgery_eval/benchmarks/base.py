@@ -19,6 +19,7 @@ class Sample:
         attributes: Names of the attributes that the image shows; None if that is not known.
         answers: What good answers say, verdict included; empty if that is not known.
         questions: Further questions about the image, each with what good answers to it say.
+        video: Video that the image is a frame of; empty for a single image.
     """
 
     id: str
@@ -30,3 +31,4 @@ class Sample:
     attributes: tuple[str, ...] | None = None
     answers: tuple[str, ...] = ()
     questions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    video: str = ""
