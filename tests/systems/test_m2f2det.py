@@ -189,7 +189,7 @@ def test_a_report_has_the_detectors_score_and_the_answers_beside_it(merged, refe
 
 def test_the_answer_follows_the_detectors_token(merged):
     """A test of use: with the probabilities exchanged the logits are others."""
-    _, model, processor, _ = load_pretrained_model(merged, device="cpu")
+    _, model, _, _ = load_pretrained_model(merged, device="cpu")
     source = model.get_model().token_sources[NAME]
     pixels = torch.randn(1, 3, 84, 84)
     ids = torch.tensor([[1, 5, -200, 6, -300, 7]])
@@ -221,7 +221,7 @@ def test_a_delta_is_merged_by_the_command_whatever_its_name(reference, merged, t
     shutil.copytree(reference.model_folder(name), delta)
     given = ["--model-path", str(delta), "--model-base", str(merged), "--save-model-path", str(tmp_path / "out")]
     assert main(["merge", *given, "--dtype", "float32"]) == 0
-    _, apart, processor, _ = load_pretrained_model(delta, merged, device="cpu")
+    _, apart, _, _ = load_pretrained_model(delta, merged, device="cpu")
     _, joined, _, _ = load_pretrained_model(tmp_path / "out", device="cpu")
     ids, pixels = torch.tensor([[1, -200, -300, 7]]), torch.randn(1, 3, 84, 84)
     with torch.no_grad():
