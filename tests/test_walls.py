@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("llava", "forgery_eval", "mmfr_generation", "scripts")
 
 GROUND = {
-    f"llava.{name}"
-    for name in ("labels", "errors", "cli", "files", "images", "tables", "sources", "image_operations", "tampered")
+    *(f"llava.{name}" for name in ("labels", "errors", "cli", "files", "images", "tables", "sources")),
+    *(f"llava.{name}" for name in ("image_operations", "frames", "tampered")),
 }
 VOCABULARY = {f"llava.{name}" for name in ("constants", "conversation", "mm_utils")}
 ASK = {"llava.systems", "llava.systems.base", "llava.systems.registry"}

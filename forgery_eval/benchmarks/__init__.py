@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from forgery_eval.benchmarks import ddvqa, fakeclue, folders, loki, mmfr, synthetic, table, tampering
+from forgery_eval.benchmarks import ddvqa, fakeclue, ffpp, folders, loki, mmfr, synthetic, table, tampering
 from forgery_eval.benchmarks.base import Sample
 from llava.errors import DataError, MissingFileError
 
 __all__ = ["Sample", "open_benchmark"]
-_LAYOUTS = (fakeclue, loki, ddvqa, tampering, table, synthetic, mmfr, folders)
+_LAYOUTS = (fakeclue, loki, ddvqa, ffpp, tampering, table, synthetic, mmfr, folders)
 """Each offers ``opens(path)`` and ``read(path)``; data go to the first that knows their layout."""
 
 
@@ -22,8 +22,8 @@ def open_benchmark(
     """Lists the samples of a data set.
 
     Args:
-        path: An MMFR tree or one of its sets, FakeClue, LOKI's images, DD-VQA, folders ``real`` and ``fake``, or a
-            CSV, JSON or JSONL manifest.
+        path: An MMFR tree or one of its sets, FakeClue, LOKI's images, DD-VQA, FaceForensics++ in packs,
+            folders ``real`` and ``fake``, or a CSV, JSON or JSONL manifest.
         sets: Only these evaluation sets.
         max_sample: The first so many of each class and set.
         label_map: What further label words of a table mean.

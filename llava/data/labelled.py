@@ -8,6 +8,7 @@ from random import Random
 
 from llava.data.records import read_records
 from llava.errors import DataError, MissingFileError
+from llava.frames import Frames, has_packs, read_videos
 from llava.images import walk_images
 from llava.labels import LABELS
 from llava.systems.base import AnswerFormat
@@ -46,23 +47,31 @@ def read_labelled(
     answer_format: AnswerFormat | None,
     image_folder: Path | None = None,
     label_map: Mapping[str, int] | None = None,
+    split: str = "train",
 ) -> list[LabelledImage]:
     """Lists images with their classes; no image is opened.
 
     Args:
         paths: Folders with a subfolder for each class (also ``0_real`` and ``1_fake``), in themselves or in folders
-            below; MMFR trees; tables with a column of images and one of labels; training records (JSON).
+            below; MMFR trees; folders with packs of FaceForensics++; tables with a column of images and one of labels;
+            training records (JSON).
         classes: Words of the classes, by number.
         answer_format: Reads the verdicts of training records; None where there are none.
         image_folder: What the names in records and tables start from; default: their file's folder.
         label_map: What further label words mean.
+        split: Which list of pairs counts, of packs of FaceForensics++ that have some.
 
     Raises:
         MissingFileError: There is nothing at a path.
         DataError: A layout is not known, a label is none of the classes, or a class has no image.
     """
     read = partial(
-        _read, classes=classes, answer_format=answer_format, image_folder=image_folder, meanings=label_map or {}
+        _read,
+        classes=classes,
+        answer_format=answer_format,
+        image_folder=image_folder,
+        meanings=label_map or {},
+        split=split,
     )
     found = [image for path in paths for image in read(path)]
     counts = [sum(image.label == number for image in found) for number in range(len(classes))]
@@ -80,9 +89,12 @@ def _read(
     answer_format: AnswerFormat | None,
     image_folder: Path | None,
     meanings: Mapping[str, int],
+    split: str,
 ) -> Iterator[LabelledImage]:
     if not path.exists():
         raise MissingFileError(f"there is no file or folder {path}")
+    if has_packs(path):
+        return _from_packs(path, classes, split)
     if path.is_dir():
         if tuple(classes) == LABELS and _has_records(path / RECORDS_FILE):
             return _from_records(path / RECORDS_FILE, answer_format, image_folder)
@@ -94,6 +106,15 @@ def _read(
     if path.suffix.lower() in TABLE_SUFFIXES:
         return _from_table(path, classes, image_folder, meanings)
     raise DataError(f"{path} is no folder, table or file of training records")
+
+
+def _from_packs(folder: Path, classes: Sequence[str], split: str) -> Iterator[LabelledImage]:
+    """Yields videos; as published, a training never draws the last frame."""
+    if tuple(classes) != LABELS:
+        raise DataError(f"{folder}: these videos are real or fake, but the classes are {', '.join(classes)}")
+    for video in read_videos(folder, split):
+        frames = Frames(video.frames.pack, video.key, max(1, len(video.frames) - 1))
+        yield LabelledImage(frames, video.label, f"{video.frames.pack}/{video.key}")
 
 
 def _has_records(file: Path) -> bool:

@@ -359,12 +359,14 @@ class EvaluatedAnswer:
         text: The answer as decoded; empty if there is none.
         fake_probability: P(fake), None where there is none.
         reference: The reference explanation; empty if there is none.
+        video: Video that the image is a frame of; empty for a single image.
     """
 
     label: int
     text: str
     fake_probability: float | None = None
     reference: str = ""
+    video: str = ""
 
 
 CompareTexts = Callable[[str, str], Mapping[str, float]]

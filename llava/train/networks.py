@@ -234,13 +234,15 @@ def _images(
     meanings = {} if options.label_map is None else parse_label_map(options.label_map)
     folder = None if options.image_folder is None else Path(options.image_folder)
 
-    def read(paths: Sequence[str]) -> list[LabelledImage]:
+    def read(paths: Sequence[str], split: str) -> list[LabelledImage]:
         given = [Path(path) for path in paths]
-        return read_labelled(given, training.classes, answer_format=words, image_folder=folder, label_map=meanings)
+        return read_labelled(
+            given, training.classes, answer_format=words, image_folder=folder, label_map=meanings, split=split
+        )
 
-    images = read(options.data_path)
+    images = read(options.data_path, "train")
     if options.eval_data_path:
-        return images, read(options.eval_data_path)
+        return images, read(options.eval_data_path, "val")
     return _split(images, options, args)
 
 

@@ -36,6 +36,6 @@ def verdict_predictor(
         prepared = [system.prepare_pixels(sample.image) for sample in samples]
         with torch.no_grad(), precision():
             reports = system.analyze_batch(prepared, options)
-        return [None if report.label is None else LABELS.index(report.label) for report in reports]
+        return [None if report.said is None else LABELS.index(report.said) for report in reports]
 
     return predict

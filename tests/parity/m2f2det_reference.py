@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoTokenizer
@@ -20,11 +21,15 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from llava.conversation import conv_templates
 from llava.data.prompting import fill_template, tokenize_conversation
+from llava.frames import read_videos
 from llava.image_operations import jpeg
+from llava.images import load_image
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from llava.model.multimodal_encoder.clip_encoder import image_processor_settings
 from llava.model.token_sources import VisionContext
+from llava.systems.base import EvaluatedAnswer
+from llava.systems.m2f2det import protocol
 from llava.systems.m2f2det.answer import arrange, fill_prompt
 from llava.systems.m2f2det.augmentation import blur, draw
 from llava.systems.m2f2det.checkpoint import infer_config, load_tensors, read_detector_tensors
@@ -139,9 +144,22 @@ class Reference:
             shutil.copytree(self.folder / name, out, copy_function=shutil.copyfile)
             out.chmod(0o755)
             config = json.loads((out / "config.json").read_text())
-            config["mm_vision_tower"] = str(self.folder / "llava_clip")
+            config["mm_vision_tower"] = str(self.clip_folder())
             config["deepfake_model_path"] = "nowhere.pth"  # the model's own detector is used
             (out / "config.json").write_text(json.dumps(config))
+        return out
+
+    def clip_folder(self) -> Path:
+        """The CLIP model; one without weights gets the merged model's tower, which is what is used in any case."""
+        if (self.folder / "llava_clip" / "model.safetensors").is_file():
+            return self.folder / "llava_clip"
+        out = self.work / "llava_clip"
+        if not out.exists():
+            shutil.copytree(self.folder / "llava_clip", out)
+            prefix = "model.vision_tower.vision_tower."
+            stored = load_file(self.folder / BASE / "model.safetensors")
+            tower = {n.removeprefix(prefix): value for n, value in stored.items() if n.startswith(prefix)}
+            save_file(tower, out / "model.safetensors")
         return out
 
     def language(self) -> M2F2DetLanguage:
@@ -283,9 +301,7 @@ def compare_cosine(reference: Reference, comparer: Comparer) -> None:
     with torch.no_grad():
         out = detector.train()(*reference.cosine_inputs())
     wanted = reference.stage1
-    comparer.tensor(
-        "cosine_dense/logits_trainmode", out.logits, wanted.get("cosine_dense/logits_trainmode"), CLOSE
-    )
+    comparer.tensor("cosine_dense/logits_trainmode", out.logits, wanted.get("cosine_dense/logits_trainmode"), CLOSE)
     for name in ("running_mean", "running_var"):
         own = getattr(detector.deepfake_encoder.norm0, name)
         comparer.tensor(f"batch norm {name}", own, wanted.get(f"cosine_dense/trainmode_norm0_{name}"), CLOSE)
@@ -335,7 +351,9 @@ def compare_step(reference: Reference, comparer: Comparer) -> None:
             comparer.tensor(key, own[key.removeprefix(prefix)].detach(), value, CLOSE)
     with torch.no_grad():
         loss = F.cross_entropy(training.network(pixels), labels)
-    comparer.number("loss after the step", loss.item(), facts.get("bridge_eff_train/loss_after_step"), {"atol": 1e-3, "rtol": 0})
+    comparer.number(
+        "loss after the step", loss.item(), facts.get("bridge_eff_train/loss_after_step"), {"atol": 1e-3, "rtol": 0}
+    )
 
 
 # --- the language model
@@ -505,8 +523,9 @@ def compare_stage2(reference: Reference, comparer: Comparer) -> None:
     for name, value in own.items():
         comparer.tensor(f"stage2_grad/{name}", value.grad, wanted.get(f"stage2_grad/{name}"), CLOSE)
     source.config["freeze_batch_norm"] = False
+    judged = {name: values[: len(wanted["judge/input_ids"])] for name, values in batch.items()}
     with torch.no_grad():
-        moved = model.train()(**batch).loss.item()
+        moved = model.train()(**judged).loss.item()
     comparer.number("stage2_loss with batch statistics", moved, facts.get("stage2_loss_trainmode_detector"), LOSS)
 
 
@@ -576,6 +595,82 @@ def compare_augmentation(reference: Reference, comparer: Comparer) -> None:
         comparer.equal(f"what seed {seed} draws", draw(Random(seed)), {**sigma_of, **jpeg_of})
 
 
+# --- evaluation
+
+
+def compare_metrics(reference: Reference, comparer: Comparer) -> None:
+    facts = reference.facts("metrics")
+    if not facts:
+        comparer.lacks("metrics.json")
+        return
+    canned = facts["judgement_canned"]
+    answers = []
+    for image, text, said, truth in canned["items_image_text_pred_gt"]:
+        comparer.equal(f"judgement of {text[:30]!r}", str(protocol.parse(text)), str(said))
+        label = int(not image.startswith("./utils/DDVQA_images/c40/test/5")) if truth is None else truth
+        answers.append(EvaluatedAnswer(label, text))
+    found = protocol.judgement_metrics(answers)
+    names = {"Accuracy": "accuracy", "F1 Score": "f1", "Precision": "precision", "Recall": "recall"}
+    for line in canned["printed"]:
+        name, _, value = line.partition(": ")
+        comparer.equal(f"judgement, {name}", f"{found[names[name]]:.4f}", value)
+    if find_spec("pycocoevalcap") is None:
+        comparer.lacks("explanations, which take pycocoevalcap")
+        return
+    texts = facts["explanation_canned"]
+    order, wanted = texts["order"], texts["aggregate"]
+    references = [texts["references"][key] for key in order]
+    cleaned = [protocol._cleaned(texts["predictions_raw"][key]) for key in order]
+    comparer.equal("cleaned explanations", cleaned, [texts["predictions_cleaned"][key][0] for key in order])
+    captions = protocol.caption_metrics(cleaned, references)
+    bleu = [captions[f"bleu_{number}"] for number in (1, 2, 3, 4)]
+    comparer.tensor("BLEU", torch.tensor(bleu), torch.tensor(wanted["bleu_1_to_4"]), CLOSE)
+    for name, key in (("bleu", "Bleu_reported_mean"), ("rouge_l", "ROUGE_L"), ("cider", "CIDEr")):
+        comparer.number(f"explanation, {name}", captions[name], wanted[key], CLOSE)
+
+
+def compare_videos(reference: Reference, comparer: Comparer) -> None:
+    scores, facts = reference.tensors("goldens_stage1_eval"), reference.facts("goldens_stage1_eval")
+    packs = reference.folder / "ffpp_h5"
+    if not scores or not packs.is_dir():
+        comparer.lacks("ffpp_h5 and goldens_stage1_eval")
+        return
+    videos = list(read_videos(packs, "test"))
+    extra = reference.facts("goldens_extra")
+    comparer.equal("order of videos", [[v.manipulation, v.key] for v in videos], extra["h5_train_order"])
+    comparer.equal("labels of videos", [video.label for video in videos], extra["h5_train_labels"])
+    example = extra["h5_example"]
+    pack = next(
+        video.frames for video in videos if video.key == example["key"] and video.frames.pack.name == example["file"]
+    )
+    comparer.equal("a pixel", list(load_image(pack[0]).getpixel((0, 0))), example["frame0_pixel00"])
+    real = scores["prediction"].tolist()
+    names = [(video, index) for video in videos for index in range(len(video.frames))]
+    answers = [
+        EvaluatedAnswer(video.label, "", 1 - score, "", f"{video.manipulation}/{video.key}")
+        for (video, _), score in zip(names, real, strict=True)
+    ]
+    found = protocol.video_metrics(answers)
+    comparer.number("videos, authors' AUC", found["authors_auc"], facts["authors"]["auc"], LOSS)
+    comparer.number("videos, authors' accuracy", found["authors_accuracy"], facts["authors"]["best_accuracy"], LOSS)
+    comparer.number("videos, AUC", found["auc"], facts["intended"]["auc"], LOSS)
+    comparer.number("frames, AUC", found["frame_auc"], facts["frame_auc"], LOSS)
+    means = [score for _, score, _ in protocol._videos(answers)]
+    comparer.tensor(
+        "scores of videos", torch.tensor(means), torch.tensor([*facts["intended"]["video_scores"].values()]), CLOSE
+    )
+    detector = reference.bridge()
+    assert detector is not None
+    processor = CLIPImageProcessorPil(**image_processor_settings(detector.image_size))
+    chosen = range(0, len(names), max(1, len(names) // 40))
+    pixels = [
+        processor(load_image(names[k][0].frames[names[k][1]]), return_tensors="pt")["pixel_values"] for k in chosen
+    ]
+    with torch.inference_mode():
+        own = 1 - detector(torch.cat(pixels)).fake_probability
+    comparer.tensor("P(real) of frames", own, torch.tensor([real[k] for k in chosen]), CLOSE)
+
+
 def compare_all(reference: Reference) -> Outcome:
     comparer = Comparer()
     for compare in (
@@ -588,6 +683,8 @@ def compare_all(reference: Reference) -> Outcome:
         compare_stage3,
         compare_deltas,
         compare_augmentation,
+        compare_metrics,
+        compare_videos,
     ):
         compare(reference, comparer)
     return comparer.outcome

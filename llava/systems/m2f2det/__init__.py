@@ -32,6 +32,7 @@ SPEC = SystemSpec(
     options=f"{_ROOM}.options:M2F2DetOptions",
     answer_format=f"{_ROOM}.answer:FORMAT",
     checkpoint_format=f"{_ROOM}.layout:FORMAT",
+    protocol=f"{_ROOM}.protocol",
     components={"deepfake": f"{_ROOM}.token:DeepfakeToken", "patches": f"{_ROOM}.token:PatchesOnly"},
     networks={"detector": f"{_ROOM}.training:DetectorTraining"},
     weights=(

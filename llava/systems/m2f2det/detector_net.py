@@ -10,12 +10,15 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
 from llava.errors import CheckpointError
+from llava.model.multimodal_encoder.clip_encoder import OPENAI_STD
 from llava.systems.m2f2det.cnn import build_cnn, run_with_taps
 
 _CLIP_PATCH = 14
 FUSIONS = ("bridge", "cosine")
 SCALAR_NORMS = ("layer_norm", "none")
 TAP_SLICES = ("drop_last", "drop_cls")
+CNN_INPUTS = ("clip", "residual")
+_RESIDUAL_GAIN, _RESIDUAL_LIMIT = 12.0, 3.0
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class DetectorConfig:
         bridge_scalar_norm: ``layer_norm`` is the published norm over one number, which makes the bridge's vector the
             same for every image; ``none`` is the bridge at work.
         clip_taps: Hidden states of the vision tower that the bridge takes.
+        cnn_input: What the CNN sees: ``clip`` (published), CLIP's normalised pixels; ``residual``, what is left of each
+            colour behind a high pass, for a CNN that begins without weights and shall find small traces.
         clip_tap_slice: Which token of a CLIP tap is dropped: ``drop_last`` (published) or ``drop_cls``.
     """
 
@@ -56,6 +61,7 @@ class DetectorConfig:
     bridge_scalar_norm: str = "layer_norm"
     clip_taps: list[int] = field(default_factory=lambda: [6, 10, 14])
     clip_tap_slice: str = "drop_last"
+    cnn_input: str = "clip"
 
     def __post_init__(self) -> None:
         """Checks the switches.
@@ -63,7 +69,12 @@ class DetectorConfig:
         Raises:
             CheckpointError: A switch has an unknown value.
         """
-        known = {"fusion": FUSIONS, "bridge_scalar_norm": SCALAR_NORMS, "clip_tap_slice": TAP_SLICES}
+        known = {
+            "fusion": FUSIONS,
+            "bridge_scalar_norm": SCALAR_NORMS,
+            "clip_tap_slice": TAP_SLICES,
+            "cnn_input": CNN_INPUTS,
+        }
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise CheckpointError(f"{name} {getattr(self, name)!r} is unknown; known: {', '.join(values)}")
@@ -287,7 +298,8 @@ class M2F2Detector(nn.Module):
         text_feature = self.clip_text_encoder()
         text, vision = self.text_proj(text_feature), self.vision_proj(clip_features)
         scores = F.cosine_similarity(vision[:, 1:], text[:, None], dim=-1, eps=1e-8)
-        cnn_map, taps = run_with_taps(self.deepfake_encoder, pixels)
+        seen = pixels if self.config.cnn_input == "clip" else residual(pixels)
+        cnn_map, taps = run_with_taps(self.deepfake_encoder, seen)
         pooled = cnn_map.mean((2, 3))
         cnn = self.deepfake_proj(pooled)
         cls, parts = self.clip_vision_alpha * vision[:, 0], dict[str, Tensor]()
@@ -320,6 +332,18 @@ class M2F2Detector(nn.Module):
 
     def _clip_tap(self, state: Tensor) -> Tensor:
         return state[:, :-1] if self.config.clip_tap_slice == "drop_last" else state[:, 1:]
+
+
+def residual(pixels: Tensor) -> Tensor:
+    """Returns the second difference of CLIP's pixels along both axes, ``[B, 3, S, S]`` within -3..3.
+
+    Edges and smooth content all but vanish in it, while noise and the traces of generators stay.
+    """
+    std = torch.tensor(OPENAI_STD, dtype=pixels.dtype, device=pixels.device).view(3, 1, 1)
+    padded = F.pad(pixels * std, (1, 1, 1, 1), mode="replicate")
+    across = padded[..., 2:] - 2 * padded[..., 1:-1] + padded[..., :-2]
+    both = across[..., 2:, :] - 2 * across[..., 1:-1, :] + across[..., :-2, :]
+    return (_RESIDUAL_GAIN * both).clamp(-_RESIDUAL_LIMIT, _RESIDUAL_LIMIT)
 
 
 def _projection(width: int, out: int) -> nn.Sequential:

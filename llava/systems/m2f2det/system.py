@@ -193,7 +193,7 @@ class M2F2DetLanguage(LanguageModelSystem):
             label=LABELS[int(fake_probability >= 0.5)],
             fake_probability=fake_probability,
             score_source="detector",
-            answer_label=report.label if report.text else None,
+            answer_label=(report.label or "") if report.text else None,
             answer_probability=report.fake_probability,
             attention=self._overlay(grid, image) if options.attention else None,
             details={**report.details, "forgery_map": rounded(grid)},

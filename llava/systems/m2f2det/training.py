@@ -32,8 +32,7 @@ from llava.systems.m2f2det.detector_net import DetectorConfig, M2F2Detector
 PUBLISHED_CLIP = "openai/clip-vit-large-patch14-336"
 AUGMENTATIONS = ("published", "flip", "none")
 _WIDTHS = {"bridge": 1792, "cosine": 1024}
-_SETTINGS = ("detector", "clip", "cnn_weights", "cnn_stem", "vision_tower", "augmentation")
-STEMS = ("random", "high_pass")
+_SETTINGS = ("detector", "clip", "cnn_weights", "vision_tower", "augmentation")
 
 
 class DetectorNetwork(nn.Module):
@@ -72,8 +71,7 @@ class DetectorTraining:
 
     Settings of a new one, all optional: ``detector``, fields of ``DetectorConfig`` (``cnn`` may be a name); ``clip``,
     folder or hub id of the CLIP model whose towers it takes, or None for random ones; ``cnn_weights``, a file of
-    torchvision's; ``cnn_stem``, ``high_pass`` for a first layer that begins without any answer to even colour, as small
-    traces ask for where there are no weights to begin with; ``vision_tower``, another tower's weights, which a cosine
+    torchvision's; ``vision_tower``, another tower's weights, which a cosine
     detector needs; ``augmentation``, ``published``, ``flip`` or ``none``.
     """
 
@@ -146,12 +144,6 @@ def new_detector(settings: Mapping[str, Any]) -> M2F2Detector:
     detector = M2F2Detector(complete_config(given, towers))
     if clip is not None:
         _load_clip(detector, resolve_folder(clip, "clip"))
-    stem = settings.get("cnn_stem", "random")
-    if stem not in STEMS:
-        raise CheckpointError(f"cnn_stem {stem!r} is unknown; known: {', '.join(STEMS)}")
-    if stem == "high_pass":
-        weight = next(module.weight for module in detector.deepfake_encoder.modules() if isinstance(module, nn.Conv2d))
-        weight.data -= weight.data.mean((2, 3), keepdim=True)
     if settings.get("cnn_weights"):
         file = Path(settings["cnn_weights"]).expanduser()
         weights = {n.removeprefix("features."): t for n, t in read_tensor_file(file).items() if "classifier" not in n}
