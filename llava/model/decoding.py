@@ -181,20 +181,23 @@ def decode(
                     finished.add(row)
         if len(finished) == number or step + 1 == max_new_tokens:
             break
-        unfinished = [index for index, row in enumerate(rows) if row not in finished]
-        if (len(rows) - len(unfinished)) * _COMPACT_EVERY >= len(rows):
-            indices = torch.tensor(unfinished, device=ids_B.device)
+        kept_rows = _unfinished_rows(rows, finished)
+        if kept_rows is not None:
+            indices = torch.tensor(kept_rows, device=ids_B.device)
             cache.batch_select_indices(indices)
-            ids_B = ids_B[indices]
-            rows = [rows[index] for index in unfinished]
+            ids_B, rows = ids_B[indices], [rows[index] for index in kept_rows]
             padding = padding and padding.of_rows(indices)
         padding = padding and padding.extended()
         logits_BV, states_BD = _run(model, cache, padding, input_ids=ids_B[:, None])
-    kept, width = kept_BTW.cpu(), prompts_BLD.shape[-1]
-    return [
-        Decoded(ids, kept[row, : len(ids)], torch.stack(own) if own else prompts_BLD.new_empty(0, width))
-        for row, (ids, own) in enumerate(zip(answers, states, strict=True))
-    ], prompts
+    kept, nothing = kept_BTW.cpu(), prompts_BLD.new_empty(0, prompts_BLD.shape[-1])
+    found = [(ids, kept[row, : len(ids)], states[row]) for row, ids in enumerate(answers)]
+    return [Decoded(ids, own, torch.stack(last) if last else nothing) for ids, own, last in found], prompts
+
+
+def _unfinished_rows(rows: Sequence[int], finished: set[int]) -> list[int] | None:
+    """Which rows go on, by their place; None while too few have finished for dropping them to pay."""
+    unfinished = [index for index, row in enumerate(rows) if row not in finished]
+    return unfinished if (len(rows) - len(unfinished)) * _COMPACT_EVERY >= len(rows) else None
 
 
 @dataclass(frozen=True)

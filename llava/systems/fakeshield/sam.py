@@ -1,6 +1,7 @@
 """SAM's image encoder and mask decoder through transformers, from and to SAM's own tensor names."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,23 @@ _UP = ((0, "upscale_conv1"), (1, "upscale_layer_norm"), (3, "upscale_conv2"))
 _MLP = ("proj_in", "layers.0", "proj_out")
 
 
+@dataclass(frozen=True)
+class _Shapes:
+    """Shapes of a SAM's tensors; a missing one is told as what it is."""
+
+    tensors: Mapping[str, TensorLike]
+    where: str
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.where} holds no SAM, or only a part of one: it lacks {name}")
+        return tuple(self.tensors[name].shape)
+
+    def count(self, prefix: str, end: str) -> int:
+        """How many tensors have such a name."""
+        return sum(name.startswith(prefix) and name.endswith(end) for name in self.tensors)
+
+
 def infer_config(tensors: Mapping[str, TensorLike], given: Mapping[str, Any], where: str) -> SamConfig:
     """Returns what a SAM is built from, by the shapes of its tensors.
 
@@ -79,61 +97,55 @@ def infer_config(tensors: Mapping[str, TensorLike], given: Mapping[str, Any], wh
     Raises:
         CheckpointError: A tensor is missing; the message names it.
     """
+    shapes = _Shapes(tensors, where)
+    vision = _vision_fields(shapes)
+    prompt = {
+        "hidden_size": vision["output_channels"],
+        "image_size": vision["image_size"],
+        "patch_size": vision["patch_size"],
+        "mask_input_channels": shapes["prompt_encoder.mask_embed.conv2.weight"][0],
+    }
+    fields = {"vision": vision, "prompt": prompt, "decoder": _decoder_fields(shapes)}
+    return build_config({part: {**own, **given.get(part, {})} for part, own in fields.items()})
 
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in tensors:
-            raise CheckpointError(f"{where} holds no SAM, or only a part of one: it lacks {name}")
-        return tuple(tensors[name].shape)
 
-    def count(prefix: str, end: str) -> int:
-        return sum(name.startswith(prefix) and name.endswith(end) for name in tensors)
-
+def _vision_fields(shapes: _Shapes) -> dict[str, Any]:
     layers = "vision_encoder.layers."
-    width, _, patch, _ = shape("vision_encoder.patch_embed.projection.weight")
-    grid, channels = shape("vision_encoder.pos_embed")[1], shape("vision_encoder.neck.conv1.weight")[0]
-    depth = count(layers, ".attn.qkv.weight")
-    spans = [(shape(f"{layers}{n}.attn.rel_pos_h")[0] + 1) // 2 for n in range(depth)]
-    whole = [n for n, span in enumerate(spans) if span == grid]
+    width, _, patch, _ = shapes["vision_encoder.patch_embed.projection.weight"]
+    grid = shapes["vision_encoder.pos_embed"][1]
+    depth = shapes.count(layers, ".attn.qkv.weight")
+    # Relative positions of n patches are 2 n - 1; a layer that spans the grid sees all of it.
+    spans = [(shapes[f"{layers}{n}.attn.rel_pos_h"][0] + 1) // 2 for n in range(depth)]
     windows = {span for span in spans if span != grid}
-    decoder = "mask_decoder."
-    inner = shape(f"{decoder}transformer.final_attn_token_to_image.q_proj.weight")[0]
-    vision = {
+    return {
         "hidden_size": width,
-        "output_channels": channels,
+        "output_channels": shapes["vision_encoder.neck.conv1.weight"][0],
         "num_hidden_layers": depth,
-        "num_attention_heads": width // shape(f"{layers}0.attn.rel_pos_h")[1],
+        "num_attention_heads": width // shapes[f"{layers}0.attn.rel_pos_h"][1],
         "image_size": grid * patch,
         "patch_size": patch,
         "window_size": windows.pop() if len(windows) == 1 else 0,
-        "global_attn_indexes": whole,
-        "num_pos_feats": shape(SHARED_POSITIONS)[1],
-        "mlp_dim": shape(f"{layers}0.mlp.lin1.weight")[0],
+        "global_attn_indexes": [n for n, span in enumerate(spans) if span == grid],
+        "num_pos_feats": shapes[SHARED_POSITIONS][1],
+        "mlp_dim": shapes[f"{layers}0.mlp.lin1.weight"][0],
         "layer_norm_eps": VISION_EPS,
     }
-    prompt = {
+
+
+def _decoder_fields(shapes: _Shapes) -> dict[str, Any]:
+    decoder, layers = "mask_decoder.", "mask_decoder.transformer.layers."
+    inner, channels = shapes["mask_decoder.transformer.final_attn_token_to_image.q_proj.weight"]
+    return {
         "hidden_size": channels,
-        "image_size": grid * patch,
-        "patch_size": patch,
-        "mask_input_channels": shape("prompt_encoder.mask_embed.conv2.weight")[0],
-    }
-    mask = {
-        "hidden_size": channels,
-        "mlp_dim": shape(f"{decoder}transformer.layers.0.mlp.lin1.weight")[0],
-        "num_hidden_layers": count(f"{decoder}transformer.layers.", ".mlp.lin1.weight"),
+        "mlp_dim": shapes[f"{layers}0.mlp.lin1.weight"][0],
+        "num_hidden_layers": shapes.count(layers, ".mlp.lin1.weight"),
         "num_attention_heads": DECODER_HEADS,
         "attention_downsample_rate": channels // inner,
-        "num_multimask_outputs": shape(f"{decoder}mask_tokens.weight")[0] - 1,
-        "iou_head_depth": 2 + count(f"{decoder}iou_prediction_head.layers.", ".weight"),
-        "iou_head_hidden_dim": shape(f"{decoder}iou_prediction_head.proj_in.weight")[0],
+        "num_multimask_outputs": shapes[f"{decoder}mask_tokens.weight"][0] - 1,
+        "iou_head_depth": 2 + shapes.count(f"{decoder}iou_prediction_head.layers.", ".weight"),
+        "iou_head_hidden_dim": shapes[f"{decoder}iou_prediction_head.proj_in.weight"][0],
         "layer_norm_eps": DECODER_EPS,
     }
-    return build_config(
-        {
-            "vision": vision | given.get("vision", {}),
-            "prompt": prompt | given.get("prompt", {}),
-            "decoder": mask | given.get("decoder", {}),
-        }
-    )
 
 
 def build_config(parts: Mapping[str, Mapping[str, Any]]) -> SamConfig:
