@@ -35,7 +35,7 @@ from llava.systems.m2f2det.augmentation import blur, draw
 from llava.systems.m2f2det.checkpoint import infer_config, load_tensors, read_detector_tensors
 from llava.systems.m2f2det.cnn import run_with_taps
 from llava.systems.m2f2det.detector_net import M2F2Detector
-from llava.systems.m2f2det.system import M2F2DetLanguage
+from llava.systems.m2f2det.system import M2F2Det
 from llava.systems.m2f2det.token import NAME, PIXELS, PROBABILITIES
 from llava.systems.m2f2det.training import DetectorTraining
 from tests.reference import Outcome
@@ -162,8 +162,8 @@ class Reference:
             save_file(tower, out / "model.safetensors")
         return out
 
-    def language(self) -> M2F2DetLanguage:
-        return M2F2DetLanguage.load(str(self.model_folder(BASE)), device="cpu")
+    def language(self) -> M2F2Det:
+        return M2F2Det.load(str(self.model_folder(BASE)), device="cpu")
 
 
 def make(tensors: dict[str, Tensor], given: dict[str, Any]) -> M2F2Detector:
@@ -359,7 +359,7 @@ def compare_step(reference: Reference, comparer: Comparer) -> None:
 # --- the language model
 
 
-def compare_language(reference: Reference, comparer: Comparer, system: M2F2DetLanguage | None = None) -> None:
+def compare_language(reference: Reference, comparer: Comparer, system: M2F2Det | None = None) -> None:
     system = reference.language() if system is None else system
     wanted, facts = reference.tensors("goldens_llava"), reference.facts("goldens_llava")
     prompts = {"det": fill_prompt("judge", None), "exp": fill_prompt("explain", facts["prompts"]["question"])}
@@ -382,7 +382,7 @@ def compare_language(reference: Reference, comparer: Comparer, system: M2F2DetLa
     comparer.tensor("P(fake) of the reports", scores, wanted["det_probs"][:, 0, 1], PROBABILITIES_BOUND)
 
 
-def compare_vision(comparer: Comparer, system: M2F2DetLanguage, pixels: Tensor, wanted: dict[str, Tensor]) -> None:
+def compare_vision(comparer: Comparer, system: M2F2Det, pixels: Tensor, wanted: dict[str, Tensor]) -> None:
     core = system.model.get_model()
     outputs = core.run_towers(pixels)
     context = VisionContext(pixels, outputs)
@@ -403,7 +403,7 @@ def compare_vision(comparer: Comparer, system: M2F2DetLanguage, pixels: Tensor, 
     comparer.tensor("deepfake_token", encoded.embeddings[-300], wanted.get("deepfake_token"), EMBEDDINGS)
 
 
-def compare_prompts(comparer: Comparer, system: M2F2DetLanguage, pixels: Tensor, wanted: dict[str, Tensor]) -> None:
+def compare_prompts(comparer: Comparer, system: M2F2Det, pixels: Tensor, wanted: dict[str, Tensor]) -> None:
     model, count = system.model, len(pixels)
     for kind in ("det", "exp"):
         ids = wanted[f"prompt_ids_{kind}"].repeat(count, 1)
@@ -431,7 +431,7 @@ def compare_prompts(comparer: Comparer, system: M2F2DetLanguage, pixels: Tensor,
         )
 
 
-def compare_padded(reference: Reference, comparer: Comparer, system: M2F2DetLanguage, wanted: dict) -> None:
+def compare_padded(reference: Reference, comparer: Comparer, system: M2F2Det, wanted: dict) -> None:
     """The language model's pixels are padded, the detector's never."""
     config = system.model.config
     before, config.image_aspect_ratio = config.image_aspect_ratio, "pad"

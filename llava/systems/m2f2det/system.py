@@ -45,7 +45,7 @@ _LANGUAGE_OPTIONS = (
 """Options of opening that mean nothing to a detector alone."""
 
 
-class M2F2Det:
+class DetectorAlone:
     """The detector alone (stage 1).
 
     Args:
@@ -67,16 +67,14 @@ class M2F2Det:
         self.processor = CLIPImageProcessorPil(**image_processor_settings(self.size))
 
     @classmethod
-    def load(cls, path: str, **options: Any) -> "M2F2Det | M2F2DetLanguage":
-        """Opens a stage-1 file, a folder with a detector, or a language model with one.
+    def load(cls, path: str, **options: Any) -> "DetectorAlone":
+        """Opens a stage-1 file, or a folder with a detector.
 
         Raises:
             CheckpointError: It is none, or a detector without a vision tower.
-            OptionError: An option for language models was given for a detector.
+            OptionError: An option for language models was given.
         """
         place = Path(path).expanduser()
-        if is_language_model(place):
-            return M2F2DetLanguage.load(path, **options)
         refused = [name for name in _LANGUAGE_OPTIONS if options.get(name)]
         if refused:
             raise OptionError(f"{cls.name} has no language model, so {', '.join(refused)} would do nothing")
@@ -136,12 +134,24 @@ class M2F2Det:
         )
 
 
-class M2F2DetLanguage(LanguageModelSystem):
+class M2F2Det(LanguageModelSystem):
     """The language model of stages 2 and 3; label and score are the detector's."""
 
     name = "M2F2-Det"
     options: ClassVar[type[AnalyzeOptions]] = M2F2DetOptions
     answer_format: AnswerFormat = FORMAT
+
+    @classmethod
+    def load(cls, path: str, **options: Any) -> Any:
+        """Opens a language model with its detector, or a detector alone, whichever lies at the path.
+
+        Raises:
+            CheckpointError: It is neither.
+            OptionError: An option means nothing to it.
+        """
+        if not is_language_model(Path(path).expanduser()):
+            return DetectorAlone.load(path, **options)
+        return super().load(path, **options)
 
     def prompt(self, options: M2F2DetOptions) -> str:
         """Returns what the model is asked, up to where its answer begins."""
