@@ -60,19 +60,19 @@ towers() {
 train() {
     "$python" -m llava.train.train --recipe fakevlm --output_dir "$out/$1" "${@:2}" \
         --data_path "$out/train.json" --image_folder "$out/data" --model_max_length 400 --use_cpu True --bf16 True \
-        --gradient_checkpointing False --save_dtype float32 --save_steps 200 --logging_steps 50 --resume auto
+        --gradient_checkpointing False --dataloader_num_workers 0 --per_device_train_batch_size 16 \
+        --verdict_only_share 0.7 --save_dtype float32 --save_steps 200 --logging_steps 20 --resume auto
 }
 
-# The tower's outputs are kept on disk while it is frozen, so that the language model learns to write in minutes.
+# The tower is frozen and its outputs are kept on disk, so that the language model learns to write in minutes.
 language_model() {
     train start --model_config scripts/fakevlm_small.json --tokenizer "$out/tokenizer" \
-        --vision_tower "$out/tower_2/vision_tower" --unfreeze_towers False --save_layout merged \
-        --per_device_train_batch_size 16 --learning_rate 1.5e-3 --num_train_epochs 1 --verdict_only_share 0.5
+        --vision_tower "$out/tower_2/vision_tower" --unfreeze_towers False --cache_features "$out/features" \
+        --save_layout merged --learning_rate 1.5e-3 --num_train_epochs 0.8
 }
 
 whole() {
-    train run --model_name_or_path "$out/start/final" --per_device_train_batch_size 16 --learning_rate 2e-4 \
-        --num_train_epochs 0.25 --verdict_only_share 0.5
+    train run --model_name_or_path "$out/start/final" --learning_rate 2e-4 --num_train_epochs 0.2
 }
 
 evaluate() {

@@ -76,7 +76,7 @@ def test_exactly_the_answer_is_supervised(tokenizer, question, answer, version):
     turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
     tokenized = tokenize_conversation(fill_template(turns, conv_templates[version]), tokenizer)
     labels = [label for label in tokenized.labels if label != IGNORE_INDEX]
-    assert tokenizer.decode(labels) == f" {answer}</s>"
+    assert tokenizer.decode(labels) == f" {answer}{conv_templates[version].sep2}"
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -33,11 +33,13 @@ def record(answer: str, image: str | None = "a.png", **more) -> dict:
     return {"conversations": turns, **({"image": image} if image else {}), **more}
 
 
-@pytest.mark.parametrize("trained", [VLM, REASONING], ids=["fakevlm", "fakereasoning"])
-def test_an_answer_is_read_in_its_own_words(tmp_path, trained):
+def test_an_answer_is_read_in_its_own_words(tmp_path):
     tagged, clues = read_records([write(tmp_path, record(TAGGED), record(CLUES))])
-    assert tagged.verdict(trained).verdict == "fake"
-    assert clues.verdict(trained).verdict == "real"
+    assert tagged.verdict(VLM).verdict == tagged.verdict(REASONING).verdict == "fake"
+    assert clues.verdict(VLM).verdict == "real"
+    # It has no CONCLUSION, at which FakeReasoning's score could be trained; rewritten it has.
+    assert clues.verdict(REASONING).verdict is None
+    assert registry.words_of(clues.answers, REASONING) is VLM
 
 
 def test_answers_are_rewritten_both_ways(tmp_path):

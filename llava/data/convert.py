@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise OptionError(f"--out {arguments.out} is one of the files that are read; name another")
     records = read_records(arguments.files)
     for record in records:
-        verdict = record.verdict(target).verdict
+        verdict = registry.words_of(record.answers, target).parse_training(record.answers).verdict
         if record.label is not None and verdict not in (None, LABELS[record.label]):
             raise DataError(f"{record.origin}: its answer says {verdict}, but its label {LABELS[record.label]}")
     rewritten = rewrite_records(records, target)

@@ -48,9 +48,9 @@ class Record:
         """Returns what its answers conclude; if there is no verdict, ``problem`` says why.
 
         Args:
-            answer_format: Words of the system that is trained; answers in another's are read in those.
+            answer_format: Words of the system that is trained; answers that bear another's marks are read in its.
         """
-        return registry.words_of(self.answers, answer_format).parse_training(self.answers)
+        return (registry.marked_words(self.answers) or answer_format).parse_training(self.answers)
 
     def forgery_label(self, answer_format: AnswerFormat) -> int:
         """Returns real = 0, fake = 1, -100 if there is no verdict."""

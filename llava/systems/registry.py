@@ -107,8 +107,16 @@ def answer_format(name: str) -> AnswerFormat | None:
     return resolve(spec(name).answer_format)
 
 
+def marked_words(answers: Sequence[str]) -> AnswerFormat | None:
+    """Returns the words whose marks a training conversation's answers bear; None if they bear none."""
+    for known in _formats():
+        if any(mark in answer for mark in getattr(known, "marks", ()) for answer in answers):
+            return known
+    return None
+
+
 def words_of(answers: Sequence[str], trained: AnswerFormat) -> AnswerFormat:
-    """Returns the words in which a training conversation is written.
+    """Returns the words in which a training conversation of any system is written.
 
     Those whose marks its answers bear; else those of the system that is trained, or, if these read no verdict, the
     first that do.
@@ -117,12 +125,15 @@ def words_of(answers: Sequence[str], trained: AnswerFormat) -> AnswerFormat:
         answers: Texts of the assistant's turns.
         trained: Words of the system that is trained.
     """
-    formats = [found for name in specs() if (found := answer_format(name)) is not None]
-    for known in formats:
-        if any(mark in answer for mark in getattr(known, "marks", ()) for answer in answers):
-            return known
-    reads = (known for known in (trained, *formats) if known.parse_training(answers).verdict is not None)
+    marked = marked_words(answers)
+    if marked is not None:
+        return marked
+    reads = (known for known in (trained, *_formats()) if known.parse_training(answers).verdict is not None)
     return next(reads, trained)
+
+
+def _formats() -> list[AnswerFormat]:
+    return [found for name in specs() if (found := answer_format(name)) is not None]
 
 
 def component(name: str, part: str) -> Any:

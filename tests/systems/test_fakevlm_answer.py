@@ -88,12 +88,12 @@ def test_tolerant_reading_knows_words_of_the_same_meaning(text, verdict):
 
 def test_the_parts_of_an_answer():
     parsed = parse_answer("This is a fake image. The rim bends; no shadow.")
-    assert parsed.stages == {"VERDICT": "This is a fake image.", "EXPLANATION": "The rim bends; no shadow."}
+    assert parsed.stages == {"CONCLUSION": "This is a fake image.", "REASONING": "The rim bends; no shadow."}
     assert parsed.problem == ""
     late = parse_answer("The rim bends. It is a fake image.")
-    assert late.stages == {"VERDICT": "It is a fake image.", "EXPLANATION": "The rim bends."}
+    assert late.stages == {"CONCLUSION": "It is a fake image.", "REASONING": "The rim bends."}
     nothing = parse_answer("The image looks real/fake")
-    assert nothing.stages == {"EXPLANATION": "The image looks real/fake"} and "real/fake" in nothing.problem
+    assert nothing.stages == {"REASONING": "The image looks real/fake"} and "real/fake" in nothing.problem
     assert "empty" in parse_answer("  ").problem
 
 

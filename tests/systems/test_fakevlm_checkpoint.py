@@ -22,6 +22,7 @@ from llava.model.saving import save_published
 from llava.systems import registry
 from llava.systems.base import CheckpointFiles
 from llava.systems.fakevlm.checkpoint import FORMAT, KEY_MAP
+from llava.systems.fakevlm.system import fill_prompt
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens_fakevlm"
 PUBLISHED = json.loads(gzip.decompress((GOLDENS / "published_keys.json.gz").read_bytes()))
@@ -101,7 +102,7 @@ def test_a_written_folder_comes_back_and_knows_its_system(written):
 
 
 @pytest.mark.parametrize("mode", ["crop", "pad"])
-@pytest.mark.parametrize("style", ["raw", "chat"])
+@pytest.mark.parametrize("style", ["raw", "chat", "chat_system"])
 def test_image_mode_and_prompt_style_are_recorded(tmp_path, mode, style):
     _, model, _, _ = open_base(image_aspect_ratio=mode)
     model.config.conv_mode = style
@@ -111,7 +112,7 @@ def test_image_mode_and_prompt_style_are_recorded(tmp_path, mode, style):
     processor = LlavaProcessor.from_pretrained(tmp_path / "model")
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is it?"}]}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    assert text == {"raw": "<image>Is it?", "chat": "USER: <image>\nIs it? ASSISTANT:"}[style]
+    assert text == fill_prompt(style, "Is it?")
 
 
 def test_transformers_pads_where_the_folder_says_so(tmp_path):
@@ -127,6 +128,14 @@ def test_version_five_names_are_read(written, tmp_path):
     folder = copytree(written, tmp_path / "model")
     save_file({name: value.clone() for name, value in model.state_dict().items()}, folder / "model.safetensors")
     again = load_pretrained_model(folder, device="cpu")
+    assert torch.equal(own_logits(again, "<image>x"), own_logits(open_base(), "<image>x"))
+
+
+def test_what_transformers_saves_again_comes_back(written, tmp_path):
+    LlavaForConditionalGeneration.from_pretrained(written, dtype=torch.float32).save_pretrained(tmp_path / "again")
+    LlavaProcessor.from_pretrained(written).save_pretrained(tmp_path / "again")
+    again = load_pretrained_model(tmp_path / "again", device="cpu")
+    assert again[1].config.system == "fakevlm"
     assert torch.equal(own_logits(again, "<image>x"), own_logits(open_base(), "<image>x"))
 
 

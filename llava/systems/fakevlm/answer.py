@@ -14,7 +14,8 @@ from llava.systems.base import AnswerFormat, ParsedAnswer
 
 QUESTION = "Does the image looks real/fake?"
 """The published question, its slip of the pen included."""
-STAGES = ("VERDICT", "EXPLANATION")
+STAGES = ("CONCLUSION", "REASONING")
+"""The sentence with the verdict, and the clues; by the names under which reports give them."""
 VERDICT_PREFIX = "This is a"
 
 _SENTENCE = re.compile(r".+?(?:[.!?](?=\s|$)|\n|$)", flags=re.DOTALL)
@@ -71,9 +72,9 @@ def parse_answer(text: str, *, tolerant: bool = False) -> ParsedAnswer:
     found = _deciding_sentence(text, _TOLERANT if tolerant else _STRICT)
     if found is None:
         said = f": {text.strip()[:80]!r}" if text.strip() else ", the answer is empty"
-        return ParsedAnswer({"EXPLANATION": text.strip()}, problem=f"no sentence says real or fake alone{said}")
+        return ParsedAnswer({"REASONING": text.strip()}, problem=f"no sentence says real or fake alone{said}")
     rest = text[found.end :].strip() or text[: found.start].strip()
-    return ParsedAnswer({"VERDICT": text[found.start : found.end].strip(), "EXPLANATION": rest}, found.label)
+    return ParsedAnswer({"CONCLUSION": text[found.start : found.end].strip(), "REASONING": rest}, found.label)
 
 
 def complete_to_verdict(answer: str) -> str:
@@ -100,7 +101,7 @@ def parse_training(answers: Sequence[str]) -> ParsedAnswer:
 def shorten(answer: str) -> str | None:
     """Returns the verdict's sentence of a training answer; None if it has no verdict."""
     parsed = parse_answer(answer)
-    return parsed.stages["VERDICT"] if parsed.verdict else None
+    return parsed.stages["CONCLUSION"] if parsed.verdict else None
 
 
 def write_answer(label: Label, clues: str) -> str:
@@ -139,7 +140,7 @@ class _Format:
 
     question = QUESTION
     stages: tuple[str, ...] = STAGES
-    explanation: str | None = "EXPLANATION"
+    explanation: str | None = "REASONING"
     attributes: Mapping[Label, tuple[str, ...]] = {"real": (), "fake": ()}
     verdict_prefix = VERDICT_PREFIX
     verdict_words: tuple[str, str] = LABELS

@@ -5,12 +5,14 @@ serving engines read too. The image processor's settings are in ``preprocessor_c
 ``processor_config.json``.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import LlavaConfig as TransformersConfig
 
+from llava.conversation import conv_templates
 from llava.errors import CheckpointError
 from llava.model.branches import FIRST
 from llava.model.checkpoint_files import TensorLike
@@ -151,7 +153,7 @@ class _Format:
                 f"transformers' LLaVA needs {IMAGE_TOKEN} among the model's {config.vocab_size} words; start the "
                 "training from a model, or with a tokenizer, that has it"
             )
-        parts = (config.tower_configs()[FIRST].get("type"), config.mm_fusion_type, config.mm_projector_type)
+        parts = (str(config.tower_configs()[FIRST].get("type")), config.mm_fusion_type, config.mm_projector_type)
         if parts != ("clip", FIRST, "mlp2x_gelu"):
             raise CheckpointError(
                 f"transformers' LLaVA cannot hold a tower, a fusion and a projector of the types {', '.join(parts)}; "
@@ -163,16 +165,29 @@ class _Format:
             "processor_config.json": {
                 "processor_class": "LlavaProcessor",
                 "image_token": IMAGE_TOKEN,
-                "patch_size": config.vision_tower_config["patch_size"],
+                "patch_size": _clip_config(model).patch_size,
                 "vision_feature_select_strategy": _strategy(config),
                 "num_additional_image_tokens": 1,
             },
-            "chat_template.jinja": _RAW if config.conv_mode == "raw" else _CHAT,
+            "chat_template.jinja": _chat_template(config.conv_mode),
             "generation_config.json": {
                 name: getattr(model.generation_config, name)
                 for name in ("bos_token_id", "eos_token_id", "pad_token_id")
             },
         }
+
+
+def _chat_template(style: str) -> str:
+    """A prompt style as a template: a message of the system takes the place of the style's own system sentence."""
+    if style == "raw":
+        return _RAW
+    if style not in conv_templates:
+        known = ", ".join(("raw", *conv_templates))
+        raise CheckpointError(f"the config's conv_mode {style!r} is no prompt style; known: {known}")
+    system = conv_templates[style].system
+    if not system:
+        return _CHAT
+    return f"{{% if messages[0]['role'] != 'system' %}}{{{{ {json.dumps(system + ' ')} }}}}{{% endif %}}{_CHAT}"
 
 
 def _check_kind(language: Mapping[str, Any], vision: Mapping[str, Any]) -> None:
@@ -191,18 +206,20 @@ def _image_mode(config: Mapping[str, Any]) -> str:
 
 
 def _strategy(config: Any) -> str:
-    return next(name for name, own in _SELECTED.items() if own == _select_feature(config))
+    return next(name for name, own in _SELECTED.items() if own == config.mm_vision_select_feature)
 
 
-def _select_feature(config: Any) -> str:
-    return config.vision_tower_config.get("select_feature", "patch")
+def _clip_config(model: LlavaLlamaForCausalLM) -> Any:
+    """Config of the tower as it is built, defaults included."""
+    tower = model.get_vision_tower()
+    assert tower is not None
+    return tower.vision_tower.config
 
 
 def _transformers_config(model: LlavaLlamaForCausalLM, image_id: int) -> dict[str, Any]:
     config = model.config
-    assert config.vision_tower_config is not None
     language = {name: getattr(config, name) for name in _LANGUAGE_FIELDS if getattr(config, name, None) is not None}
-    tower = config.vision_tower_config
+    tower = _clip_config(model)
     rope = language.pop("rope_parameters", None) or {}
     # Version 4 knows the rotary base alone; whatever else there is, version 5 reads.
     rope_fields = {"rope_theta": rope.get("rope_theta", 10000.0)}
@@ -213,15 +230,15 @@ def _transformers_config(model: LlavaLlamaForCausalLM, image_id: int) -> dict[st
         "model_type": "llava",
         "ignore_index": -100,
         "image_token_index": image_id,
-        "image_seq_length": (tower["image_size"] // tower["patch_size"]) ** 2,
+        "image_seq_length": (tower.image_size // tower.patch_size) ** 2,
         "pad_token_id": model.generation_config.pad_token_id,
         "projector_hidden_act": "gelu",
         "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": str(model.dtype).removeprefix("torch."),
-        "vision_feature_layer": tower.get("select_layer", -2),
+        "vision_feature_layer": config.mm_vision_select_layer,
         "vision_feature_select_strategy": _strategy(config),
         "text_config": {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **language, **rope_fields},
-        "vision_config": {"model_type": "clip_vision_model", **{name: tower[name] for name in _TOWER_FIELDS}},
+        "vision_config": {"model_type": "clip_vision_model", **{name: getattr(tower, name) for name in _TOWER_FIELDS}},
         # Not transformers': how the model is asked here, and what it was trained as.
         "system": config.system,
         "conv_mode": config.conv_mode,
