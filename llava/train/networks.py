@@ -98,11 +98,6 @@ class NetworkArguments:
             ),
             (asks and not validates, "validation needs --eval_data_path or --validation_share"),
             (validates and not asks, "--eval_data_path and --validation_share need --eval_strategy steps or epoch"),
-            (
-                args.lr_scheduler_type == "reduce_lr_on_plateau" and not validates,
-                "--lr_scheduler_type reduce_lr_on_plateau follows the validation; name --eval_data_path, "
-                "--validation_share, or another schedule",
-            ),
             (bool(args.deepspeed), "--deepspeed is not supported for plain networks: they need no sharding"),
         )
         for is_there, message in faults:
@@ -231,7 +226,9 @@ def export_network(training: NetworkTraining, folder: Path) -> None:
     with disk_errors(folder), atomic_folder(waiting) as partial:
         training.save(partial)
         wanted = training.network.state_dict()
-        found = type(training).open(str(partial), {}).network.state_dict()
+        # The random weights that are made before a file is read must not change what training draws next.
+        with torch.random.fork_rng(devices=[]):
+            found = type(training).open(str(partial), {}).network.state_dict()
         wrong = set(wanted) ^ set(found)
         wrong |= {
             name
