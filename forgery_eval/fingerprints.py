@@ -39,7 +39,7 @@ def weights_digest(locations: Iterable[str | None]) -> str:
 def images_digest(ids: Sequence[str], images: Sequence[Path]) -> str:
     """Returns a digest of the samples' ids and of the contents of their images."""
     # A frame's contents are its pack's, which is read once.
-    files = dict.fromkeys(image.parents[1] if is_frame(image) else image for image in images)
+    files = dict.fromkeys(image.parent.parent if is_frame(image) else image for image in images)
     return digest_json([*ids, *_progress([*files], "hashing the images")])
 
 

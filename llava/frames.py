@@ -36,10 +36,10 @@ class Frames(Sequence[Path]):
     """
 
     def __init__(self, pack: Path, key: str, count: int) -> None:
-        self.pack, self.key, self.count = pack, key, count
+        self.pack, self.key, self.length = pack, key, count
 
     def __len__(self) -> int:
-        return self.count
+        return self.length
 
     @overload
     def __getitem__(self, index: int) -> Path: ...
@@ -48,8 +48,8 @@ class Frames(Sequence[Path]):
     def __getitem__(self, index: int | slice) -> Path | list[Path]:
         """Returns a frame's path, or those of a slice."""
         if isinstance(index, slice):
-            return [self[position] for position in range(*index.indices(self.count))]
-        return self.pack / self.key / str(range(self.count)[index])
+            return [self[position] for position in range(*index.indices(self.length))]
+        return self.pack / self.key / str(range(self.length)[index])
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,8 @@ def frame_counts(pack: Path) -> dict[str, int]:
 
 def is_frame(path: Path) -> bool:
     """Whether a path is one of a frame in a pack that is there."""
-    return path.parents[1:2] != () and path.parents[1].suffix.lower() in PACK_SUFFIXES and path.parents[1].is_file()
+    pack = path.parent.parent
+    return pack.suffix.lower() in PACK_SUFFIXES and pack.is_file()
 
 
 def read_frame(path: Path) -> Image.Image:
@@ -154,7 +155,7 @@ def read_frame(path: Path) -> Image.Image:
         ImageReadError: There is no such frame, or it is no image of 8 bits.
         DataError: The pack cannot be read.
     """
-    pack, key, name = path.parents[1], path.parent.name, path.name
+    pack, key, name = path.parent.parent, path.parent.name, path.name
     video: Any = _open(pack, os.getpid()).get(key)
     if video is None or not name.isdigit() or int(name) >= len(video):
         raise ImageReadError(f"{path}: there is no such frame")

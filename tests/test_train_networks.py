@@ -162,7 +162,10 @@ def test_weights_that_are_no_numbers_are_not_written(colours, tmp_path, capsys):
         ({"network": None}, "--network is missing; known: colours:namer"),
         ({"data_path": "nowhere"}, "there is no file or folder nowhere"),
         ({"validation_share": None}, "validation needs --eval_data_path"),
-        ({"lr_scheduler_type": "reduce_lr_on_plateau", "validation_share": None, "eval_strategy": "no"}, "follows the"),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau", "validation_share": None, "eval_strategy": "no"},
+            "requires an eval strategy",
+        ),
         ({"model_config": "nowhere.json"}, "there is no file nowhere.json"),
         ({"validation_share": 0.001}, "leaves none"),
         ({"lora_r": 4}, "unrecognized argument --lora_r"),

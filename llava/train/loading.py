@@ -78,6 +78,8 @@ def load_start(model: ModelArguments, data: DataArguments) -> StartingPoint:
     checkpoint, config = complete_config(replace(checkpoint, config=values), _towers(model), model.detector)
     new = frozenset(new_parts(model))
     config = _with_options(config, model, data)
+    if getattr(checkpoint.layout, "asks_as_trained", False):
+        config.conv_mode = data.version
     skeleton = _skeleton(config)
     prefixes = tuple(f"model.{_path(skeleton, part)}." for part in new)
     kept = {name: tensor for name, tensor in checkpoint.tensors.items() if not (prefixes and name.startswith(prefixes))}

@@ -101,11 +101,6 @@ class NetworkArguments:
             ),
             (asks and not validates, "validation needs --eval_data_path or --validation_share"),
             (validates and not asks, "--eval_data_path and --validation_share need --eval_strategy steps or epoch"),
-            (
-                args.lr_scheduler_type == "reduce_lr_on_plateau" and not validates,
-                "--lr_scheduler_type reduce_lr_on_plateau follows the validation; name --eval_data_path, "
-                "--validation_share, or another schedule",
-            ),
             (bool(args.deepspeed), "--deepspeed is not supported for plain networks: they need no sharding"),
         )
         for is_there, message in faults:
@@ -298,7 +293,9 @@ def export_network(training: NetworkTraining | MaskTraining, folder: Path) -> No
     with disk_errors(folder), atomic_folder(waiting) as partial:
         training.save(partial)
         wanted = _stored(training)
-        found = _stored(type(training).open(str(partial), {}))
+        # The random weights that are made before a file is read must not change what training draws next.
+        with torch.random.fork_rng(devices=[]):
+            found = _stored(type(training).open(str(partial), {}))
         wrong = set(wanted) ^ set(found)
         wrong |= {
             name

@@ -134,8 +134,8 @@ class Reference:
         return int(config["vision_config"]["image_size"])
 
     def cosine_inputs(self) -> tuple[Tensor, Tensor]:
-        pixels = [self.pixels(self.language_size(), index) for index in range(len(self.images))]
-        return self.stage1.get("cosine/pixel_values", torch.cat(pixels)), self.stage1["cosine/clip_last"]
+        pixels = torch.cat([self.pixels(self.language_size(), index) for index in range(len(self.images))])
+        return self.stage1.get("cosine/pixel_values", pixels), self.stage1["cosine/clip_last"]
 
     def model_folder(self, name: str) -> Path:
         """A copy of a model's folder whose config names real paths."""

@@ -89,7 +89,7 @@ def test_a_head_that_takes_its_parts_in_another_order_is_seen(monkeypatch, refer
     cat = torch.cat
     monkeypatch.setattr(
         "llava.systems.m2f2det.detector_net.torch.cat",
-        lambda parts, dim: cat(parts[::-1] if len(parts) == 3 else parts, dim=dim),
+        lambda parts, dim=0: cat(parts[::-1] if dim == 1 and len(parts) == 3 else parts, dim=dim),
     )
     comparer = Comparer()
     parity.compare_cosine(reference, comparer)

@@ -18,6 +18,7 @@ from llava.errors import CheckpointError, OptionError
 from llava.labels import LABELS
 from llava.model.builder import load_pretrained_model
 from llava.systems.m2f2det.answer import FORMAT, arrange, complete_to_verdict, fill_prompt, parse_answer, write_answer
+from llava.systems.m2f2det.layout import KEY_MAP
 from llava.systems.m2f2det.token import NAME
 from llava.systems.m2f2det.training import DetectorTraining
 from llava.train import networks
@@ -157,7 +158,7 @@ def test_an_answer_is_cut_where_its_verdict_stands():
 
 def test_prompts_have_names_and_refuse_what_they_cannot_ask():
     assert fill_prompt("training", None).count("\n") == 4
-    assert arrange("<image>\nIs it?") == "<image>\n<deepfake>\n\nIs it?"
+    assert arrange("<image>\nIs it?") == "<image>\n<deepfake>\n\n\nIs it?"
     for name, question, message in (
         ("judge", "Why?", "the prompt judge has its own question"),
         ("explain", "What of <deepfake>?", "must not hold <deepfake>"),
@@ -285,7 +286,8 @@ def test_a_stage_1_detector_feeds_stages_2_and_3(stage1, merged, records, photos
     with_detector = load_file(stage1 / "model.safetensors")
     stored = load_file(stage2 / "model.safetensors")
     prefix = f"model.token_sources.{NAME}."
-    kept = {name.removeprefix(f"{prefix}tower."): value for name, value in stored.items() if f"{prefix}tower." in name}
+    published = KEY_MAP.to_published({name: value for name, value in stored.items() if f"{prefix}tower." in name})
+    kept = {name.removeprefix("deepfake_encoder."): value for name, value in published.items()}
     # Frozen is frozen, a batch norm's statistics too.
     assert set(kept) == set(with_detector)
     assert all(torch.equal(kept[name], with_detector[name]) for name in kept)

@@ -74,8 +74,11 @@ def fill_prompt(name: str, question: str | None, template: str = "v1") -> str:
 def arrange(question: str) -> str:
     """Moves image and detector's token of a training question to its front, as published.
 
-    The lines on which they stood stay, so that a question that begins with both has two empty lines before it.
+    The lines on which they stood stay, so that a question that begins with both has two empty lines before it; a
+    question with an image alone counts as one with both.
     """
+    if DETECTOR_TOKEN not in question:
+        question = question.replace(DEFAULT_IMAGE_TOKEN, f"{DEFAULT_IMAGE_TOKEN}\n{DETECTOR_TOKEN}", 1)
     rest = question.replace(DEFAULT_IMAGE_TOKEN, "").replace(DETECTOR_TOKEN, "")
     return f"{DEFAULT_IMAGE_TOKEN}\n{DETECTOR_TOKEN}\n{rest}".strip()
 

@@ -20,8 +20,12 @@ _PATH = "deepfake_model_path"
 """Field of the published config that names the detector's file."""
 _CNN_NAMES = {"densenet": "densenet121", "efficientnet": "efficientnet_b4"}
 
+_VISION = "clip_vision_encoder.model.vision_model"
+
 KEY_MAP = KeyMap(
     (
+        # A bridge's tower is stored as transformers stores it, with its own prefix once more.
+        Rename(f"deepfake_encoder.{_VISION}.{{rest*}}", f"{_TOWER}{_VISION}.vision_model.{{rest*}}"),
         Rename("deepfake_encoder.{rest*}", f"{_TOWER}{{rest*}}"),
         Rename("deepfake_projector.{rest*}", f"{_PROJECTOR}{{rest*}}"),
     )
@@ -32,6 +36,7 @@ class _Format:
     """The published layout as a ``CheckpointFormat``."""
 
     key_map = KEY_MAP
+    asks_as_trained = True
     tower_types: Mapping[str, str] = {FIRST: "clip"}
     tower_variables: Mapping[str, str] = {}
 
@@ -55,7 +60,7 @@ class _Format:
         found, detector = read_detector(Path(place).expanduser(), config)
         kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(_TOWER)}
         own = {**config, "token_source_configs": _source_config(config, detector)}
-        return own, {**kept, **{f"{_TOWER}{name}": tensor for name, tensor in found.items()}}
+        return own, {**kept, **KEY_MAP.to_native({f"deepfake_encoder.{name}": t for name, t in found.items()})}
 
     def infer_config(self, config: Mapping[str, Any], tensors: Mapping[str, TensorLike]) -> dict[str, Any]:
         """Returns our config for a published one, or for a plain LLaVA that is to be trained; ours as it is.
