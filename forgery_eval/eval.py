@@ -70,6 +70,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def _add_metrics(parser: argparse.ArgumentParser) -> None:
     metrics = parser.add_argument_group("metrics")
     metrics.add_argument("--clip_path", help="folder or hub id of a CLIP model, for CSS")
+    metrics.add_argument(
+        "--score-maps",
+        action="store_true",
+        help="compare the model's attention or forgery map with the true masks, where it gives no mask",
+    )
     metrics.add_argument("--paper-protocol", action="store_true", help="the authors' protocol, quirks included")
     metrics.add_argument(
         "--rescore",
@@ -322,7 +327,7 @@ def predict(arguments: argparse.Namespace, plan: Plan) -> Predicted:
         max_sample=arguments.max_sample,
         label_map=arguments.label_map,
     )
-    options = analyze_options(arguments)
+    options = analyze_options(arguments, attention=arguments.score_maps)
     if arguments.model_path is None:
         open_detector(arguments)  # says how to get a model
     settings = {

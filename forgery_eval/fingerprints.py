@@ -7,6 +7,7 @@ from typing import Any
 
 from llava.cli import progress
 from llava.files import digest_files, digest_json, read_json
+from llava.frames import is_frame
 from llava.systems import registry
 
 _CONFIGS = ("config.json", "adapter_config.json")
@@ -37,7 +38,9 @@ def weights_digest(locations: Iterable[str | None]) -> str:
 
 def images_digest(ids: Sequence[str], images: Sequence[Path]) -> str:
     """Returns a digest of the samples' ids and of the contents of their images."""
-    return digest_json([*ids, *_progress(images, "hashing the images")])
+    # A frame's contents are its pack's, which is read once.
+    files = dict.fromkeys(image.parent.parent if is_frame(image) else image for image in images)
+    return digest_json([*ids, *_progress([*files], "hashing the images")])
 
 
 def _progress(files: Sequence[Path], title: str) -> Iterator[str]:
@@ -70,8 +73,11 @@ def weight_locations(checkpoint: Path, given: Iterable[str | None] = ()) -> list
     """
     locations = [str(checkpoint), *given, *map(os.environ.get, _WEIGHT_VARIABLES)]
     for name in _CONFIGS:
-        if (checkpoint / name).is_file():
-            config = read_json(checkpoint / name)
+        # A system of several models has one folder for each.
+        for file in [checkpoint / name, *sorted(checkpoint.glob(f"*/{name}"))]:
+            if not file.is_file():
+                continue
+            config = read_json(file)
             locations += _named_locations(config) if isinstance(config, Mapping) else []
     if (checkpoint / "adapter_config.json").is_file():
         base = Path(registry.named_base(checkpoint).path)  # a relative path counts from the checkpoint's folder

@@ -58,6 +58,12 @@ def _is_plain(part: str) -> bool:
         return False
 
 
+def scaled_map(attention: np.ndarray) -> np.ndarray:
+    """Returns a map of any scale as values in 0..1, 0 where it is least."""
+    low, high = float(attention.min()), float(attention.max())
+    return np.zeros_like(attention) if high <= low else (attention - low) / (high - low)
+
+
 def read_mask(folder: Path, path: str) -> Image.Image | None:
     """Opens a mask that a record names; None for one outside the records' folder, or that cannot be read."""
     file = (folder / path).resolve()

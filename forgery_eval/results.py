@@ -12,9 +12,11 @@ import numpy as np
 
 from forgery_eval.answers import AnswerKind
 from forgery_eval.benchmarks import Sample
+from forgery_eval.localize import ABOVE, ABOVE_PUBLISHED, localization
 from forgery_eval.metrics.calibration import Calibration, fit, is_for_fitting, kind_of_score
 from forgery_eval.metrics.robustness import robustness
 from forgery_eval.metrics.scoring import ALL, Scored, Scoring, Similarity, protocol_metrics, score, with_scores
+from forgery_eval.metrics.videos import video_metrics
 from forgery_eval.pages.report import report_page
 from forgery_eval.store import Prediction
 from forgery_eval.verdicts import Evidence, Judgement, given_under
@@ -103,6 +105,11 @@ def write_results(
     if protocol:
         metrics["paper"] = protocol_metrics(kept, kept_predictions, protocol, similarity)
     metrics |= scoring.all_metrics(rows)
+    above = ABOVE if protocol is None else ABOVE_PUBLISHED
+    if found := localization(kept, kept_predictions, masks, above=above):
+        metrics["localization"] = found
+    if any(row.sample.video for row in rows):
+        metrics["videos"] = video_metrics(rows, scoring)
     if any(p.answer_probability is not None for p in kept_predictions):
         own = _fit(for_fitting, "answer_probability", "answer") if for_fitting else None
         metrics["answer_score"] = _answer_score(rows, scoring, own)
@@ -211,11 +218,18 @@ def _parts(metrics: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]
     found = metrics["detection"]
     yield from (("detection", name, part) for name, part in found["sets"].items())
     yield from (("detection", name, found[name]) for name in ("macro", ALL))
+    if "videos" in metrics:
+        yield "detection", "all, by video", metrics["videos"]
     if "answer_score" in metrics:
         yield "detection", "all, score of the answer", metrics["answer_score"]
     for condition in metrics.get("robustness", {}).get("conditions", []):
         yield "robustness", f"{condition['step']} {condition['strength']}", condition
     for group, values in found["groups"].items():
         yield from (("detection", f"{group}={value}", part) for value, part in values.items())
+    if "localization" in metrics:
+        masks = metrics["localization"]
+        yield from (("localization", name, part) for name, part in [*masks["sets"].items(), (ALL, masks["all"])])
+        for group, values in masks["groups"].items():
+            yield from (("localization", f"{group}={value}", part) for value, part in values.items())
     for name, kinds in [*metrics["reasoning"]["sets"].items(), (ALL, metrics["reasoning"][ALL])]:
         yield from ((f"reasoning, {kind} answers", name, part) for kind, part in kinds.items())

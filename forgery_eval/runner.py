@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from PIL import Image
 
 from forgery_eval.benchmarks import Sample
+from forgery_eval.masks import scaled_map
 from forgery_eval.store import Prediction, RunStore
 from llava.cli import log, progress
 from llava.errors import ImageReadError
 from llava.images import load_image
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from llava import ForgeryDetector, ForgeryReport
     from llava.detector import ImageLike
     from llava.systems.base import AnalyzeOptions
@@ -105,9 +108,16 @@ def fill_store(
                     log(f"cannot analyse {report.error}")
             store.write(
                 [Prediction.from_report(s.id, s.label, report, batch.seconds) for s, report in pairs],
-                {sample.id: report.mask for sample, report in pairs if report.mask is not None},
+                {sample.id: shown for sample, report in pairs if (shown := _stored_mask(report)) is not None},
             )
             bar.update(len(pairs))
+
+
+def _stored_mask(report: "ForgeryReport") -> "np.ndarray | None":
+    """What is stored of where an image was changed: the mask, or else the map that was asked for."""
+    if report.mask is not None or report.attention is None:
+        return report.mask
+    return scaled_map(report.attention)
 
 
 def image_source(

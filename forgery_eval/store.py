@@ -72,7 +72,7 @@ class Prediction:
         """Returns the prediction that a report makes."""
         shared = {item.name for item in fields(cls)} & set(report.__dataclass_fields__) - {"label", "mask"}
         values = {name: getattr(report, name) for name in shared}
-        return cls(id=id, label=label, verdict=report.label, seconds=round(seconds, 4), **values)
+        return cls(id=id, label=label, verdict=report.said, seconds=round(seconds, 4), **values)
 
 
 @dataclass(frozen=True)
@@ -272,8 +272,10 @@ def system_of(header: Mapping[str, Any]) -> str:
 def _prediction(entry: Any, kind: AnswerKind, location: str) -> Prediction:
     needed = ("fake_probability", "verdict", "text", "error")
     if isinstance(entry, dict) and "id" not in entry and "image" in entry:
-        # A line of inference's answers, whose label is what the text says.
-        entry = {**entry, "id": entry["image"], "verdict": entry.get("label"), "label": None}
+        # A line of inference's answers, whose label is what the text says unless it is a detector's.
+        own = entry.get("answer_label")
+        said = entry.get("label") if own is None else own or None
+        entry = {**entry, "id": entry["image"], "verdict": said, "label": None}
     if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
         raise DataError(f"{location}: a prediction needs an id")
     if not any(name in entry for name in needed):

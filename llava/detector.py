@@ -296,6 +296,7 @@ def _decided(rule: AbstentionRule, report: ForgeryReport, distance: float | None
         label=None,
         fake_probability=None,
         answer_probability=None,
+        answer_label=None,
         stages={},
         attributes={},
         text="",

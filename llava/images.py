@@ -16,6 +16,7 @@ import pillow_heif
 from PIL import Image, ImageCms, ImageOps
 
 from llava.errors import DataError, FileError, ImageReadError, MissingFileError
+from llava.frames import is_frame, read_frame
 from llava.tables import LIST_SUFFIXES, read_names
 
 _SUFFIXES = """
@@ -195,6 +196,8 @@ def open_image(file: str | os.PathLike[str]) -> Image.Image:
         raise ImageReadError(f"an image or its path is needed, not {type(file).__name__}")
     with image_errors(file):
         path = Path(file)
+        if is_frame(path):
+            return read_frame(path)
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise ImageReadError(f"{file}: a pipe or a device, not a file")
         if path.is_file() and path.stat().st_size == 0:

@@ -36,6 +36,8 @@ class ForgeryReport:
             without an answer; ``detector``, from a system's own head.
         answer_probability: P(fake) at the verdict of the answer where ``fake_probability`` was read without the answer
             (``score_source`` is ``prompt``); None where they are the same, or there is no answer.
+        answer_label: What the text says, where the label is a detector's; empty if the text says neither. None where
+            the label is the text's, or there is no text.
         stages: Text of each stage of the answer, in the answer's order.
         attributes: Sentence of each attribute that the reasoning names.
         text: The answer as decoded.
@@ -58,6 +60,7 @@ class ForgeryReport:
     fake_probability: float | None
     score_source: ScoreSource | None
     answer_probability: float | None = None
+    answer_label: str | None = None
     stages: dict[str, str] = field(default_factory=dict)
     attributes: dict[str, str] = field(default_factory=dict)
     text: str = ""
@@ -74,11 +77,16 @@ class ForgeryReport:
     error: str = ""
 
     @property
+    def said(self) -> str | None:
+        """What the text says, or the label where there is none."""
+        return self.label if self.answer_label is None else self.answer_label or None
+
+    @property
     def agrees(self) -> bool | None:
         """Whether the score says what the text says; None when either says nothing."""
-        if self.label is None or self.fake_probability is None:
+        if self.said is None or self.fake_probability is None:
             return None
-        return (self.fake_probability >= 0.5) == (self.label == "fake")
+        return (self.fake_probability >= 0.5) == (self.said == "fake")
 
     def stage(self, name: str) -> str:
         """Returns the text of the stage of that name, in any case; an empty string if the answer has none."""

@@ -40,7 +40,13 @@ def _parse_module(name: str, arguments: list[str]) -> dict[str, Any]:
             # It reads its options while it plans.
             assert importlib.import_module(name).main([*arguments, "--dry-run"]) == 0
             return {}
-        name = "llava.train.train"
+        networks = any(word.startswith("--network") for word in arguments)
+        name = "llava.train.networks" if networks else "llava.train.train"
+    if name == "llava.train.networks":
+        module, options = importlib.import_module(name), importlib.import_module("llava.train.arguments")
+        kinds = (module.NetworkArguments, options.TrainingArguments)
+        groups = options.parse_groups(module.build_parser(), kinds, arguments)
+        return {key: value for group in groups for key, value in vars(group).items()}
     if name == "llava.train.train":
         groups = importlib.import_module("llava.train.arguments").parse_arguments(arguments)
         return {key: value for group in groups for key, value in vars(group).items()}

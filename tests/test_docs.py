@@ -33,11 +33,12 @@ INLINE = [
 COMMANDS = list(dict.fromkeys(line for line in LINES if line))
 COMMANDS += [code for code in INLINE if re.match(r"python (-m (llava|forgery_eval|scripts)\S+|scripts/\S+) --", code)]
 OURS = [shlex.split(command) for command in COMMANDS if re.match(r"(python|forgery) ", command)]
+NETWORK = ["train", "--network", "m2f2det:detector"]
 PAGES_OF_FLAGS = {
     "README.md": [["eval"]],
     "docs/inference.md": [["detect"]],
     "docs/evaluation.md": [["eval"]],
-    "docs/training.md": [["train"], ["train", "--recipe", "fakereasoning"], ["detect"]],
+    "docs/training.md": [["train"], ["train", "--recipe", "fakereasoning"], NETWORK, ["detect"]],
     "docs/checkpoints.md": [["merge"], ["detect"]],
     "docs/data.md": [["data", name] for name in front.DATA],
     "docs/synthetic.md": [["data", "synthetic"]],
@@ -48,10 +49,12 @@ PAGES_OF_FLAGS = {
         ["train", "--recipe", "fakevlm"],
         ["merge"],
     ],
+    "docs/m2f2det.md": [["detect", "--system", "m2f2det"], ["train"], NETWORK, ["merge"], ["eval"]],
     "docs/adding-a-system.md": [["eval"]],
+    "docs/fakeshield.md": [["detect", "--system", "fakeshield"], ["eval"]],
     "docs/architecture.md": [],
     "CONTRIBUTING.md": [["eval"]],
-    "CHANGELOG.md": [["train"], ["train", "--recipe", "fakereasoning"], ["merge"], ["eval"], ["detect"]],
+    "CHANGELOG.md": [NETWORK, ["train"], ["train", "--recipe", "fakereasoning"], ["merge"], ["eval"], ["detect"]],
 }
 """The verbs whose flags each page names in its text."""
 ELSEWHERE = {"--outliers": "llava.demo.towers", "--strangers": "llava.demo.towers"}

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from llava.errors import OptionError
-from llava.train import launcher, recipes
+from llava.train import launcher, networks, recipes
 from llava.train import train as train_module
-from llava.train.arguments import parse_arguments
+from llava.train.arguments import TrainingArguments, parse_arguments, parse_groups
 from llava.train.launcher import Batch, Environment, Plan, Processes, batch_proposals, launch_line, plan_batch
 from llava.train.option_names import read_flags
 from llava.train.recipes import deepspeed_config, list_recipes, read_recipe, recipe_options
@@ -36,7 +36,17 @@ def error_of(capsys, *arguments: str) -> str:
 # --- recipes
 
 
-@pytest.mark.parametrize("name", list_recipes())
+NETWORKS = [name for name in list_recipes() if "network" in read_recipe(name)]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_recipe_of_a_plain_network_is_one_that_its_training_understands(name):
+    kinds = (networks.NetworkArguments, TrainingArguments)
+    options, training = parse_groups(networks.build_parser(), kinds, ["--recipe", name, "--use_cpu"])
+    assert options.network in networks.known_networks() and training.output_dir
+
+
+@pytest.mark.parametrize("name", [name for name in list_recipes() if name not in NETWORKS])
 def test_every_recipe_is_one_that_training_understands(name):
     model, data, training = parse_arguments([*NEEDED, "--recipe", name, "--use_cpu"])
     assert training.output_dir and data.version and model.lora_r > 0
@@ -88,7 +98,7 @@ def test_a_faulty_recipe_is_named_in_one_line(tmp_path, capsys, content, message
 def test_an_unknown_recipe_is_refused_with_those_that_there_are(capsys):
     assert "fakereasoning" in error_of(capsys, "--recipe", "fakereasonin", "--dry-run")
     assert train_module.main([*NEEDED, "--recipe", "fakereasonin"]) == 1
-    assert "neither a recipe (fakereasoning, " in capsys.readouterr().err
+    assert f"neither a recipe ({', '.join(list_recipes())}) nor a file" in capsys.readouterr().err
     assert "--list-recipes" in error_of(capsys, "--dry-run")
 
 
@@ -96,6 +106,7 @@ def test_recipes_are_listed(capsys):
     assert launcher.main(["--list-recipes"]) == 0
     listed = capsys.readouterr().out
     assert listed.startswith("fakereasoning ") and "2503.21210" in listed
+    assert [line.split()[0] for line in listed.splitlines()] == list_recipes()
     with pytest.raises(SystemExit) as ended:
         parse_arguments(["--list_recipes"])
     assert ended.value.code == 0 and capsys.readouterr().out == listed

@@ -12,8 +12,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("llava", "forgery_eval", "mmfr_generation", "scripts")
 
 GROUND = {
-    f"llava.{name}" for name in ("labels", "errors", "cli", "files", "images", "tables", "sources", "image_operations")
-} | {"llava.screening", "llava.interrupts"}
+    *(f"llava.{name}" for name in ("labels", "errors", "cli", "files", "images", "tables", "sources")),
+    *(f"llava.{name}" for name in ("image_operations", "frames", "tampered", "screening", "interrupts")),
+}
 VOCABULARY = {f"llava.{name}" for name in ("constants", "conversation", "mm_utils")}
 ASK = {"llava.systems", "llava.systems.base", "llava.systems.registry"}
 BELOW = GROUND | {"llava.report", "llava.assets", "llava.abstention"}
@@ -60,6 +61,11 @@ TORCH_FREE = [
     "llava.systems.registry",
     "llava.systems.fakereasoning.answer",
     "llava.systems.fakereasoning.options",
+    "llava.systems.fakeshield.answer",
+    "llava.systems.fakeshield.options",
+    "llava.systems.m2f2det.answer",
+    "llava.systems.m2f2det.options",
+    "llava.systems.m2f2det.protocol",
     "llava.systems.fakevlm.answer",
     "llava.systems.fakevlm.options",
     "llava.systems.fakevlm.protocol",

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from forgery_eval.benchmarks import ddvqa, fakeclue, folders, loki, mmfr, synthetic, table
+from forgery_eval.benchmarks import ddvqa, fakeclue, ffpp, folders, loki, mmfr, synthetic, table, tampering
 from forgery_eval.benchmarks.base import Sample
 from llava.errors import DataError, MissingFileError
 
 __all__ = ["Sample", "open_benchmark"]
-_LAYOUTS = (fakeclue, loki, ddvqa, table, synthetic, mmfr, folders)
+_LAYOUTS = (fakeclue, loki, ddvqa, ffpp, tampering, table, synthetic, mmfr, folders)
 """Each offers ``opens(path)`` and ``read(path)``; data go to the first that knows their layout."""
 
 
@@ -22,8 +22,8 @@ def open_benchmark(
     """Lists the samples of a data set.
 
     Args:
-        path: An MMFR tree or one of its sets, FakeClue, LOKI's images, DD-VQA, folders ``real`` and ``fake``, or a
-            CSV, JSON or JSONL manifest.
+        path: An MMFR tree or one of its sets, FakeClue, LOKI's images, DD-VQA, FaceForensics++ in packs,
+            folders ``real`` and ``fake``, or a CSV, JSON or JSONL manifest.
         sets: Only these evaluation sets.
         max_sample: The first so many of each class and set.
         label_map: What further label words of a table mean.
@@ -37,8 +37,8 @@ def open_benchmark(
     layout = next((layout for layout in _LAYOUTS if layout.opens(path)), None)
     if layout is None:
         raise DataError(
-            f"{path} is no data set of a known layout: folders 0_real and 1_fake, or real and fake, in it or in its "
-            "subfolders, or a .csv, .tsv, .json or .jsonl file"
+            f"{path} is no data set of a known layout: folders 0_real and 1_fake, real and fake, or image and "
+            "mask, in it or in its subfolders, or a .csv, .tsv, .json or .jsonl file"
         )
     samples = list(table.read(path, label_map) if layout is table else layout.read(path))
     if sets:

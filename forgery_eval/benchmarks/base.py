@@ -19,6 +19,8 @@ class Sample:
         attributes: Names of the attributes that the image shows; None if that is not known.
         answers: What good answers say, verdict included; empty if that is not known.
         questions: Further questions about the image, each with what good answers to it say.
+        masks: Files whose union is what was changed in the image; none for a real one, or where that is not known.
+        video: Video that the image is a frame of; empty for a single image.
     """
 
     id: str
@@ -30,3 +32,5 @@ class Sample:
     attributes: tuple[str, ...] | None = None
     answers: tuple[str, ...] = ()
     questions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    masks: tuple[Path, ...] = ()
+    video: str = ""

@@ -9,6 +9,7 @@ from forgery_eval.benchmarks import mmfr
 from forgery_eval.benchmarks.base import Sample
 from llava.errors import DataError
 from llava.files import read_jsonl
+from llava.tampered import manifest_masks
 
 MANIFEST = "manifest.jsonl"
 _FIELDS = ("generator", "split_role")
@@ -36,7 +37,7 @@ def read(path: Path) -> Iterator[Sample]:
         steps = entry.get("delivery")
         if isinstance(steps, list):
             groups |= _delivery_groups(steps)
-        yield replace(sample, groups=groups)
+        yield replace(sample, groups=groups, masks=manifest_masks(path, entry))
 
 
 def _delivery_groups(steps: list[Any]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 Columns: ``image`` (path, relative to the manifest's folder) and ``label`` (real, fake, 0, 1), or other names and words
 of the field, see ``llava.tables``; optional ``id``, ``set``, ``reference`` (text), ``attributes`` (a list; in CSV
-separated by ``;``). Every other column is a group.
+separated by ``;``), ``mask`` (of what was changed in it). Every other column is a group.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,8 +12,9 @@ from typing import Any
 from forgery_eval.benchmarks.base import Sample
 from llava.errors import DataError
 from llava.tables import TABLE_SUFFIXES, Columns, NameFinder, image_name, read_label, read_rows
+from llava.tampered import row_masks
 
-_OWN = ("id", "set", "reference", "attributes")
+_OWN = ("id", "set", "reference", "attributes", "mask", "description")
 
 
 def opens(path: Path) -> bool:
@@ -52,6 +53,7 @@ def read(path: Path, label_map: Mapping[str, int] | None = None) -> Iterator[Sam
                 if key not in _OWN and key not in columns.own and _is_group(value)
             },
             attributes=_attributes(values.get("attributes"), row.where),
+            masks=row_masks(values, finder),
         )
     finder.report(path)
 

@@ -192,7 +192,7 @@ def bootstrap(outcomes: Outcomes, name: str, *, draws: int = DRAWS, seed: int = 
         Every metric's value in each draw, NaN where it is undefined, shape (draws,).
     """
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    parts = [weighted_metrics(outcomes, weights) for weights in _weights(outcomes, draws, rng)]
+    parts = [weighted_metrics(outcomes, weights) for weights in draw_weights(outcomes, draws, rng)]
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
@@ -202,7 +202,7 @@ def interval(values: Array) -> list[float] | None:
     return [float(value) for value in np.percentile(known, INTERVAL)] if len(known) else None
 
 
-def _weights(outcomes: Outcomes, draws: int, rng: np.random.Generator) -> Iterator[Array]:
+def draw_weights(outcomes: Outcomes, draws: int, rng: np.random.Generator) -> Iterator[Array]:
     """How often each image is drawn, shape (draws, N), some draws at a time."""
     pairs = sorted(set(zip(outcomes.strata.tolist(), outcomes.labels.tolist(), strict=True)))
     strata = [np.flatnonzero((outcomes.strata == stratum) & (outcomes.labels == label)) for stratum, label in pairs]

@@ -307,6 +307,7 @@ def protocol_metrics(
                 prediction.text,
                 prediction.fake_probability,
                 sample.answers[0] if sample.answers else sample.reference or "",
+                sample.video,
             )
             for sample, prediction in zip(samples, predictions, strict=True)
             if sample.set == name

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from forgery_eval.localize import ABOVE
 from forgery_eval.masks import read_mask
 from forgery_eval.metrics.scoring import ALL, Scored
 from forgery_eval.pages.base import image_source, render
@@ -15,6 +16,7 @@ from forgery_eval.pages.charts import charts, risk_coverage_chart, robustness_ch
 from forgery_eval.pages.overlay import draw_grey_mask
 from llava.labels import LABELS
 from llava.systems.base import EvaluationProtocol
+from llava.tampered import read_changed
 
 WORST = 24
 _THUMBNAIL = 224
@@ -44,6 +46,21 @@ _GIVEN = {
     "reals_called_fake": "reals called fake",
     "fakes_called_real": "fakes called real",
     "ece_of_given": "ECE, given",
+}
+_LOCALIZATION = {
+    "changed": "changed",
+    "missing": "no mask",
+    "iou": "IoU",
+    "f1": "F1",
+    "precision": "precision",
+    "recall": "recall",
+    "mcc": "MCC",
+    "auroc": "pixel AUROC",
+    "iou_best": "IoU, best threshold",
+    "f1_best": "F1, best threshold",
+    "giou": "gIoU",
+    "ciou": "cIoU",
+    "real_without_mask": "reals without mask",
 }
 _REASONING = {
     "texts": "texts",
@@ -128,6 +145,8 @@ def report_page(
             (title, _metrics_table(_kind(reasoning, kind), _REASONING, {}))
             for kind, title in (("all", "All answers; failures count 0"), ("parsed", "Answers with a verdict"))
         ],
+        localization=_localization(metrics["localization"], published) if "localization" in metrics else None,
+        worst_masks=_worst_masks(metrics.get("localization"), rows, masks),
         worst=[_card(row, masks) for row in worst_mistakes(rows)],
         failures=[[Cell(failure["id"]), Cell(failure["reason"])] for failure in failures[:_MOST_FAILURES]],
         more_failures=max(0, len(failures) - _MOST_FAILURES),
@@ -181,9 +200,9 @@ def _kind(reasoning: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _metrics_table(
-    found: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str], published: Mapping[str, float]
+    found: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str], published: Mapping[str, Any]
 ) -> Table:
-    """One row a part; below an accuracy its interval, and the published one of a set of that name."""
+    """One row a part; below a metric its interval, and the published one of a set of that name."""
 
     def cell(name: str, part: Mapping[str, Any], metric: str) -> Cell:
         value = part["metrics"].get(metric)
@@ -191,8 +210,10 @@ def _metrics_table(
             return Cell(_number(None), reason=part["undefined"].get(metric) or "")
         low_high = part["intervals"].get(metric)
         notes = [f"{low_high[0]:.3f}–{low_high[1]:.3f}"] if low_high else []
-        if metric == "text_accuracy" and name in published:
-            notes.append(f"published {published[name]:.4f}")
+        known = published.get(name)
+        known = known.get(metric) if isinstance(known, Mapping) else known if metric == "text_accuracy" else None
+        if known is not None:
+            notes.append(f"published {known:.4f}")
         return Cell(_number(value), tuple(notes))
 
     counts = {name: part["metrics"].get("images") for name, part in found.items()}
@@ -281,6 +302,54 @@ def _robustness(found: Mapping[str, Any]) -> dict[str, Any]:
             values += [given.get(name) for name in ("coverage", "error_among_given", "reals_called_fake")]
         rows.append([*row, *(Cell(_number(value)) for value in values)])
     return {"table": Table(head, rows), "charts": robustness_charts(found)}
+
+
+def _localization(found: Mapping[str, Any], published: EvaluationProtocol | None) -> dict[str, Any]:
+    """The rules in words, and tables of the sets and of each group; below an IoU or F1 the published one."""
+    parts = {**found["sets"], ALL: found["all"]}
+    known: Mapping[str, Mapping[str, float]] = getattr(published, "PUBLISHED_LOCALIZATION", {})
+    tables = {"": _metrics_table(parts, _LOCALIZATION, known)}
+    tables |= {name: _metrics_table(values, _LOCALIZATION, {}) for name, values in found["groups"].items()}
+    return {"rule": f"{found['rule']}; {found['truth']}.", "tables": tables}
+
+
+def _worst_masks(
+    found: Mapping[str, Any] | None, rows: Sequence[Scored], masks: Path | None, most: int = WORST
+) -> list[dict[str, str]]:
+    """Images beside their predicted and their true mask: changed ones, the worst IoU first, then marked real ones."""
+    if found is None:
+        return []
+    by_id = {row.sample.id: row for row in rows}
+    shown: list[dict[str, str]] = []
+    for entry in sorted(found["images"], key=lambda one: (not by_id[one["id"]].sample.masks, one["iou"], one["id"])):
+        row = by_id[entry["id"]]
+        if len(shown) == most:
+            break
+        if entry["iou"] == 1 and not row.sample.masks:
+            continue  # a real image without a mask, as it should be
+        image = _thumbnail(row.sample.image)
+        predicted = read_mask(masks, row.prediction.mask) if masks and row.prediction.mask else None
+        truth = _true_mask(row.sample.masks)
+        shown.append(
+            {
+                "id": entry["id"],
+                "image": image_source(image) if image else "",
+                "mask": image_source(_small(predicted)) if predicted else "",
+                "truth": image_source(_small(truth)) if truth else "",
+                "words": f"IoU {entry['iou']:.3f} · F1 {entry['f1']:.3f}" if truth else "real, but marked",
+            }
+        )
+    return shown
+
+
+def _true_mask(files: Sequence[Path]) -> Image.Image | None:
+    return Image.fromarray(read_changed(files, above=ABOVE).astype(np.uint8) * 255) if files else None
+
+
+def _small(mask: Image.Image) -> Image.Image:
+    small = mask.convert("L")
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return small
 
 
 def _two_scores(metrics: Mapping[str, Any]) -> Table:

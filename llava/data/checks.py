@@ -16,7 +16,9 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import Conversation
 from llava.data.image_check import open_images
 from llava.data.prompting import (
+    Arrange,
     TokenizedConversation,
+    arrange_of,
     encode_together,
     expanded_length,
     fill_template,
@@ -28,6 +30,7 @@ from llava.data.summary import Measured, list_some
 from llava.errors import DataError
 from llava.files import is_file
 from llava.labels import LABELS
+from llava.mm_utils import IMAGE_PLACEHOLDER
 from llava.model.verdict import VerdictTokens
 from llava.systems.base import AnswerFormat
 from llava.tables import NameFinder
@@ -75,6 +78,7 @@ def check_records(
     image_folder: Path | None,
     drop_invalid: bool,
     needs_verdict: bool = True,
+    placeholders: Mapping[str, int] = IMAGE_PLACEHOLDER,
     faults: Mapping[str, str] = MappingProxyType({}),
     opened: Path | None = None,
     measured: Measured | None = None,
@@ -95,6 +99,7 @@ def check_records(
         image_folder: Where the records' images lie; None if their paths are complete.
         drop_invalid: Whether invalid records are left out and counted in the log, rather than refused.
         needs_verdict: Whether the system trains a score at the verdict, so that every answer must spell it.
+        placeholders: What stands for images and other tokens in a prompt's text, and the id of each.
         faults: Rows that are no records, as ``read_records`` gives them: they count as invalid records.
         opened: Where it is kept which images open, see ``open_images``; None does not open them.
         measured: Takes what the checks learn of the records.
@@ -117,7 +122,8 @@ def check_records(
     records = _found_by_other_names(records, missing, image_folder)
     problems |= {origin: Problem("missing image", text) for origin, text in missing.items()}
     readable = [record for record in records if record.origin not in problems]
-    found = zip(readable, tokenize_records(readable, tokenizer, template), strict=True)
+    arrange = arrange_of(answer_format)
+    found = zip(readable, tokenize_records(readable, tokenizer, template, placeholders, arrange), strict=True)
     for record, tokenized in progress(found, desc="checking", total=len(readable), unit=" records", leave=False):
         problem = find_problem(record, tokenized, answer_format, spelling, max_length, placeholder_tokens)
         if problem:
@@ -132,14 +138,18 @@ def check_records(
 
 
 def tokenize_records(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, template: Conversation
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Conversation,
+    placeholders: Mapping[str, int] = IMAGE_PLACEHOLDER,
+    arrange: Arrange | None = None,
 ) -> Iterator[TokenizedConversation | str]:
     """Tokenises records, many at a time; gives a text where a record cannot be tokenised, saying why."""
     rest = iter(records)
     marks = [token for token in map(str, getattr(tokenizer, "all_special_tokens", ())) if _is_mark(token)]
     while together := list(islice(rest, TOKENIZED_TOGETHER)):
-        conversations = [fill_template(record.turns, template, record.system_prompt) for record in together]
-        encode = encode_together(conversations, tokenizer)
+        conversations = [fill_template(record.turns, template, record.system_prompt, arrange) for record in together]
+        encode = encode_together(conversations, tokenizer, placeholders)
         for record, conversation in zip(together, conversations, strict=True):
             mark = next((mark for mark in marks for turn in record.turns if mark in turn["value"]), None)
             if mark is not None:
@@ -176,6 +186,9 @@ def find_problem(
     """
     if isinstance(tokenized, str):
         return Problem("tokens", tokenized)
+    if record.image is None and any(index in placeholder_tokens for index in tokenized.input_ids):
+        missing = "a question holds the mark of something that is made of an image, but the record names no image"
+        return Problem("missing image", missing)
     labels = tokenized.labels
     kept = fitting_length(tokenized.input_ids, placeholder_tokens, max_length)
     if all(label == IGNORE_INDEX for label in labels[:kept]):

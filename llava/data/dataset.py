@@ -8,21 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from llava.conversation import Conversation
 from llava.data.collator import Sample
-from llava.data.prompting import fill_template, fitting_length, tokenize_conversation
+from llava.data.prompting import arrange_of, fill_template, fitting_length, tokenize_conversation
 from llava.data.records import Record
 from llava.errors import DataError, ImageReadError, OptionError
 from llava.images import load_image
-from llava.mm_utils import process_images
+from llava.mm_utils import IMAGE_PLACEHOLDER, process_images
 from llava.model.configuration import LlavaConfig
 from llava.systems.base import AnswerFormat
 
 ExtraInputs = Callable[[Record], Mapping[str, Tensor]]
+ImageInputs = Callable[[Image.Image | None, Any], Mapping[str, Tensor]]
 
 WORDS_OF_AN_IMAGE = 128
 """How many words an image counts in ``SupervisedDataset.lengths``, as published."""
@@ -44,6 +46,8 @@ class SupervisedDataset(Dataset[Sample]):
         verdict_only_share: Share of the records, 0..1, whose answer is shortened to its verdict.
         seed: Chooses them, see ``shorten_answers``.
         extra_inputs: Gives a system's further inputs of a record, by name.
+        placeholders: What stands for images and other tokens in a prompt's text, and the id of each.
+        image_inputs: Gives what the model's token sources make of an image, by name.
 
     Raises:
         OptionError: The share is not within 0..1.
@@ -64,6 +68,8 @@ class SupervisedDataset(Dataset[Sample]):
         verdict_only_share: float = 0.0,
         seed: int = 0,
         extra_inputs: ExtraInputs | None = None,
+        placeholders: Mapping[str, int] = IMAGE_PLACEHOLDER,
+        image_inputs: ImageInputs | None = None,
     ) -> None:
         self.answer_format = answer_format
         self.records = shorten_answers(records, answer_format, verdict_only_share, seed)
@@ -74,6 +80,8 @@ class SupervisedDataset(Dataset[Sample]):
         self.image_processor = image_processor
         self.placeholder_tokens = placeholder_tokens
         self.extra_inputs = extra_inputs
+        self.placeholders = placeholders
+        self.image_inputs = image_inputs
         self.max_length = max_length
 
     def __len__(self) -> int:
@@ -86,16 +94,17 @@ class SupervisedDataset(Dataset[Sample]):
             DataError: Its image cannot be read.
         """
         record = self.records[index]
-        tokenized = tokenize_conversation(
-            fill_template(record.turns, self.template, record.system_prompt), self.tokenizer
-        )
+        filled = fill_template(record.turns, self.template, record.system_prompt, arrange_of(self.answer_format))
+        tokenized = tokenize_conversation(filled, self.tokenizer, self.placeholders)
         kept = fitting_length(tokenized.input_ids, self.placeholder_tokens, self.max_length)
+        image = self.image(record)
+        own = {} if self.image_inputs is None else self.image_inputs(image, self.image_processor)
         return Sample(
             torch.tensor(tokenized.input_ids[:kept], dtype=torch.long),
             torch.tensor(tokenized.labels[:kept], dtype=torch.long),
-            self.pixels(record),
+            self.pixels(image),
             record.forgery_label(self.answer_format),
-            extras=self.extra_inputs(record) if self.extra_inputs else {},
+            extras={**own, **(self.extra_inputs(record) if self.extra_inputs else {})},
         )
 
     @cached_property
@@ -109,19 +118,24 @@ class SupervisedDataset(Dataset[Sample]):
         """Words of each record's turns, an image counted as ``WORDS_OF_AN_IMAGE``."""
         return [length + WORDS_OF_AN_IMAGE if length > 0 else -length for length in self.modality_lengths]
 
-    def pixels(self, record: Record) -> Tensor:
-        """Returns a record's image as shared pixels ``[3, S, S]``; zeros without an image.
+    def image(self, record: Record) -> Image.Image | None:
+        """Returns a record's image; None without one.
 
         Raises:
             DataError: It cannot be read.
         """
         if record.image is None:
-            side = self.model_config.pixel_format()["size"]
-            return torch.zeros(3, side, side)
+            return None
         try:
-            image = load_image(self.image_folder / record.image)
+            return load_image(self.image_folder / record.image)
         except ImageReadError as error:
             raise DataError(f"{record.origin}: {error}") from error
+
+    def pixels(self, image: Image.Image | None) -> Tensor:
+        """Returns an image as shared pixels ``[3, S, S]``; zeros without one."""
+        if image is None:
+            side = self.model_config.pixel_format()["size"]
+            return torch.zeros(3, side, side)
         return process_images([image], self.image_processor, self.model_config)[0]
 
 

@@ -11,7 +11,10 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import Conversation
 from llava.errors import DataError
 from llava.mm_utils import IMAGE_PLACEHOLDER, join_chunks, split_placeholders, tokenize_placeholders
+from llava.systems.base import AnswerFormat
 
+Arrange = Callable[[str], str]
+"""Places what stands for an image in a training question."""
 Encode = Callable[[str], list[int]]
 """Gives the ids of a prompt, ``<image>`` included."""
 
@@ -26,13 +29,16 @@ class TokenizedConversation:
     labels: list[int]
 
 
-def fill_template(turns: Sequence[dict[str, Any]], template: Conversation, system_prompt: str = "") -> Conversation:
+def fill_template(
+    turns: Sequence[dict[str, Any]], template: Conversation, system_prompt: str = "", arrange: Arrange | None = None
+) -> Conversation:
     """Puts a record's turns into a template; a question's ``<image>`` is moved to its front, as published.
 
     Args:
         turns: The turns.
         template: The template.
         system_prompt: What stands first instead of the template's own text; empty for that.
+        arrange: A system's own way to place what stands for an image in a question; None moves it to its front.
 
     Raises:
         DataError: A turn is not ``{"from": "human" | "gpt", "value": text}``.
@@ -43,12 +49,20 @@ def fill_template(turns: Sequence[dict[str, Any]], template: Conversation, syste
         speaker, value = turn.get("from"), turn.get("value")
         if speaker not in _SPEAKERS or not isinstance(value, str):
             raise DataError(f"turn {index} is not {{'from': 'human' or 'gpt', 'value': text}}")
-        if DEFAULT_IMAGE_TOKEN in value:
+        if arrange is not None and DEFAULT_IMAGE_TOKEN in value:
+            value = arrange(value)
+        elif DEFAULT_IMAGE_TOKEN in value:
             marks = value.count(DEFAULT_IMAGE_TOKEN)
             rest = value.replace(DEFAULT_IMAGE_TOKEN, "").strip()
             value = (f"{DEFAULT_IMAGE_TOKEN}\n" * marks + rest).strip()
         conversation.append_message(conversation.roles[_SPEAKERS[speaker]], value)
     return conversation
+
+
+def arrange_of(answer_format: AnswerFormat) -> Arrange | None:
+    """Returns a system's own way to place what stands for an image in a training question, if it has one."""
+    found: Arrange | None = getattr(answer_format, "arrange", None)
+    return found
 
 
 def tokenize_conversation(

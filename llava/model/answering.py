@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import OptionError
-from llava.mm_utils import tokenizer_image_token
+from llava.mm_utils import tokenize_placeholders
 from llava.model.decoding import Decoded, PromptCache, Sampler, decode
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.llava_arch import SplicedBatch, splice
+from llava.model.llava_arch import EncodedImages, SplicedBatch, splice
 from llava.model.multimodal_fusion.base import FusionOutput
+from llava.model.token_sources import VisionContext
 from llava.report import ScoreSource
 from llava.systems.base import AnalyzeOptions, AnswerFormat
 
@@ -93,7 +94,8 @@ class Answering:
         self.answer_format = answer_format
         self.verdict = model.verdict_tokens
         self.temperature = temperature
-        self.tokenize = tokenize or (lambda prompt: tokenizer_image_token(prompt, tokenizer))
+        self.placeholders = model.get_model().placeholders()
+        self.tokenize = tokenize or (lambda prompt: tokenize_placeholders(prompt, tokenizer, self.placeholders))
 
     def batch_size(self, options: AnalyzeOptions) -> int:
         """On a GPU as many images as their caches fit into free memory; on a CPU what was fastest."""
@@ -113,6 +115,33 @@ class Answering:
         parts = [self.model.encode_images(part, return_attention=attention) for part in pixels_B3SS.split(size)]
         maps = [part.attention for part in parts if part.attention is not None]
         return FusionOutput(torch.cat([part.tokens for part in parts]), torch.cat(maps) if maps else None)
+
+    def encode(
+        self, pixels_B3SS: Tensor, extras: Mapping[str, Tensor] | None = None, *, attention: bool = False
+    ) -> EncodedImages:
+        """Returns what takes each placeholder's place, and what reports say of it; on a CPU a few images at a time.
+
+        Args:
+            pixels_B3SS: Shared pixels.
+            extras: A system's further inputs.
+            attention: Also give the fusion's attention.
+        """
+        core, parts = self.model.get_model(), []
+        if not core.token_sources:
+            fused = self.encode_images(pixels_B3SS, attention=attention)
+            return EncodedImages({IMAGE_TOKEN_INDEX: fused.tokens}, fused.attention, {})
+        size = _VISION_BATCH_CPU if pixels_B3SS.device.type == "cpu" else len(pixels_B3SS)
+        for start in range(0, len(pixels_B3SS), size):
+            pixels = pixels_B3SS[start : start + size]
+            own = {name: values[start : start + size] for name, values in (extras or {}).items()}
+            context = VisionContext(pixels, core.run_towers(pixels), own)
+            parts.append(core.encode(context, return_attention=attention))
+        maps = [part.attention for part in parts if part.attention is not None]
+        return EncodedImages(
+            {index: torch.cat([part.embeddings[index] for part in parts]) for index in parts[0].embeddings},
+            torch.cat(maps) if maps else None,
+            {name: torch.cat([part.readings[name] for part in parts]) for name in parts[0].readings},
+        )
 
     def answer(
         self,
@@ -138,7 +167,7 @@ class Answering:
             OptionError: The prompt is longer than the model's context.
         """
         prompt_ids = self.tokenize(prompt)
-        start_ids = self.tokenize(continue_prompt(prompt, prefix).rstrip(" ")) if prefix else prompt_ids
+        start_ids = self.tokenize(self._continued(prompt, prefix).rstrip(" ")) if prefix else prompt_ids
         prefix_ids = start_ids[len(prompt_ids) :]
         budget = min(options.max_new_tokens, self._free_context(start_ids, embeddings))
         decoded, cache = self._decode(start_ids, prefix_ids, embeddings, digests, options, budget)
@@ -146,14 +175,14 @@ class Answering:
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers_ids]
         scores, sources = self._scores_while_decoding(prompt, answers_ids, decoded, texts)
         unread = [row for row, score in enumerate(scores) if score is None]
-        completed = [continue_prompt(prompt, self.answer_format.complete_to_verdict(texts[row])) for row in unread]
+        completed = [self._continued(prompt, self.answer_format.complete_to_verdict(texts[row])) for row in unread]
         images = [row // options.samples for row in unread]
         for row, score in zip(unread, self._score_again(completed, images, start_ids, cache, embeddings), strict=True):
             scores[row] = score
         answers = [Answer(*each) for each in zip(texts, map(_known, scores), sources, strict=True)]
         without: list[float | None] = [None] * len(digests)
         if score_prompt:
-            opened = [continue_prompt(prompt, self.answer_format.verdict_prefix)] * len(digests)
+            opened = [self._continued(prompt, self.answer_format.verdict_prefix)] * len(digests)
             without = [*self._score_again(opened, range(len(digests)), start_ids, cache, embeddings)]
         size = options.samples
         return [ImageAnswers(answers[i * size : (i + 1) * size], score) for i, score in enumerate(without)]
@@ -164,9 +193,15 @@ class Answering:
         Raises:
             OptionError: The prompt is longer than the model's context.
         """
-        text = continue_prompt(prompt, self.answer_format.verdict_prefix)
+        text = self._continued(prompt, self.answer_format.verdict_prefix)
         self._free_context(self.tokenize(text), embeddings)
         return self._score_texts([text] * number, embeddings)
+
+    def _continued(self, prompt: str, answer: str) -> str:
+        """Returns a prompt and an answer; a placeholder in an answer is only a word and stands for nothing."""
+        for mark in self.placeholders:
+            answer = answer.replace(mark, "")
+        return f"{prompt} {answer}" if answer else prompt
 
     def _free_context(self, prompt_ids: list[int], embeddings: Embeddings) -> int:
         """Returns how many tokens the context has left after a prompt with its placeholders filled; at least 1."""
@@ -252,7 +287,7 @@ class Answering:
             # The verdict is the model's own if its text continues where the completed one ends.
             has_verdict = text.startswith(before) and text[len(before) :].strip() != ""
             sources.append("verdict" if has_verdict else "forced")
-            own = self.tokenize(continue_prompt(prompt, before))[start:]
+            own = self.tokenize(self._continued(prompt, before))[start:]
             step = len(own) - (len(ids) - len(one.ids))
             if has_verdict and ids[: len(own)] == own and 0 <= step < len(one.kept_logits):
                 scores.append(float((one.kept_logits[step].double() / self.temperature).softmax(dim=-1)[1]))
@@ -314,11 +349,6 @@ class Answering:
         mask = torch.arange(padded.shape[1], device=device) >= padded.shape[1] - lengths[:, None]
         filled = {index: [[own] for own in tokens] for index, tokens in embeddings.items()}
         return splice(padded, self.model.get_input_embeddings(), filled, attention_mask=mask, padding_side="left")
-
-
-def continue_prompt(prompt: str, answer: str) -> str:
-    """Returns a prompt and an answer; the mark of an image in an answer is only a word and stands for no image."""
-    return f"{prompt} {answer.replace(DEFAULT_IMAGE_TOKEN, '')}" if answer else prompt
 
 
 def _known(score: float | None) -> float:

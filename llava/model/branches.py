@@ -4,6 +4,8 @@ A branch is a tower and the projector behind it. The first one is ``clip``: its 
 and its parts bear LLaVA's names. A further branch ``<name>`` has ``<name>_tower`` and ``<name>_mm_projector``.
 """
 
+from collections.abc import Iterable
+
 FIRST = "clip"
 
 
@@ -30,6 +32,7 @@ def attention_name(branch: str) -> str:
 # --- parts of a model that are trained or frozen together
 
 LANGUAGE_MODEL = "language_model"
+SOURCES = "token_sources"
 LORA = "lora"
 _LANGUAGE_MODEL_PREFIXES = ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
 
@@ -37,13 +40,29 @@ _LANGUAGE_MODEL_PREFIXES = ("model.layers.", "model.embed_tokens.", "model.norm.
 def part_of(name: str) -> str:
     """Returns the part that a parameter belongs to: ``language_model``, or the module of ``model`` that holds it.
 
+    The parts of a token source are ``<source>_<module>``.
+
     Args:
         name: Its name without what adapters put before and into it.
     """
     if name.startswith(_LANGUAGE_MODEL_PREFIXES):
         return LANGUAGE_MODEL
-    first, _, rest = name.partition(".")
-    return rest.partition(".")[0] if first == "model" else first
+    first, *rest = name.split(".")
+    if first != "model":
+        return first
+    # A token source has a part of its own for each module in it, such as a projector that is trained apart.
+    return "_".join(rest[1:3]) if rest[0] == SOURCES and len(rest) > 3 else rest[0]
+
+
+def part_path(part: str, modules: Iterable[str]) -> str:
+    """Returns the path within ``model`` of the module that a part is.
+
+    Args:
+        part: Its name.
+        modules: Paths within ``model`` of all modules; a part that is none of them is returned as it is.
+    """
+    inside = [path for path in modules if path.startswith(f"{SOURCES}.") and part_of(f"model.{path}.x") == part]
+    return min(inside, key=len, default=part)
 
 
 def is_tower(part: str) -> bool:

@@ -48,6 +48,7 @@ def load_pretrained_model(
     merge_lora: bool = True,
     system: str | None = None,
     image_aspect_ratio: str | None = None,
+    detector: str | os.PathLike[str] | None = None,
 ) -> tuple[PreTrainedTokenizerBase, LlavaLlamaForCausalLM, Any, int]:
     """Opens a checkpoint for inference or further training.
 
@@ -71,6 +72,8 @@ def load_pretrained_model(
         merge_lora: Whether a LoRA folder's adapter is merged into the weights; a quantised model keeps it apart.
         system: Name of the system, where the files do not tell it; a plain LLaVA needs none.
         image_aspect_ratio: How an image becomes a square, ``pad`` or ``crop``, instead of the checkpoint's way.
+        detector: The detector whose token stands in the prompt, instead of the checkpoint's: folder or file; for
+            systems that have one.
 
     Returns:
         Tokenizer, model in evaluation mode with frozen towers, image processor, and context length in tokens.
@@ -82,7 +85,7 @@ def load_pretrained_model(
     if load_8bit and load_4bit:
         raise OptionError("load_8bit and load_4bit exclude each other")
     checkpoint = open_checkpoint(model_path, model_base, system=system)
-    checkpoint, config = complete_config(checkpoint, {"clip": vision_tower, "dino": dino_weights})
+    checkpoint, config = complete_config(checkpoint, {"clip": vision_tower, "dino": dino_weights}, detector)
     if image_aspect_ratio is not None:
         config.image_aspect_ratio = check_aspect_ratio(image_aspect_ratio)
     tokenizer = load_tokenizer(checkpoint.tokenizer_folder)
@@ -167,8 +170,12 @@ def _has_module(model: torch.nn.Module, name: str) -> bool:
     return True
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, *, legacy: bool | None = None) -> PreTrainedTokenizerBase:
     """Loads a folder's tokenizer.
+
+    Args:
+        folder: The folder.
+        legacy: Whether pieces behind an added token begin like a text of their own; None: as the folder says.
 
     Raises:
         CheckpointError: There is none, or it cannot be read.
@@ -179,7 +186,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     settings = folder / "tokenizer_config.json"
     if settings.is_file() and read_json(settings).get("add_eos_token"):
         options["add_eos_token"] = False  # an end mark would stand between the prompt and the answer
-    if not (folder / "tokenizer.json").is_file():
+    if legacy is not None:
+        options["legacy"] = legacy
+    elif not (folder / "tokenizer.json").is_file():
         # A bare SentencePiece file is read differently by different versions unless it is told.
         options["legacy"] = read_json(settings).get("legacy", True) if settings.is_file() else True
     try:

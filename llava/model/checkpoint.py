@@ -13,9 +13,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava.cli import note_once
-from llava.errors import CheckpointError
+from llava.errors import CheckpointError, OptionError
 from llava.model.adapter import Adapter, read_adapter, whole_tensors
-from llava.model.branches import FIRST, LANGUAGE_MODEL, part_of, source_field, tower_name
+from llava.model.branches import FIRST, LANGUAGE_MODEL, is_projector, part_of, source_field, tower_name
 from llava.model.checkpoint_files import (
     WORD_PATTERNS,
     TensorLike,
@@ -26,7 +26,7 @@ from llava.model.checkpoint_files import (
     read_tensors,
     resolve_folder,
 )
-from llava.model.checkpoint_layout import NON_LORA_FILE, KeyMap, stored_state_dict, strip_lora_prefix
+from llava.model.checkpoint_layout import LORA_PREFIX, NON_LORA_FILE, KeyMap, stored_state_dict, strip_lora_prefix
 from llava.model.configuration import LlavaConfig
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.base import PixelFormat, TowerSource
@@ -37,6 +37,8 @@ from llava.systems.base import CheckpointFiles, CheckpointFormat, resolve
 
 logger = logging.getLogger(__name__)
 
+PROJECTOR_FILE = "mm_projector.bin"
+"""Projectors alone, as LLaVA's trainer leaves them."""
 _BUFFERS = ("rotary_emb.inv_freq", "position_ids")
 """Stored by old versions of transformers; computed now."""
 
@@ -132,11 +134,13 @@ def open_checkpoint(
     if (folder / "adapter_config.json").is_file():
         return _open_lora(files, model_base, system)
     config = read_json(folder / "config.json")
-    words = _words_folder(folder, config, model_base)
+    words = folder if is_projector_delta(folder) else _words_folder(folder, config, model_base)
     processor = config.get("mm_image_processor") or read_image_processor(folder) or read_image_processor(words)
     if processor is not None:
         config = {**config, "mm_image_processor": processor}
     name, layout = _system_of(files, system)
+    if is_projector_delta(folder):
+        return _open_projectors(files, model_base, system)
     tensors = read_tensors(folder)
     if not _is_native(config):
         tensors = layout.key_map.to_native(tensors)
@@ -222,6 +226,42 @@ def _open_lora(files: CheckpointFiles, model_base: str | os.PathLike[str] | None
     return Checkpoint(folder, own_config, tensors, tokenizer_folder, layout, name, adapter)
 
 
+def is_projector_delta(folder: Path) -> bool:
+    """Whether a folder holds projectors alone, as LLaVA's trainer leaves them, and no model."""
+    weights = ("model.safetensors", "pytorch_model.bin")
+    names = [name for weight in weights for name in (weight, f"{weight}.index.json")]
+    return (folder / PROJECTOR_FILE).is_file() and not any((folder / name).is_file() for name in names)
+
+
+def _open_projectors(
+    files: CheckpointFiles, model_base: str | os.PathLike[str] | None, system: str | None
+) -> Checkpoint:
+    """Opens a folder of projectors over its base.
+
+    Raises:
+        CheckpointError: The base is not named, the file holds something else, or it changes nothing.
+    """
+    file = files.folder / PROJECTOR_FILE
+    if model_base is None:
+        raise CheckpointError(f"{files.folder} holds projectors alone ({PROJECTOR_FILE}); name their base: model_base")
+    name, layout = _system_of(files, system)
+    opened = open_checkpoint(model_base, system=name or None).with_update()
+    stored = read_tensor_file(file)
+    own = layout.key_map.to_native(strip_lora_prefix(stored))
+    other = [key for key in own if not is_projector(part_of(key))]
+    if other or not own:
+        raise CheckpointError(f"{file} holds something else than projectors: {list_keys(other) or 'nothing'}")
+    if all(key in opened.tensors and torch.equal(opened.tensors[key][...], own[key][...]) for key in own):
+        raise CheckpointError(f"{file} changes nothing: its projectors are those of {opened.folder} already")
+    if any(key.startswith(LORA_PREFIX) for key in stored):
+        note_once(
+            f"{files.folder} is an intermediate checkpoint of a training with LoRA: it holds the projectors alone, and "
+            "the language model is the base's; the training's own folder has the adapter"
+        )
+    config = {**opened.config, **read_json(files.folder / "config.json")}
+    return Checkpoint(files.folder, config, opened.tensors | own, opened.tokenizer_folder, layout, name)
+
+
 def _trained_whole(folder: Path, system: str, adapter: Adapter) -> dict[str, TensorLike]:
     """What lies beside an adapter; PEFT's own folders have it within the adapter, if there is any.
 
@@ -274,7 +314,9 @@ def _is_native(config: Mapping[str, Any]) -> bool:
 
 
 def complete_config(
-    checkpoint: Checkpoint, towers: Mapping[str, str | os.PathLike[str] | None] | None = None
+    checkpoint: Checkpoint,
+    towers: Mapping[str, str | os.PathLike[str] | None] | None = None,
+    detector: str | os.PathLike[str] | None = None,
 ) -> tuple[Checkpoint, LlavaConfig]:
     """Finds the towers and writes into the config what only the tensors tell.
 
@@ -284,6 +326,7 @@ def complete_config(
     Args:
         checkpoint: What ``open_checkpoint`` returned.
         towers: Folder, file or hub id of branches' towers instead of the checkpoint's.
+        detector: Folder or file of the detector whose token stands in the prompt, instead of the checkpoint's.
 
     Returns:
         The checkpoint with the towers' tensors, and the whole config.
@@ -292,6 +335,8 @@ def complete_config(
         CheckpointError: A tower is nowhere to be found, or the config holds something that is not supported.
     """
     _check_supported(checkpoint.config, checkpoint.folder)
+    own, found = with_sources(checkpoint.layout, checkpoint.config, checkpoint.tensors, detector)
+    checkpoint = replace(checkpoint, config=own, tensors=found)
     values = checkpoint.layout.infer_config(checkpoint.config, checkpoint.tensors)
     values["system"] = checkpoint.system
     _normalise(values, checkpoint.folder)
@@ -311,6 +356,27 @@ def complete_config(
         why = str(error.__cause__ or error).strip("\"'")
         raise CheckpointError(f"{checkpoint.folder}: config.json is wrong: {why}") from error
     return replace(checkpoint, tensors=_without_unused_towers(tensors, config)), config
+
+
+def with_sources(
+    layout: CheckpointFormat,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorLike],
+    detector: str | os.PathLike[str] | None,
+) -> tuple[dict[str, Any], dict[str, TensorLike]]:
+    """Returns config and tensors with a detector that lies elsewhere, where the layout has a place for one.
+
+    Raises:
+        OptionError: A detector is given to a system that takes none.
+        CheckpointError: There is none, or it does not fit.
+    """
+    find = getattr(layout, "with_sources", None)
+    if find is None:
+        if detector is not None:
+            raise OptionError(f"a detector is given ({detector}), but this system takes none")
+        return dict(config), dict(tensors)
+    own, found = find(config, tensors, None if detector is None else os.fspath(detector))
+    return own, found
 
 
 def _check_supported(values: Mapping[str, Any], folder: Path) -> None:

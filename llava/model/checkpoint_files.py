@@ -17,7 +17,7 @@ from llava.errors import CheckpointError
 
 SAFETENSORS_NAMES = ("model.safetensors",)
 BIN_NAMES = ("pytorch_model.bin",)
-WEIGHT_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt"]
+WEIGHT_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.pth", "*.model", "*.txt"]
 WORD_PATTERNS = ["*.json", "*.model", "*.txt"]
 """Of a tokenizer and an image processor alone."""
 

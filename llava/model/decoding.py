@@ -5,7 +5,7 @@ Suffixes: B rows, L positions of the prompt, D width, V words, W words that are 
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -69,10 +69,12 @@ class Decoded:
     Attributes:
         ids: New ids, the closing one included.
         kept_logits: Raw logits of the kept words at each step, ``[T, W]``, float32, on the CPU.
+        states: Last states that predicted the asked-for id, ``[n, D]``; empty unless asked for.
     """
 
     ids: list[int]
     kept_logits: Tensor
+    states: Tensor = field(default_factory=lambda: torch.empty(0, 0))
 
 
 @dataclass(frozen=True)
@@ -133,67 +135,120 @@ def decode(
     kept_words: Sequence[int],
     is_complete: Callable[[list[int]], bool],
     samples: int = 1,
+    attention_mask: Tensor | None = None,
+    states_of: int | None = None,
 ) -> tuple[list[Decoded], PromptCache]:
-    """Continues prompts of equal length until each is complete.
+    """Continues prompts until each is complete.
 
     Args:
         model: The model.
-        prompts_BLD: Embedded prompts without padding.
+        prompts_BLD: Embedded prompts.
         sampler: How words are chosen; it has one stream for each of the B × samples answers.
         max_new_tokens: Longest answer.
         kept_words: Ids whose raw logits are kept at every step.
         is_complete: Whether an answer ends with its last id.
         samples: Answers a prompt; the prompt runs once.
+        attention_mask: ``[B, L]``, False where a prompt is padded on its left; None where none is.
+        states_of: Also keep the model's last states, behind its norm, wherever they predict this id and it is chosen.
 
     Returns:
         B × samples answers, those of one prompt side by side, and the prompts' own cache.
     """
-    logits_BV, layers = _prefill(model, prompts_BLD)
+    padding = None if attention_mask is None or bool(attention_mask.all()) else Padding(attention_mask.bool())
+    logits_BV, states_BD, layers = _prefill(model, prompts_BLD, padding)
     cache = Cache(layers=layers)
     prompts = PromptCache([(layer.keys, layer.values) for layer in layers])
     if samples > 1:
         cache.batch_repeat_interleave(samples)
-        logits_BV = logits_BV.repeat_interleave(samples, dim=0)
+        logits_BV, states_BD = (values.repeat_interleave(samples, dim=0) for values in (logits_BV, states_BD))
+        padding = padding and padding.of_rows(torch.arange(len(prompts_BLD)).repeat_interleave(samples))
     number = logits_BV.shape[0]
     answers: list[list[int]] = [[] for _ in range(number)]
     kept_BTW = torch.zeros(number, max_new_tokens, len(kept_words), device=logits_BV.device)
-    words = torch.tensor(kept_words, device=logits_BV.device)
+    words = torch.tensor(kept_words, dtype=torch.long, device=logits_BV.device)
+    states: list[list[Tensor]] = [[] for _ in range(number)]
     rows = list(range(number))
     finished: set[int] = set()
     for step in range(max_new_tokens):
         kept_BTW[rows, step] = logits_BV[:, words].float()
         ids_B = sampler.choose(logits_BV, rows)
-        for row, chosen in zip(rows, ids_B.tolist(), strict=True):
+        for index, (row, chosen) in enumerate(zip(rows, ids_B.tolist(), strict=True)):
             if row not in finished:
                 answers[row].append(chosen)
+                if chosen == states_of:
+                    states[row].append(states_BD[index])
                 if is_complete(answers[row]):
                     finished.add(row)
         if len(finished) == number or step + 1 == max_new_tokens:
             break
-        unfinished = [index for index, row in enumerate(rows) if row not in finished]
-        if (len(rows) - len(unfinished)) * _COMPACT_EVERY >= len(rows):
-            indices = torch.tensor(unfinished, device=ids_B.device)
+        kept_rows = _unfinished_rows(rows, finished)
+        if kept_rows is not None:
+            indices = torch.tensor(kept_rows, device=ids_B.device)
             cache.batch_select_indices(indices)
-            ids_B = ids_B[indices]
-            rows = [rows[index] for index in unfinished]
-        output = model(input_ids=ids_B[:, None], past_key_values=cache, use_cache=True)
-        logits_BV = output.logits[:, -1]
-    kept = kept_BTW.cpu()
-    return [Decoded(ids, kept[row, : len(ids)]) for row, ids in enumerate(answers)], prompts
+            ids_B, rows = ids_B[indices], [rows[index] for index in kept_rows]
+            padding = padding and padding.of_rows(indices)
+        padding = padding and padding.extended()
+        logits_BV, states_BD = _run(model, cache, padding, input_ids=ids_B[:, None])
+    kept, nothing = kept_BTW.cpu(), prompts_BLD.new_empty(0, prompts_BLD.shape[-1])
+    found = [(ids, kept[row, : len(ids)], states[row]) for row, ids in enumerate(answers)]
+    return [Decoded(ids, own, torch.stack(last) if last else nothing) for ids, own, last in found], prompts
 
 
-def _prefill(model: LlavaLlamaForCausalLM, prompts_BLD: Tensor) -> tuple[Tensor, list[PreallocatedLayer]]:
-    """Runs the prompts; returns the logits after them, ``[B, V]``, and the layers of their cache."""
+def _unfinished_rows(rows: Sequence[int], finished: set[int]) -> list[int] | None:
+    """Which rows go on, by their place; None while too few have finished for dropping them to pay."""
+    unfinished = [index for index, row in enumerate(rows) if row not in finished]
+    return unfinished if (len(rows) - len(unfinished)) * _COMPACT_EVERY >= len(rows) else None
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Which positions of B rows hold something.
+
+    Attributes:
+        mask: ``[B, L]``, False where a row is padded on its left.
+    """
+
+    mask: Tensor
+
+    def of_rows(self, indices: Tensor) -> "Padding":
+        """Returns that of these rows."""
+        return Padding(self.mask[indices.to(self.mask.device)])
+
+    def extended(self) -> "Padding":
+        """Returns that of rows with one more position each."""
+        return Padding(torch.nn.functional.pad(self.mask, (0, 1), value=True))
+
+    def inputs(self, new: int) -> dict[str, Tensor]:
+        """Returns what the model takes of it for a step that runs the last ``new`` positions."""
+        counted_BL = (self.mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        return {"attention_mask": self.mask, "position_ids": counted_BL[:, -new:]}
+
+
+def _run(
+    model: LlavaLlamaForCausalLM, cache: Cache, padding: Padding | None, **inputs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Runs further positions; returns logits ``[B, V]`` and last states ``[B, D]`` of the last one."""
+    given = {} if padding is None else padding.inputs(next(iter(inputs.values())).shape[1])
+    states_B1D = model.model(past_key_values=cache, use_cache=True, **given, **inputs).last_hidden_state[:, -1:]
+    return model.lm_head(states_B1D)[:, -1], states_B1D[:, -1]
+
+
+def _prefill(
+    model: LlavaLlamaForCausalLM, prompts_BLD: Tensor, padding: Padding | None
+) -> tuple[Tensor, Tensor, list[PreallocatedLayer]]:
+    """Runs the prompts; returns logits ``[B, V]`` and states ``[B, D]`` after them, and the layers of their cache."""
     at_a_time = _PREFILL_BATCH_CPU if prompts_BLD.device.type == "cpu" else len(prompts_BLD)
-    logits, caches = [], []
-    for part in prompts_BLD.split(at_a_time):
+    logits, states, caches = [], [], []
+    for rows in torch.arange(len(prompts_BLD)).split(at_a_time):
         layers = [PreallocatedLayer() for _ in range(model.config.num_hidden_layers)]
-        output = model(inputs_embeds=part, past_key_values=Cache(layers=layers), use_cache=True, logits_to_keep=1)
-        logits.append(output.logits[:, -1])
+        part = prompts_BLD[rows.to(prompts_BLD.device)]
+        after = _run(model, Cache(layers=layers), padding and padding.of_rows(rows), inputs_embeds=part)
+        logits.append(after[0])
+        states.append(after[1])
         caches.append(layers)
     if len(caches) == 1:
-        return logits[0], caches[0]
+        return logits[0], states[0], caches[0]
     joined = [PreallocatedLayer() for _ in caches[0]]
     for layer, parts in zip(joined, zip(*caches, strict=True), strict=True):
         layer.update(torch.cat([part.keys for part in parts]), torch.cat([part.values for part in parts]))
-    return torch.cat(logits), joined
+    return torch.cat(logits), torch.cat(states), joined

@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import CheckpointError, DataError
+from llava.mm_utils import IMAGE_PLACEHOLDER
 from llava.model.branches import FIRST, attention_name, projector_name, tower_name
 from llava.model.configuration import LlavaConfig
 from llava.model.multimodal_encoder.base import PixelFormat, VisionTower
@@ -20,6 +23,21 @@ from llava.model.token_sources import TokenSource, VisionContext, build_token_so
 TowerOutputs = dict[str, Tensor]
 """What the towers give for B images, before the projectors: features ``[B, P, C]`` by the branch's name; of the branch
 that leads the fusion ``<branch>_attention`` ``[B, G, P, P]``, its last block's softmax attention between patches."""
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """What B images are to the language model.
+
+    Attributes:
+        embeddings: What takes each placeholder's place, ``[B, n, D]`` by its id.
+        attention: The fusion's, see ``FusionOutput``; None unless asked for.
+        readings: What token sources say beside their tokens, each ``[B, …]``.
+    """
+
+    embeddings: dict[int, Tensor]
+    attention: Tensor | None
+    readings: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -113,6 +131,21 @@ class LlavaMetaModel(nn.Module):
         own = {source.index: source.num_tokens for source in self._sources()}
         return {IMAGE_TOKEN_INDEX: self.num_image_tokens(), **own}
 
+    def placeholders(self) -> dict[str, int]:
+        """Returns what stands for images and sources in a prompt's text, each with its id."""
+        return {**IMAGE_PLACEHOLDER, **{source.placeholder: source.index for source in self._sources()}}
+
+    def image_inputs(self, image: Image.Image | None, processor: Any) -> dict[str, Tensor]:
+        """Returns the further inputs that token sources make of an image, see ``TokenSource.image_inputs``."""
+        found: dict[str, Tensor] = {}
+        for source in self._sources():
+            found |= source.image_inputs(image, processor, is_padded=self.config.image_aspect_ratio == "pad")
+        return found
+
+    def needs_images(self) -> bool:
+        """Whether some source looks at the pixels."""
+        return any(source.needs_images for source in self._sources())
+
     def _sources(self) -> list[TokenSource]:
         return [source for source in self.token_sources.values() if isinstance(source, TokenSource)]
 
@@ -124,6 +157,8 @@ class LlavaMetaModel(nn.Module):
         """Takes the towers out of training, as published."""
         for tower in self.towers():
             tower.requires_grad_(False)
+        for source in self._sources():
+            source.freeze()
 
     def freeze_behind_outputs(self) -> None:
         """Takes those parts of the towers out of training that no gradient reaches."""
@@ -168,6 +203,15 @@ class LlavaMetaModel(nn.Module):
         for branch in self.fusion.branches:
             inputs[branch] = getattr(self, projector_name(branch))(outputs[branch])
         return self.fusion(inputs, return_attention=return_attention)
+
+    def encode(self, context: VisionContext, *, return_attention: bool = False) -> EncodedImages:
+        """Returns what takes each placeholder's place, and what there is to say of it."""
+        fused = self.fuse(context.tower_outputs, return_attention=return_attention)
+        embeddings, readings = {IMAGE_TOKEN_INDEX: fused.tokens}, dict[str, Tensor]()
+        for source in self._sources():
+            embeddings[source.index], own = source.read(context)
+            readings |= own
+        return EncodedImages(embeddings, fused.attention, readings)
 
     def placeholder_embeddings(self, context: VisionContext) -> dict[int, Tensor]:
         """Returns what takes each placeholder's place, ``[B, n, D]`` by its id: image tokens, and token sources'."""

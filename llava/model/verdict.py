@@ -53,8 +53,9 @@ class VerdictTokens:
             ids = _encode(tokenizer, f"{context}{prefix} {words[0]}")
             before = ids[: len(ids) - (len(real) - length)]
             pattern = pattern[len(pattern) - _common_length(pattern[::-1], before[::-1]) :]
-        last_word = _encode(tokenizer, prefix.split()[-1])
-        if len(pattern) < len(last_word) + 1:
+        whole, head = _encode(tokenizer, prefix), _encode(tokenizer, prefix.rpartition(" ")[0])
+        last_word = len(whole) - _common_length(whole, head)
+        if len(pattern) < last_word + 1:
             raise CheckpointError(
                 f"this tokenizer cuts {prefix!r} so differently from place to place that the verdict cannot be found"
             )

@@ -20,10 +20,13 @@ from llava.files import read_json
 from llava.labels import Label
 
 if TYPE_CHECKING:
+    from random import Random
+
     import numpy as np
     from PIL import Image
 
     from llava.report import ForgeryReport
+    from llava.tampered import TamperedImage
 
 ScoreKind = Literal["auto", "answer", "prompt"]
 SCORE_KINDS: tuple[ScoreKind, ...] = get_args(ScoreKind)
@@ -267,6 +270,86 @@ class TrainingObjective(Protocol):
         ...
 
 
+@runtime_checkable
+class NetworkTraining(Protocol):
+    """How a plain network, one without a language model, is trained: images in, logits of some classes out.
+
+    An instance holds one network; ``llava.train.networks`` does the rest.
+
+    Attributes:
+        classes: Words of the classes, by number.
+        network: A module that turns a batch of what ``prepare`` gives into logits ``[B, K]``. What has no gradient is
+            neither trained nor written into a run's checkpoints, so it must follow from how the network was opened.
+    """
+
+    classes: tuple[str, ...]
+    network: Any
+
+    @classmethod
+    def open(cls, path: str | None, config: Mapping[str, Any]) -> "NetworkTraining":
+        """Opens what ``save`` wrote, or a published file, or makes a new network.
+
+        Args:
+            path: The file or folder; None for a new network.
+            config: Settings of a new network, or those that go before the file's; empty for the file's own.
+
+        Raises:
+            CheckpointError: It cannot be opened, or the settings describe no network.
+        """
+        ...
+
+    def prepare(self, image: "Image.Image", random: "Random | None") -> Any:
+        """Returns an RGB image as a tensor; ``random`` augments it in training, None makes it as it is used."""
+        ...
+
+    def optimizer(self, learning_rate: float, weight_decay: float) -> Any:
+        """Returns the optimizer of the published training; None for the one that the options name."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes the network into an empty folder that ``open`` and the system's own loader open."""
+        ...
+
+
+@runtime_checkable
+class MaskTraining(Protocol):
+    """How a network that says where an image was changed is trained; named and started like a ``NetworkTraining``.
+
+    Attributes:
+        network: A module whose forward turns a batch of ``collate``, by name, into losses, each a ``LossTerm``. What
+            has no gradient is neither trained nor written into a run's checkpoints.
+        described_by: Whose descriptions of the images are taken, see ``llava.tampered.read_tampered``.
+    """
+
+    network: Any
+    described_by: str
+
+    @classmethod
+    def open(cls, path: str | None, config: Mapping[str, Any]) -> "MaskTraining":
+        """Opens what ``save`` wrote, or a published folder, or makes a new network; see ``NetworkTraining.open``."""
+        ...
+
+    def described(self, images: "Sequence[TamperedImage]") -> "list[TamperedImage]":
+        """Returns the images with the descriptions that the settings name, if any."""
+        ...
+
+    def sample(self, image: "TamperedImage", pixels: "Image.Image", random: "Random") -> Any:
+        """Returns a sample of a changed image, its RGB pixels, and what is drawn at random."""
+        ...
+
+    def collate(self, samples: Sequence[Any]) -> dict[str, Any]:
+        """Joins samples to a batch."""
+        ...
+
+    def stored(self) -> dict[str, Any]:
+        """Returns the tensors that ``save`` writes, by name."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes the network into an empty folder that ``open`` and the system's own loader open."""
+        ...
+
+
 # --- evaluation
 
 
@@ -279,12 +362,14 @@ class EvaluatedAnswer:
         text: The answer as decoded; empty if there is none.
         fake_probability: P(fake), None where there is none.
         reference: The reference explanation; empty if there is none.
+        video: Video that the image is a frame of; empty for a single image.
     """
 
     label: int
     text: str
     fake_probability: float | None = None
     reference: str = ""
+    video: str = ""
 
 
 CompareTexts = Callable[[str, str], Mapping[str, float]]
@@ -394,6 +479,8 @@ class SystemSpec:
         protocol: Reference of the module with the paper's evaluation (an ``EvaluationProtocol``), or None.
         components: References of classes that only its models are built from (towers, fusions, token sources), by type;
             a config names them ``<system>:<type>``.
+        networks: References of ``NetworkTraining`` and ``MaskTraining`` classes, by the name of the part;
+            ``<system>:<part>`` names one.
         weights: Hub ids of its published weights and of the towers that these need.
     """
 
@@ -407,6 +494,7 @@ class SystemSpec:
     objective: Reference | None = None
     protocol: Reference | None = None
     components: Mapping[str, Reference] = field(default_factory=dict)
+    networks: Mapping[str, Reference] = field(default_factory=dict)
     weights: tuple[str, ...] = ()
 
 

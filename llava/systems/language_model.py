@@ -3,7 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import conv_templates
 from llava.errors import OptionError
 from llava.mm_utils import grid_over_image, process_images
@@ -26,11 +26,19 @@ from llava.systems.base import AnalyzeOptions, AnswerFormat
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """An image as the model takes it: shared pixels ``[3, S, S]``, own width and height, a digest of the pixels."""
+    """An image as the model takes it.
+
+    Attributes:
+        pixels: Shared pixels ``[3, S, S]``.
+        size: Own width and height.
+        digest: Of the pixels.
+        extras: Further inputs of token sources, by name.
+    """
 
     pixels: Tensor
     size: tuple[int, int]
     digest: str
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class LanguageModelSystem(ABC):
@@ -81,6 +89,24 @@ class LanguageModelSystem(ABC):
     def report(self, answers: ImageAnswers, options: Any) -> ForgeryReport:
         """Turns what was answered about one image into a report."""
 
+    @property
+    def looks_by_attention(self) -> bool:
+        """Whether the fusion's attention says where the model looked; else ``add_readings`` may."""
+        return True
+
+    def add_readings(
+        self, report: ForgeryReport, readings: Mapping[str, Tensor], image: PreparedImage, options: Any
+    ) -> ForgeryReport:
+        """Adds what token sources say of an image to its report; by default nothing.
+
+        Args:
+            report: What was answered.
+            readings: Of this image, by name.
+            image: The image.
+            options: The system's options.
+        """
+        return report
+
     def answer_prefix(self, options: Any) -> str:
         """Returns the beginning of the answer that the model is given."""
         return ""
@@ -95,12 +121,16 @@ class LanguageModelSystem(ABC):
 
     def prepare(self, image: Image.Image) -> PreparedImage:
         """Pads or crops, resizes and normalises an image."""
-        return self.prepare_pixels(process_images([image], self.image_processor, self.model.config)[0], image.size)
+        pixels = process_images([image], self.image_processor, self.model.config)[0]
+        extras = self.model.get_model().image_inputs(image, self.image_processor)
+        return self.prepare_pixels(pixels, image.size, extras)
 
-    def prepare_pixels(self, pixels: Tensor, size: tuple[int, int] | None = None) -> PreparedImage:
+    def prepare_pixels(
+        self, pixels: Tensor, size: tuple[int, int] | None = None, extras: Mapping[str, Tensor] | None = None
+    ) -> PreparedImage:
         """Takes shared pixels ``[3, S, S]`` that were made elsewhere, of an image of this width and height."""
         digest = hashlib.blake2b(pixels.numpy().tobytes(), digest_size=16).hexdigest()
-        return PreparedImage(pixels, size or (pixels.shape[-1], pixels.shape[-2]), digest)
+        return PreparedImage(pixels, size or (pixels.shape[-1], pixels.shape[-2]), digest, extras or {})
 
     def batch_size(self, options: AnalyzeOptions) -> int:
         """A batch that fits and is fast on this device."""
@@ -115,16 +145,22 @@ class LanguageModelSystem(ABC):
                 that is longer than the model's context.
         """
         fusion = self.model.config.mm_fusion_type
-        if options.attention and not fusion_class(fusion).has_attention:
+        if options.attention and self.looks_by_attention and not fusion_class(fusion).has_attention:
             raise OptionError(f"the fusion {fusion!r} has no attention, so it cannot say where the model looked")
         pixels = torch.stack([item.pixels for item in prepared]).to(self.model.device, self.model.dtype)
-        encoded = self.answering.encode_images(pixels, attention=options.attention)
-        embeddings = {IMAGE_TOKEN_INDEX: encoded.tokens}
+        extras = {
+            name: torch.stack([item.extras[name] for item in prepared]).to(self.model.device, self.model.dtype)
+            for name in prepared[0].extras
+        }
+        encoded = self.answering.encode(pixels, extras, attention=options.attention and self.looks_by_attention)
+        embeddings = encoded.embeddings
         if options.score_only:
             scores = self.answering.prompt_scores(self.prompt(options), embeddings, len(prepared))
             reports = [self.score_report(score) for score in scores]
         else:
             reports = self._answer(embeddings, prepared, options)
+        readings = [{name: values[row] for name, values in encoded.readings.items()} for row in range(len(prepared))]
+        reports = [self.add_readings(*each, options) for each in zip(reports, readings, prepared, strict=True)]
         if encoded.attention is None:
             return reports
         maps = self._attention_maps(encoded.attention, prepared)

@@ -41,6 +41,7 @@ class ModelArguments:
     system: str | None = _option(None, "system to train (default: the checkpoint's, else FakeReasoning)")
     vision_tower: str | None = _option(None, "first tower: folder or hub id (default: the checkpoint's)")
     dino_weights: str | None = _option(None, "second tower: .pth, folder or hub id (default: the checkpoint's)")
+    detector: str | None = _option(None, "detector whose token stands in the prompt: folder or file (default: its own)")
     mm_fusion_type: str | None = _option(None, "fusion, if not the checkpoint's; a new one must be named in --init")
     init: str = _option("", "new parts, with random weights, by commas: fusion, mm_projector, dino_mm_projector")
     lora_enable: bool = _option(False, "train LoRA on the language model, and fusion and projectors whole")
@@ -49,6 +50,7 @@ class ModelArguments:
     lora_dropout: float = _option(0.0, "dropout before the low-rank path (published: 0.05)")
     bits: int = _option(16, "4 or 8: quantise the language model (QLoRA)", choices=[4, 8, 16])
     tune_mm_mlp_adapter: bool = _option(False, "train the projectors only")
+    trained_parts: str = _option("", "train these parts and no others, by commas, as the table of parts names them")
     unfreeze_towers: bool = _option(False, "train the towers too")
     attn_implementation: str = _option("auto", "auto (flash-attn where usable, else SDPA), or transformers' name")
     cpm_search: str = _option("labels", "where the verdict is looked for in training", choices=list(CPM_SEARCHES))
@@ -94,6 +96,11 @@ class ModelArguments:
             (
                 self.tune_mm_mlp_adapter and self.lora_enable,
                 "--tune_mm_mlp_adapter trains the projectors only, so --lora_enable must be False",
+            ),
+            (
+                bool(self.trained_parts) and (self.tune_mm_mlp_adapter or self.lora_enable or self.unfreeze_towers),
+                "--trained_parts says all that is trained; leave out --tune_mm_mlp_adapter, --lora_enable and "
+                "--unfreeze_towers",
             ),
             (
                 self.lora_enable and (self.lora_r < 1 or not 0 <= self.lora_dropout < 1),
@@ -290,8 +297,12 @@ class _ListRecipes(argparse.Action):
 
 def build_parser() -> TrainParser:
     """Returns the parser."""
-    groups: Any = (ModelArguments, DataArguments, TrainingArguments)
-    parser = TrainParser(groups, prog="python -m llava.train.train", description="Trains a model.", allow_abbrev=False)
+    return make_parser((ModelArguments, DataArguments, TrainingArguments), "llava.train.train", "Trains a model.")
+
+
+def make_parser(groups: Any, module: str, description: str) -> TrainParser:
+    """Returns a parser of groups of options that knows recipes."""
+    parser = TrainParser(groups, prog=f"python -m {module}", description=description, allow_abbrev=False)
     parser.add_argument("--recipe", help="options that hold where none is given: a recipe's name, or a YAML file")
     parser.add_argument("--list_recipes", "--list-recipes", action=_ListRecipes, nargs=0, help="list them and exit")
     return parser
@@ -305,8 +316,18 @@ def parse_arguments(
     Raises:
         OptionError: Something is unknown, missing or contradicts itself.
     """
+    model, data, training = parse_groups(build_parser(), (ModelArguments, DataArguments, TrainingArguments), arguments)
+    check_arguments(model, data, training)
+    return model, data, training
+
+
+def parse_groups(parser: "TrainParser", kinds: Sequence[type], arguments: Sequence[str] | None) -> tuple[Any, ...]:
+    """Returns each group of options from a command line and the recipe that it names; nothing is checked.
+
+    Raises:
+        OptionError: Something is unknown.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = build_parser()
     if "-h" in words or "--help" in words:
         parser.parse_args(["--help"])
     flags = read_flags(words)
@@ -315,9 +336,7 @@ def parse_arguments(
     parsed, unknown = parser.parse_known_args(current_names(flags))
     if unknown:
         raise OptionError(unknown_option(unknown[0], parser._option_string_actions))
-    model, data, training = (_of_kind(kind, parsed) for kind in (ModelArguments, DataArguments, TrainingArguments))
-    check_arguments(model, data, training)
-    return model, data, training
+    return tuple(_of_kind(kind, parsed) for kind in kinds)
 
 
 def _recipe_flags(parser: TrainParser, name: str, flags: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
@@ -438,6 +457,8 @@ def trained_parts(model: ModelArguments, present: "set[str]", trained_whole: Col
         present: Names of the model's parts.
         trained_whole: Parts that the system trains whole beside LoRA.
     """
+    if model.trained_parts:
+        return {part.strip() for part in model.trained_parts.split(",") if part.strip()}
     if model.tune_mm_mlp_adapter:
         parts = set(filter(is_projector, present))
     elif model.lora_enable:

@@ -237,14 +237,13 @@ def write_trained(tensors: Mapping[str, Tensor], checkpoint: Path) -> None:
     save_file(kept, checkpoint / WEIGHTS_FILE)
 
 
-def load_trained(model: nn.Module, checkpoint: Path) -> None:
-    """Reads the trained tensors of a checkpoint into a model.
+def load_trained(own: Mapping[str, Tensor], checkpoint: Path) -> None:
+    """Reads the trained tensors of a checkpoint into those of a model, by their names.
 
     Raises:
         CheckpointError: The model trains other parameters.
     """
     weights = load_file(checkpoint / WEIGHTS_FILE)
-    own = trainable_tensors(model)
     damaged = [name for name, tensor in weights.items() if not _is_finite(tensor)]
     if damaged:
         raise CheckpointError(

@@ -59,8 +59,12 @@ class CachedDataset(SupervisedDataset):
         }
         return replace(super().__getitem__(index), tower_outputs=features)
 
-    def pixels(self, record: Record) -> Tensor:
+    def image(self, record: Record) -> None:
         """Returns nothing, since the sample has tower outputs."""
+        return
+
+    def pixels(self, image: object) -> Tensor:
+        """Returns nothing, as there is no image."""
         return torch.zeros(0)
 
 
@@ -96,7 +100,7 @@ def cache_features(
             first.setdefault(record.image, index)
     images = list(first)
     key = _fingerprint(model, dataset, images)
-    shapes = _shapes(model, dataset.pixels(dataset.records[first[images[0]]]))
+    shapes = _shapes(model, dataset.pixels(dataset.image(dataset.records[first[images[0]]])))
     if rank == 0:
         _begin(folder, key, len(images), shapes)
     wait()
@@ -108,7 +112,7 @@ def cache_features(
         for start in progress(starts, desc="towers", unit=f" x {_BATCH} images", disable=rank != 0, leave=False):
             rows = mine[start : start + _BATCH]
             records = [dataset.records[first[images[row]]] for row in rows]
-            pixels = torch.stack(list(readers.map(dataset.pixels, records)))
+            pixels = torch.stack(list(readers.map(lambda record: dataset.pixels(dataset.image(record)), records)))
             outputs = model.get_model().run_towers(pixels.to(model.device))
             for name, values in outputs.items():
                 arrays[name][rows] = values.to("cpu", torch.float16).numpy()

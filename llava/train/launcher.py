@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from llava.cli import run_cli
@@ -93,13 +93,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will run: processes, batch, flags of the training, device and ZeRO stage."""
+    """What will run: processes, batch, flags of the training, device, ZeRO stage, and the training's module."""
 
     processes: Processes
     batch: Batch
     flags: Flags
     on_cpu: bool
     zero: str
+    module: str = "llava.train.train"
 
     def __str__(self) -> str:
         batch = self.batch
@@ -258,6 +259,22 @@ def make_plan(flags: Flags, recipe: Flags, env: Environment, *, starts: bool) ->
     return Plan(processes, batch, whole, on_cpu, zero)
 
 
+def make_network_plan(flags: Flags, recipe: Flags, env: Environment, *, starts: bool) -> Plan:
+    """Joins flags, recipe and environment for a plain network: one process unless more are asked for, no ZeRO.
+
+    Raises:
+        OptionError: They contradict each other.
+    """
+    on_cpu = env.device == "cpu" or is_on(flags, "use_cpu") or is_on(flags, "no_cuda")
+    whole = {**recipe_options(recipe, flags, on_cpu=on_cpu), **flags}
+    processes = count_processes(replace(env, num_gpus=env.num_gpus or "1"), on_cpu=on_cpu, starts=starts)
+    each = positive("--per_device_train_batch_size", _first(whole, "per_device_train_batch_size", _PER_DEVICE))
+    accumulation = int(_first(whole, "gradient_accumulation_steps", 1))
+    batch = plan_batch(whole, processes, env.global_batch or str(each * accumulation * processes.total))
+    whole["gradient_accumulation_steps"] = [str(batch.accumulation)]
+    return Plan(processes, batch, whole, on_cpu, "0", "llava.train.networks")
+
+
 def missing_flags(flags: Mapping[str, Sequence[str]]) -> list[str]:
     """Returns the flags without which nothing can be trained, of those that were not given."""
     new_model = bool(_first(flags, "model_config"))
@@ -280,7 +297,7 @@ def launch_line(plan: Plan, env: Environment) -> list[str]:
     else:
         line += [python, "-m", "llava.train.launch", *_torchrun_options(processes, env), "-m"]
     words = [word for name, values in plan.flags.items() for word in (f"--{name}", *values)]
-    return [*line, "llava.train.train", *words]
+    return [*line, plan.module, *words]
 
 
 def _torchrun_options(processes: Processes, env: Environment) -> list[str]:
@@ -362,6 +379,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not any(word[2:].partition("=")[0].replace("-", "_") in OWN_FLAGS for word in words if word.startswith("--")):
+        if any(word.partition("=")[0] == "--network" for word in words):
+            from llava.train.networks import main as train_network
+
+            return train_network(words)
         from llava.train.train import main as train
 
         return train(words)
@@ -386,11 +407,17 @@ def launch(words: Sequence[str]) -> None:
     if not name:
         raise OptionError("--recipe needs the name or file of a recipe; --list-recipes shows those that there are")
     recipe = read_recipe(name)
+    if asks_help and "network" in recipe:
+        print(HELP + _listed(recipe) + EXAMPLES)
+        return
     if asks_help:
         print(HELP + _listed(make_plan({}, recipe, Environment(), starts=False).flags) + EXAMPLES)
         return
     env = Environment.read(os.environ)
     plans_only = is_on(own, "dry_run")
+    if "network" in recipe or "network" in flags:
+        _launch_network(flags, recipe, env, starts=not plans_only and env.dry_run != "1")
+        return
     if (missing := missing_flags(flags)) and not plans_only:
         raise OptionError(f"--{missing[0]} is needed; --help explains")
     starts = not plans_only and env.dry_run != "1"
@@ -405,6 +432,20 @@ def launch(words: Sequence[str]) -> None:
     print(shlex.join(line))
     if missing:
         print(f"to start it, add {', '.join(f'--{name}' for name in missing)}", file=sys.stderr)
+
+
+def _launch_network(flags: Flags, recipe: Flags, env: Environment, *, starts: bool) -> None:
+    """Plans the training of a plain network, shows the plan, and becomes the process that starts it."""
+    plan = make_network_plan(flags, recipe, env, starts=starts)
+    line = launch_line(plan, env)
+    if starts:
+        if not _first(flags, "data_path"):
+            raise OptionError("--data_path is needed; --help explains")
+        check_machine(plan, env)
+    print(plan, flush=True)
+    if starts:
+        os.execvp(line[0], line)
+    print(shlex.join(line))
 
 
 def _listed(flags: Flags) -> str:

@@ -16,7 +16,7 @@ from transformers.integrations import deepspeed as deepspeed_integration
 from llava.conversation import conv_templates
 from llava.data.lengths import default_length
 from llava.errors import CheckpointError, OptionError
-from llava.model.branches import FIRST, source_field, tower_name
+from llava.model.branches import FIRST, part_path, source_field, tower_name
 from llava.model.builder import (
     DEFAULT_CONTEXT_LENGTH,
     load_tokenizer,
@@ -25,7 +25,7 @@ from llava.model.builder import (
     resolve_attention,
     set_generation_defaults,
 )
-from llava.model.checkpoint import check_keys, complete_config, open_checkpoint
+from llava.model.checkpoint import PLAIN, check_keys, complete_config, open_checkpoint, with_sources
 from llava.model.checkpoint_files import TensorLike, read_json
 from llava.model.checkpoint_layout import stored_state_dict
 from llava.model.configuration import LlavaConfig
@@ -50,6 +50,7 @@ class StartingPoint:
         config: The model's whole config, with the run's options written into it.
         tokenizer: Its tokenizer.
         placeholder_tokens: How many tokens each placeholder id becomes.
+        placeholders: What stands for each in a prompt's text, and its id.
         tensors: Weights by their stored names; the language model's are missing for a new model.
         new: Parts that get random weights.
         folder: Where the checkpoint is; None for a new model.
@@ -58,6 +59,7 @@ class StartingPoint:
     config: LlavaConfig
     tokenizer: PreTrainedTokenizerBase
     placeholder_tokens: dict[int, int]
+    placeholders: dict[str, int]
     tensors: dict[str, TensorLike]
     new: frozenset[str]
     folder: Path | None
@@ -92,15 +94,17 @@ def load_start(model: ModelArguments, data: DataArguments) -> StartingPoint:
     elif "fusion" in new_parts(model) and "mm_fusion_type" not in values:
         values["mm_fusion_type"] = LlavaConfig().mm_fusion_type
     _check_other(model, values)
-    checkpoint, config = complete_config(replace(checkpoint, config=values), _towers(model))
+    checkpoint, config = complete_config(replace(checkpoint, config=values), _towers(model), model.detector)
     new = frozenset(new_parts(model))
-    prefixes = tuple(f"model.{part}." for part in new)
-    kept = {name: tensor for name, tensor in checkpoint.tensors.items() if not (prefixes and name.startswith(prefixes))}
     config = _with_options(config, model, data)
     _say_how_it_is_used(config, model)
+    if getattr(checkpoint.layout, "asks_as_trained", False):
+        config.conv_mode = data.version
     skeleton = _skeleton(config)
+    prefixes = tuple(f"model.{_path(skeleton, part)}." for part in new)
+    kept = {name: tensor for name, tensor in checkpoint.tensors.items() if not (prefixes and name.startswith(prefixes))}
     filled = {n: t for n, t in stored_state_dict(skeleton).items() if prefixes and n.startswith(prefixes)}
-    if len(new) != sum(any(name.startswith(f"model.{part}.") for name in filled) for part in new):
+    if len(new) != sum(any(name.startswith(prefix) for name in filled) for prefix in prefixes):
         raise OptionError(f"--init {model.init}: the fusion {config.mm_fusion_type!r} has no such part")
     try:
         check_keys(config, replace(checkpoint, tensors={**kept, **filled}))
@@ -112,7 +116,17 @@ def load_start(model: ModelArguments, data: DataArguments) -> StartingPoint:
                 hint = f"the fusion {model.mm_fusion_type!r} has no such parts; start from a checkpoint without them"
         raise CheckpointError(f"{error}\n  {hint}") from None
     tokenizer = load_tokenizer(checkpoint.tokenizer_folder)
-    return StartingPoint(config, tokenizer, skeleton.get_model().placeholder_tokens(), kept, new, checkpoint.folder)
+    return StartingPoint(config, tokenizer, *_placeholders(skeleton), tensors=kept, new=new, folder=checkpoint.folder)
+
+
+def _path(skeleton: LlavaLlamaForCausalLM, part: str) -> str:
+    """Where a part lies within ``model``."""
+    return part_path(part, (path for path, _ in skeleton.get_model().named_modules()))
+
+
+def _placeholders(skeleton: LlavaLlamaForCausalLM) -> tuple[dict[int, int], dict[str, int]]:
+    core = skeleton.get_model()
+    return core.placeholder_tokens(), core.placeholders()
 
 
 def _towers(model: ModelArguments) -> dict[str, str | None]:
@@ -143,8 +157,12 @@ def _open_new(model: ModelArguments, data: DataArguments) -> StartingPoint:
     }
     if model.mm_fusion_type is not None:
         values["mm_fusion_type"] = model.mm_fusion_type
+    system = {"system": model.system or values.get("system") or registry.DEFAULT}
+    layout = registry.component(system["system"], "checkpoint_format") or PLAIN
+    if model.detector is not None or hasattr(layout, "with_sources"):
+        values, tensors = with_sources(layout, values, tensors, model.detector)
+        values = layout.infer_config(values, tensors)
     try:
-        system = {"system": model.system or values.get("system") or registry.DEFAULT}
         config = LlavaConfig.from_dict({"cpm_search": "labels", **values, **system})
         config = _with_options(config, model, data)
         config.notice = config.notice if model.notice is None else model.notice
@@ -156,7 +174,7 @@ def _open_new(model: ModelArguments, data: DataArguments) -> StartingPoint:
     unknown = set(tensors) - set(stored_state_dict(skeleton))
     if unknown:
         raise CheckpointError(f"the towers hold tensors that the model does not have, such as {sorted(unknown)[0]}")
-    return StartingPoint(config, tokenizer, skeleton.get_model().placeholder_tokens(), tensors, frozenset(), None)
+    return StartingPoint(config, tokenizer, *_placeholders(skeleton), tensors=tensors, new=frozenset(), folder=None)
 
 
 def _check_other(model: ModelArguments, values: Mapping[str, Any]) -> None:
@@ -234,7 +252,8 @@ def build_model(
         tensors = {**stored_state_dict(LlavaLlamaForCausalLM(opened.config)), **tensors}
     skeleton = _skeleton(opened.config)
     for part in sorted(opened.new):
-        tensors |= {f"model.{part}.{name}": value for name, value in random_part(skeleton, part).items()}
+        path = _path(skeleton, part)
+        tensors |= {f"model.{path}.{name}": value for name, value in random_part(skeleton, path).items()}
     with without_sharded_loading():
         model = materialize(
             opened.config,

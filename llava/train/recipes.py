@@ -28,7 +28,8 @@ def list_recipes() -> list[str]:
 def describe_recipes() -> str:
     """Returns one line a recipe: its name, and the comment that its file begins with."""
     heads = {name: (FOLDER / f"{name}.yaml").read_text("utf-8").partition("\n")[0] for name in list_recipes()}
-    return "\n".join(f"{name:<16}{head.lstrip('# ')}" for name, head in heads.items())
+    width = max(16, 2 + max(map(len, heads)))
+    return "\n".join(f"{name:<{width}}{head.lstrip('# ')}" for name, head in heads.items())
 
 
 def read_recipe(name: str) -> dict[str, list[str]]:

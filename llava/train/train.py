@@ -7,7 +7,6 @@ there are devices, by a recipe.
 import logging
 import os
 import random
-import shutil
 import sys
 import threading
 import time
@@ -50,7 +49,7 @@ from llava.train.arguments import (
     parse_arguments,
     trained_parts,
 )
-from llava.train.checkpointing import FINAL, RUN_FILE, TRIAL, check_same_run, is_finished, resume_checkpoint
+from llava.train.checkpointing import RUN_FILE, check_same_run, resume_checkpoint
 from llava.train.export import export_model
 from llava.train.feature_cache import CachedDataset, cache_features
 from llava.train.loading import StartingPoint, answer_format, build_model, load_start
@@ -61,7 +60,6 @@ from llava.train.validation import verdict_predictor
 
 logger = logging.getLogger(__name__)
 
-LOG_FILE = "log.json"
 _KEPT_OPTIONS = (
     "version",
     "model_max_length",
@@ -135,37 +133,21 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     assert isinstance(core, LlavaLlamaForCausalLM)
     options = _dataset_options(data_args, start, core)
     train_set = SupervisedDataset(records, **options, verdict_only_share=data_args.verdict_only_share, seed=args.seed)
+    if data_args.cache_features and core.get_model().needs_images():
+        raise OptionError("--cache_features keeps no pixels, but a detector in this model looks at them; leave it out")
     if data_args.cache_features:
         train_set = _cached(train_set, core, Path(data_args.cache_features), args, options)
     validation = SupervisedDataset(validation_records, **options) if validation_records else None
     trainer = _trainer(model, core, model_args, data_args, args, start, train_set, validation)
     if args.should_save:
         print(trainable_table(model), file=sys.stderr)
-    _trial_save(trainer, output)
+    trainer.trial_export()
     if args.should_save:
         write_run_data(output, records)
         write_json(output / RUN_FILE, run, indent=2)
     if _is_muted():
         sys.stderr = sys.__stderr__
-    return _run_to_end(trainer, checkpoint, output)
-
-
-def _run_to_end(trainer: ForgeryTrainer, checkpoint: Path | None, output: Path) -> Path:
-    """Trains from a checkpoint or from the start, and writes the final folder."""
-    if checkpoint is not None and is_finished(checkpoint):
-        trainer.load_finished(checkpoint)
-    else:
-        try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        except BaseException:
-            trainer.end_progress_bar()
-            raise
-    final = output / FINAL
-    trainer.export_to(final)
-    if trainer.args.should_save:
-        write_json(output / LOG_FILE, trainer.state.log_history, indent=2)
-        print(f"the trained model is in {final}")
-    return final
+    return trainer.run_to_end(checkpoint)
 
 
 def _set_up_logs(args: TrainingArguments) -> None:
@@ -220,6 +202,7 @@ def _read_checked(paths: Sequence[str], name: str, data_args: DataArguments, sta
         image_folder=image_folder,
         drop_invalid=data_args.drop_invalid,
         needs_verdict=registry.component(start.config.system, "objective") is not None,
+        placeholders=start.placeholders,
         faults=faults,
         opened=cache_file(image_folder) if data_args.check_images else None,
         measured=measured,
@@ -325,6 +308,8 @@ def _dataset_options(data_args: DataArguments, start: StartingPoint, model: Llav
         "image_processor": model.image_processor,
         "answer_format": answer_format(start.config),
         "placeholder_tokens": start.placeholder_tokens,
+        "placeholders": start.placeholders,
+        "image_inputs": model.get_model().image_inputs,
         "extra_inputs": None if model.objective is None else model.objective.sample_inputs,
         "max_length": start.max_length,
     }
@@ -421,15 +406,6 @@ def _precision(args: TrainingArguments) -> AbstractContextManager:
     if args.deepspeed or not (args.bf16 or args.fp16):
         return nullcontext()
     return torch.autocast(args.device.type, torch.bfloat16 if args.bf16 else torch.float16)
-
-
-def _trial_save(trainer: ForgeryTrainer, output: Path) -> None:
-    """Writes, opens and removes the final folder once, so that a run does not fail at its end."""
-    trial = output / TRIAL
-    trainer.export_to(trial)
-    if trainer.args.should_save:
-        shutil.rmtree(trial)
-    trainer.accelerator.wait_for_everyone()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,17 +1,14 @@
 """The training loop: transformers' Trainer with this model's losses, order, optimizer groups, logs and checkpoints."""
 
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers.trainer_callback import ProgressCallback
 
 from llava.cli import progress
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -25,10 +22,11 @@ from llava.train import checkpointing
 from llava.train.arguments import TrainingArguments
 from llava.train.flops import Passes, TrainingFlops
 from llava.train.logging import check_finite, describe_sums, mean_losses, utilisation
-from llava.train.lora import optimizer_groups, parameter_part
+from llava.train.lora import optimizer_groups, parameter_part, trainable_tensors
+from llava.train.saving_trainer import SavingTrainer
 
 
-class ForgeryTrainer(transformers.Trainer):
+class ForgeryTrainer(SavingTrainer):
     """Trains a model with the language model's loss and those of its system's objective.
 
     Args:
@@ -49,7 +47,6 @@ class ForgeryTrainer(transformers.Trainer):
 
     args: TrainingArguments
     control: Any
-    optimizer: Any
 
     def __init__(
         self,
@@ -222,7 +219,7 @@ class ForgeryTrainer(transformers.Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds to each training log every loss, the verdict's metrics, speeds and utilisation."""
         if "loss" in logs and self._sums:
-            sums = self._reduced(self._sums)
+            sums = self.reduced(self._sums)
             self._check_sums(sums)
             seconds = time.perf_counter() - self._since
             logs.update(describe_sums(sums, seconds, self.objective))
@@ -231,30 +228,17 @@ class ForgeryTrainer(transformers.Trainer):
             self._since = time.perf_counter()
         super().log(logs, start_time)
 
-    def _reduced(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        total = self.accelerator.reduce(torch.stack([*sums.values()]), "sum")
-        return dict(zip(sums, total.tolist(), strict=True))
-
     def _check_sums(self, sums: Mapping[str, float]) -> None:
         if self.args.fp16:
             return  # its loss scaling leaves out steps whose numbers are too large, so the run does recover
         step, output = self.state.global_step, Path(self.args.output_dir)
         check_finite(sums, step=step, output=output, is_main=self.is_world_process_zero())
 
-    def _check_unlogged(self) -> None:
-        """Checks the steps since the last log, before something is written."""
+    def check_state(self) -> None:
+        """Checks the steps since the last log, and the weights, before something is written."""
         if self._sums:
-            self._check_sums(self._reduced(self._sums))
-
-    def _check_trained(self) -> None:
-        """Checks what was trained, since a loss can be finite where its gradient, and so the next weights, are not."""
-        wrong = checkpointing.not_finite(self.model, self.optimizer)
-        found = torch.tensor(float(len(wrong)), device=self.args.device)
-        if float(self.accelerator.reduce(found, "sum")) == 0:
-            return
-        if not self.is_world_process_zero():
-            raise SystemExit(1)
-        checkpointing.refuse_not_finite(wrong, step=self.state.global_step, output=Path(self.args.output_dir))
+            self._check_sums(self.reduced(self._sums))
+        super().check_state()
 
     def _utilisation(self, sums: Mapping[str, float], seconds: float) -> dict[str, float]:
         if self._flops is None:
@@ -295,7 +279,7 @@ class ForgeryTrainer(transformers.Trainer):
             samples = [dataset[index] for index in indices] or [_without_targets(dataset[0])]
             for name, value in self._evaluate_batch(samples).items():
                 sums[name] = value + sums.get(name, 0.0)
-        totals = self._reduced({name: value.to(self.args.device, torch.float32) for name, value in sums.items()})
+        totals = self.reduced({name: value.to(self.args.device, torch.float32) for name, value in sums.items()})
         losses = mean_losses(totals)
         metrics = {
             "loss": sum(self._weights[name] * loss for name, loss in losses.items()),
@@ -343,8 +327,7 @@ class ForgeryTrainer(transformers.Trainer):
         Raises:
             UserError: Trained weights are NaN or infinite.
         """
-        self._check_unlogged()
-        self._check_trained()
+        self.check_state()
         tensors = self._gathered(trained_only=self.export_trained_only)
         if self.args.should_save:
             self.export(tensors, folder)
@@ -357,44 +340,13 @@ class ForgeryTrainer(transformers.Trainer):
         get_state_dict = self.accelerator.get_state_dict
         return checkpointing.gather_tensors(self.model, engine, get_state_dict, trained_only=trained_only)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the trained tensors into a checkpoint's folder."""
-        tensors = self._gathered(trained_only=True)
-        if self.args.should_save:
-            checkpointing.write_trained(tensors, Path(output_dir or self.args.output_dir))
+    def trained_state(self) -> dict[str, Tensor]:
+        """Returns the trained tensors by their names in memory."""
+        return self._gathered(trained_only=True)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        checkpointing.load_trained(self.model, Path(resume_from_checkpoint))
-
-    def load_finished(self, checkpoint: Path) -> None:
-        """Takes weights and log from a run's last checkpoint, after which there is nothing to train."""
-        checkpointing.load_trained(self.model, checkpoint)
-        self.state = checkpointing.read_state(checkpoint)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Saves, marks the checkpoint as complete, and only then removes older ones."""
-        self._check_unlogged()
-        self._check_trained()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        try:
-            with checkpointing.new_checkpoint(folder):
-                super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        # Other processes write their random states and shards into the same folder.
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpointing.mark_complete(folder, self.state.global_step)
-            checkpointing.remove_old_checkpoints(Path(self.args.output_dir), limit)
-
-    def end_progress_bar(self) -> None:
-        """Ends the line of the progress bar, so that the next message stands on a line of its own."""
-        if not self.is_world_process_zero():
-            print(file=sys.stderr)  # the bar is another process's
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
-                callback.training_bar.close()
+    def load_state(self, checkpoint: Path) -> None:
+        """Reads the trained tensors of a checkpoint."""
+        checkpointing.load_trained(trainable_tensors(self.model), checkpoint)
 
 
 def _without_targets(sample: Sample) -> Sample:

@@ -32,10 +32,15 @@ def verdict_predictor(
     system = kind(model.tokenizer, model, model.image_processor, context_length)
     options = system.options(score_only=score_only, max_new_tokens=max_new_tokens)
 
+    of_image = list(model.get_model().image_inputs(None, model.image_processor))
+
     def predict(samples: list[Sample]) -> list[int | None]:
-        prepared = [system.prepare_pixels(sample.image) for sample in samples]
+        prepared = [
+            system.prepare_pixels(sample.image, extras={name: sample.extras[name] for name in of_image})
+            for sample in samples
+        ]
         with torch.no_grad(), precision():
             reports = system.analyze_batch(prepared, options)
-        return [None if report.label is None else LABELS.index(report.label) for report in reports]
+        return [None if report.said is None else LABELS.index(report.said) for report in reports]
 
     return predict

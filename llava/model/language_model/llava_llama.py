@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava.cli import without_bars
-from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.constants import IGNORE_INDEX
 from llava.errors import CheckpointError, DataError
 from llava.model.checkpoint_layout import stored_state_dict
 from llava.model.configuration import LlavaConfig
@@ -235,7 +235,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             )
             input_ids, inputs_embeds, labels = None, batch.inputs_embeds, batch.labels
             attention_mask, position_ids = batch.attention_mask, batch.position_ids
-        elif input_ids is not None and past_key_values is None and bool((input_ids == IMAGE_TOKEN_INDEX).any()):
+        elif input_ids is not None and past_key_values is None and bool((input_ids < 0).any()):
             raise DataError("the prompt has a place for an image, but no images were given")
         inputs = {
             "input_ids": input_ids,

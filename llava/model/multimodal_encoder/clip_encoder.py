@@ -18,7 +18,7 @@ from llava.model.multimodal_encoder.base import PixelFormat, TowerOutput, TowerS
 _OPENAI_CLIP = re.compile(r"clip-vit-(base|large)-patch\d+(-\d+)?")
 _OPENAI_HEAD_WIDTH = 64
 _OPENAI_MEAN = [0.48145466, 0.4578275, 0.40821073]
-_OPENAI_STD = [0.26862954, 0.26130258, 0.27577711]
+OPENAI_STD = [0.26862954, 0.26130258, 0.27577711]
 _STORED_PREFIX = "vision_tower.vision_model."
 _MODEL_FIELDS = (
     "hidden_size",
@@ -177,7 +177,7 @@ def image_processor_settings(image_size: int) -> dict[str, Any]:
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": _OPENAI_MEAN,
-        "image_std": _OPENAI_STD,
+        "image_std": OPENAI_STD,
         "do_convert_rgb": True,
     }
 

@@ -13,10 +13,15 @@ from torch import Tensor
 from llava.errors import CheckpointError
 from llava.files import atomic_write, write_json
 from llava.model.checkpoint_files import list_keys, read_json, read_tensor_file
+from llava.model.checkpoint_layout import stored_state_dict
+from llava.model.multimodal_encoder.base import PixelFormat, VisionTower
+from llava.model.multimodal_encoder.builder import build_vision_tower, read_vision_tower
 from llava.systems.m2f2det.cnn import EFFICIENTNET_STRIDES, infer_cnn
 from llava.systems.m2f2det.detector_net import DetectorConfig, M2F2Detector
 
 MODEL_TYPE = "m2f2det"
+TOWER_FOLDER = "vision_tower"
+"""Folder beside a cosine detector with the tower whose features it takes."""
 _HEAD_WIDTH = 64  # of every CLIP model of OpenAI
 _TEXT = "clip_text_encoder.model.text_model."
 _VISION = "clip_vision_encoder.model.vision_model."
@@ -221,10 +226,49 @@ def load_tensors(detector: M2F2Detector, tensors: Mapping[str, Tensor], where: s
     detector.load_state_dict({name: tensors[name].to(own[name].dtype) for name in own})
 
 
-def save_detector(detector: M2F2Detector, folder: Path) -> None:
-    """Writes a folder that ``open_detector`` opens: config and safetensors, each file whole or not at all."""
+def save_detector(detector: M2F2Detector, folder: Path, training: Mapping[str, Any] | None = None) -> None:
+    """Writes a folder that ``open_detector`` opens: config and safetensors, each file whole or not at all.
+
+    Args:
+        detector: The detector.
+        folder: Where to.
+        training: How it was trained, for the config.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.contiguous() for name, value in detector.state_dict().items()}
     atomic_write(folder / "model.safetensors", save(tensors))
     config = {"model_type": MODEL_TYPE, "system": MODEL_TYPE, "detector": detector.config.to_dict()}
+    config |= {"training": dict(training)} if training else {}
     write_json(folder / "config.json", config)
+
+
+def open_tower(detector: M2F2Detector, source: str | None, beside: Path | None) -> VisionTower:
+    """Opens the frozen tower whose features a cosine detector takes, CLS first.
+
+    Args:
+        detector: The detector.
+        source: Folder or hub id; None for the one in the detector's own folder.
+        beside: The detector's folder or file, if any.
+
+    Raises:
+        CheckpointError: There is none, or its features do not fit.
+    """
+    own = None if beside is None else (beside if beside.is_dir() else beside.parent) / TOWER_FOLDER
+    place = source or (str(own) if own is not None and own.is_dir() else None)
+    if place is None:
+        raise CheckpointError(
+            f"{beside or 'the settings'}: a cosine detector takes the features of a vision tower and has none of its "
+            "own; name one with vision_tower"
+        )
+    found = read_vision_tower(place)
+    shared = PixelFormat(found.config.get("image_size", detector.image_size), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    tower = build_vision_tower({**found.config, "select_layer": -2, "select_feature": "cls_patch"}, shared)
+    wanted, given = detector.config.vision, (tower.hidden_size, tower.num_patches - 1)
+    if given != (wanted["hidden_size"], wanted["num_patches"]):
+        raise CheckpointError(
+            f"{place} gives {given[1]} patches of width {given[0]}, but the detector takes {wanted['num_patches']} of "
+            f"width {wanted['hidden_size']}"
+        )
+    names = dict(zip(tower.state_dict(), stored_state_dict(tower), strict=True))
+    tower.load_state_dict({name: found.tensors[stored][...] for name, stored in names.items()})
+    return tower.requires_grad_(False).eval()

@@ -12,6 +12,23 @@ TAPS = (4, 5, 6)
 """Children of the CNN whose outputs the bridge takes."""
 EFFICIENTNET_STRIDES = (1, 2, 2, 2, 1, 2, 1)
 STOCHASTIC_DEPTH = 0.2
+CNNS: dict[str, dict[str, Any]] = {
+    "densenet121": {"type": "densenet", "growth": 32, "blocks": [6, 12, 24, 16], "stem": 64, "bottleneck": 4},
+    "efficientnet_b4": {
+        "type": "efficientnet",
+        "settings": [
+            [1, 3, 1, 48, 24, 2],
+            [6, 3, 2, 24, 32, 4],
+            [6, 5, 2, 32, 56, 4],
+            [6, 3, 2, 56, 112, 6],
+            [6, 5, 1, 112, 160, 6],
+            [6, 5, 2, 160, 272, 8],
+            [6, 3, 1, 272, 448, 2],
+        ],
+        "head": 1792,
+    },
+}
+"""Settings of the published CNNs, by torchvision's names."""
 
 
 class DenseLayer(nn.Module):

@@ -10,13 +10,15 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
 from llava.errors import CheckpointError
+from llava.model.multimodal_encoder.clip_encoder import OPENAI_STD
 from llava.systems.m2f2det.cnn import build_cnn, run_with_taps
 
-CLIP_TAPS = (6, 10, 14)
-"""Hidden states of the vision tower that the bridge takes."""
+_CLIP_PATCH = 14
 FUSIONS = ("bridge", "cosine")
 SCALAR_NORMS = ("layer_norm", "none")
 TAP_SLICES = ("drop_last", "drop_cls")
+CNN_INPUTS = ("clip", "residual")
+_RESIDUAL_GAIN, _RESIDUAL_LIMIT = 12.0, 3.0
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,9 @@ class DetectorConfig:
         tap_widths: Channels of the CNN's taps.
         bridge_scalar_norm: ``layer_norm`` is the published norm over one number, which makes the bridge's vector the
             same for every image; ``none`` is the bridge at work.
+        clip_taps: Hidden states of the vision tower that the bridge takes.
+        cnn_input: What the CNN sees: ``clip`` (published), CLIP's normalised pixels; ``residual``, what is left of each
+            colour behind a high pass, for a CNN that begins without weights and shall find small traces.
         clip_tap_slice: Which token of a CLIP tap is dropped: ``drop_last`` (published) or ``drop_cls``.
     """
 
@@ -54,7 +59,9 @@ class DetectorConfig:
     bridge_inner: int = 32
     tap_widths: list[int] = field(default_factory=list)
     bridge_scalar_norm: str = "layer_norm"
+    clip_taps: list[int] = field(default_factory=lambda: [6, 10, 14])
     clip_tap_slice: str = "drop_last"
+    cnn_input: str = "clip"
 
     def __post_init__(self) -> None:
         """Checks the switches.
@@ -62,7 +69,12 @@ class DetectorConfig:
         Raises:
             CheckpointError: A switch has an unknown value.
         """
-        known = {"fusion": FUSIONS, "bridge_scalar_norm": SCALAR_NORMS, "clip_tap_slice": TAP_SLICES}
+        known = {
+            "fusion": FUSIONS,
+            "bridge_scalar_norm": SCALAR_NORMS,
+            "clip_tap_slice": TAP_SLICES,
+            "cnn_input": CNN_INPUTS,
+        }
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise CheckpointError(f"{name} {getattr(self, name)!r} is unknown; known: {', '.join(values)}")
@@ -111,7 +123,7 @@ class PromptEncoder(nn.Module):
 
     def __init__(self, config: Mapping[str, Any], length: int) -> None:
         super().__init__()
-        text_config = CLIPTextConfig(**config)
+        text_config = CLIPTextConfig(**{"bos_token_id": None, "eos_token_id": None, **config})
         self.prompt_tokens = nn.Parameter(torch.randn(1, length, text_config.hidden_size))
         self.model = nn.ModuleDict({"text_model": CLIPTextModel(text_config)})
 
@@ -250,6 +262,23 @@ class M2F2Detector(nn.Module):
                     nn.init.normal_(layer.weight, std=0.01)
                     nn.init.zeros_(layer.bias)
 
+    @property
+    def image_size(self) -> int:
+        """Side of the pixels; a cosine detector's follows from its patches, which have the size of CLIP's."""
+        own = self.config.vision.get("image_size")
+        return int(own or _CLIP_PATCH * round(self.config.vision["num_patches"] ** 0.5))
+
+    def frozen_parts(self) -> list[nn.Module | nn.Parameter]:
+        """Returns what stage 1 does not train: CLIP's towers, and of a bridge what its answer does not depend on."""
+        frozen: list[nn.Module | nn.Parameter] = [self.clip_text_encoder.model]
+        if self.config.fusion == "bridge":
+            frozen += [self.clip_vision_encoder, self.clip_text_encoder.prompt_tokens, self.text_proj]
+            if self.config.bridge_scalar_norm == "layer_norm":
+                head = self.bridge_adapter_proj.bridge_adapter_proj
+                taps = [getattr(self, f"linear_{n}") for n in range(1, len(self.config.tap_widths) + 1)]
+                frozen += [self.clip_reduction, head[1], head[2].weight, *taps]
+        return frozen
+
     def forward(self, pixels: Tensor, clip_features: Tensor | None = None) -> DetectorOutput:
         """Analyses CLIP-normalised pixels ``[B, 3, S, S]``.
 
@@ -269,7 +298,8 @@ class M2F2Detector(nn.Module):
         text_feature = self.clip_text_encoder()
         text, vision = self.text_proj(text_feature), self.vision_proj(clip_features)
         scores = F.cosine_similarity(vision[:, 1:], text[:, None], dim=-1, eps=1e-8)
-        cnn_map, taps = run_with_taps(self.deepfake_encoder, pixels)
+        seen = pixels if self.config.cnn_input == "clip" else residual(pixels)
+        cnn_map, taps = run_with_taps(self.deepfake_encoder, seen)
         pooled = cnn_map.mean((2, 3))
         cnn = self.deepfake_proj(pooled)
         cls, parts = self.clip_vision_alpha * vision[:, 0], dict[str, Tensor]()
@@ -289,7 +319,7 @@ class M2F2Detector(nn.Module):
             scalars = head.constant(len(taps[0]))
         else:
             tokens = taps[0].new_zeros(len(taps[0]), 0, self.config.bridge_dim)
-            for step, (layer, tap) in enumerate(zip(CLIP_TAPS, taps, strict=True)):
+            for step, (layer, tap) in enumerate(zip(self.config.clip_taps, taps, strict=True)):
                 own = getattr(self, f"linear_{step + 1}")(tap.flatten(2).transpose(1, 2))
                 tokens = torch.cat([tokens, own, self.clip_reduction(self._clip_tap(states[layer]))], dim=1)
                 parts[f"block{step}_in"] = tokens
@@ -302,6 +332,18 @@ class M2F2Detector(nn.Module):
 
     def _clip_tap(self, state: Tensor) -> Tensor:
         return state[:, :-1] if self.config.clip_tap_slice == "drop_last" else state[:, 1:]
+
+
+def residual(pixels: Tensor) -> Tensor:
+    """Returns the second difference of CLIP's pixels along both axes, ``[B, 3, S, S]`` within -3..3.
+
+    Edges and smooth content all but vanish in it, while noise and the traces of generators stay.
+    """
+    std = torch.tensor(OPENAI_STD, dtype=pixels.dtype, device=pixels.device).view(3, 1, 1)
+    padded = F.pad(pixels * std, (1, 1, 1, 1), mode="replicate")
+    across = padded[..., 2:] - 2 * padded[..., 1:-1] + padded[..., :-2]
+    both = across[..., 2:, :] - 2 * across[..., 1:-1, :] + across[..., :-2, :]
+    return (_RESIDUAL_GAIN * both).clamp(-_RESIDUAL_LIMIT, _RESIDUAL_LIMIT)
 
 
 def _projection(width: int, out: int) -> nn.Sequential:
