@@ -7,7 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,7 @@ from llava.errors import CheckpointError, DataError, OptionError, UserError
 from llava.report import SCORE_KIND, ForgeryReport
 from llava.sources import load_source
 from llava.systems import registry
-from llava.systems.base import AnalyzeOptions, FeatureSource, System, resolve
+from llava.systems.base import AnalyzeOptions, AnswerStream, FeatureSource, Listener, System, resolve
 
 ImageLike = Any
 """Whatever ``llava.sources.load_source`` takes: paths, PIL images, arrays, tensors, bytes, file objects, data URLs."""
@@ -41,11 +41,33 @@ NO_NUMBER = (
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """An image as the system takes it, and what becomes of it by light deliveries."""
 
     image: Any
     delivered: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class _PartListener:
+    """Follows a part of a batch for the listener of the whole.
+
+    Attributes:
+        listener: Of the whole batch.
+        first: Number of the part's first image.
+        told: Whether the answers' texts are passed on.
+    """
+
+    listener: Listener
+    first: int
+    told: bool = True
+
+    def heard(self, row: int, piece: str, logprob: float) -> None:
+        if self.told:
+            self.listener.heard(self.first + row, piece, logprob)
+
+    def is_gone(self, row: int) -> bool:
+        return self.listener.is_gone(self.first + row)
 
 
 @contextmanager
@@ -150,7 +172,7 @@ class ForgeryDetector:
         """
         wanted = self.options(**options)
         self.announce()
-        return self._analyze_batch([self._prepare(image)], wanted)[0]
+        return self.analyze_prepared([self.prepare(image)], wanted)[0]
 
     def analyze_many(
         self, images: Iterable[ImageLike], *, batch_size: int | str = "auto", **options: Any
@@ -180,7 +202,7 @@ class ForgeryDetector:
             waiting: deque[list[Future[Any]]] = deque()
             while True:
                 while len(waiting) < 2:
-                    batch = [loaders.submit(self._prepare, image) for image in islice(images, size)]
+                    batch = [loaders.submit(self.prepare, image) for image in islice(images, size)]
                     if not batch:
                         break
                     waiting.append(batch)
@@ -198,7 +220,7 @@ class ForgeryDetector:
                 errors[index] = str(error) or type(error).__name__
             else:
                 raise error
-        reports = iter(self._analyze_batch(prepared, options))
+        reports = iter(self.analyze_prepared(prepared, options))
         for index in range(len(batch)):
             yield self._failed(errors[index]) if index in errors else next(reports)
 
@@ -227,9 +249,26 @@ class ForgeryDetector:
             found = iter(self.system.image_features(readable) if readable else ())
             yield from (None if item is None else next(found) for item in prepared)
 
-    def _analyze_batch(self, prepared: Sequence[_Prepared], options: AnalyzeOptions) -> list[ForgeryReport]:
-        """Analyses a batch, and gives no verdict where the rule says so."""
-        reports = self._analyze_images([item.image for item in prepared], options)
+    @property
+    def streams(self) -> bool:
+        """Whether answers can be followed while they are decoded; not where a rule may yet withhold the verdict."""
+        return self.rule is None and isinstance(self.system, AnswerStream)
+
+    def analyze_prepared(
+        self, prepared: Sequence[Prepared], options: AnalyzeOptions, listener: Listener | None = None
+    ) -> list[ForgeryReport]:
+        """Analyses a batch of ``prepare``, and gives no verdict where the rule says so.
+
+        Args:
+            prepared: The images; what does not fit into memory at once is analysed in halves.
+            options: From ``options``.
+            listener: Follows the answers where ``streams`` says so, and can end the decoding of each.
+
+        Raises:
+            OptionError: The options cannot be met.
+        """
+        told = _PartListener(listener, 0, self.streams) if listener else None
+        reports = self._analyze_images([item.image for item in prepared], options, told)
         if self.rule is None or not prepared:
             return reports
         distances: Sequence[float | None] = [None] * len(prepared)
@@ -241,30 +280,45 @@ class ForgeryDetector:
             decided.append(_decided(self.rule, report, None if distance is None else float(distance), agree))
         return decided
 
-    def _agreement(self, item: _Prepared, report: ForgeryReport, options: AnalyzeOptions) -> int | None:
+    def _agreement(self, item: Prepared, report: ForgeryReport, options: AnalyzeOptions) -> int | None:
         """How many light deliveries of an image get the verdict that it gets; None if none are made."""
         if not item.delivered:
             return None
         others = self._analyze_images(item.delivered, replace(options, attention=False))
         return sum(_side(other) == _side(report) for other in others)
 
-    def _analyze_images(self, prepared: Sequence[Any], options: AnalyzeOptions) -> list[ForgeryReport]:
+    def _analyze_images(
+        self, prepared: Sequence[Any], options: AnalyzeOptions, listener: Listener | None = None
+    ) -> list[ForgeryReport]:
         """Analyses a batch, in halves if it does not fit into the GPU's memory."""
         if not prepared:
             return []
         try:
-            return [self._checked(report) for report in self.system.analyze_batch(prepared, options)]
+            with self._listening(listener):
+                return [self._checked(report) for report in self.system.analyze_batch(prepared, options)]
         except RuntimeError as error:
             # By its name: a system need not stand on torch, which is slow to import.
             if type(error).__name__ != "OutOfMemoryError" or len(prepared) == 1:
                 raise
         half = len(prepared) // 2
-        return self._analyze_images(prepared[:half], options) + self._analyze_images(prepared[half:], options)
+        rest = _PartListener(listener, half) if listener else None
+        first = self._analyze_images(prepared[:half], options, listener)
+        return first + self._analyze_images(prepared[half:], options, rest)
 
-    def _prepare(self, image: ImageLike) -> _Prepared:
+    def _listening(self, listener: Listener | None) -> AbstractContextManager[None]:
+        if listener is None or not isinstance(self.system, AnswerStream):
+            return nullcontext()
+        return self.system.listening(listener)
+
+    def prepare(self, image: ImageLike) -> Prepared:
+        """Turns an image into what ``analyze_prepared`` takes; may run beside the model, in another thread.
+
+        Raises:
+            ImageReadError: The image cannot be read.
+        """
         pixels = load_source(image)
         steps = LIGHT_DELIVERIES[: self.rule.deliveries] if self.rule else ()
-        return _Prepared(self.system.prepare(pixels), tuple(self.system.prepare(step(pixels)) for step in steps))
+        return Prepared(self.system.prepare(pixels), tuple(self.system.prepare(step(pixels)) for step in steps))
 
     def _checked(self, report: ForgeryReport) -> ForgeryReport:
         """A report as it is, or one that says that its score is no number."""

@@ -20,7 +20,7 @@ from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.llava_arch import SplicedBatch, splice
 from llava.model.multimodal_fusion.base import FusionOutput
 from llava.report import ScoreSource
-from llava.systems.base import AnalyzeOptions, AnswerFormat
+from llava.systems.base import AnalyzeOptions, AnswerFormat, Listener
 
 _CLOSING_TAIL = 24
 """Ids at an answer's end whose text is asked whether the answer is complete."""
@@ -32,6 +32,9 @@ _PROMPT_POSITIONS = 1280
 """Length of a prompt with its image in the estimate of what a row takes."""
 _MEMORY_SHARE = 0.6
 """Share of the free GPU memory that caches may take; the rest is for activations."""
+
+_CONTEXT_IDS = 4
+"""Ids before a new one that its text can depend on."""
 
 Embeddings = Mapping[int, Tensor]
 """What takes each placeholder's place, ``[B, n, D]`` by the placeholder's id; one of each for every image."""
@@ -93,6 +96,7 @@ class Answering:
         self.answer_format = answer_format
         self.verdict = model.verdict_tokens
         self.temperature = temperature
+        self.listener: Listener | None = None
         self.tokenize = tokenize or (lambda prompt: tokenizer_image_token(prompt, tokenizer))
 
     def batch_size(self, options: AnalyzeOptions) -> int:
@@ -198,6 +202,7 @@ class Answering:
             kept_words=(self.verdict.real, self.verdict.fake),
             is_complete=lambda ids: self._is_complete(prefix_ids, ids, closing_ids),
             samples=options.samples,
+            follow=_Follower(self.listener, self.tokenizer, options.samples, self._end_ids) if self.listener else None,
         )
 
     def _beam_search(self, embeds_BLD: Tensor, num_beams: int, budget: int) -> list[Decoded]:
@@ -314,6 +319,41 @@ class Answering:
         mask = torch.arange(padded.shape[1], device=device) >= padded.shape[1] - lengths[:, None]
         filled = {index: [[own] for own in tokens] for index, tokens in embeddings.items()}
         return splice(padded, self.model.get_input_embeddings(), filled, attention_mask=mask, padding_side="left")
+
+
+class _Follower:
+    """Turns the ids of answers, as they are decoded, into pieces of text for a listener.
+
+    Args:
+        listener: Follows the first answer of each image.
+        tokenizer: The model's.
+        samples: Answers an image.
+        end_ids: Ids that are no text.
+    """
+
+    def __init__(
+        self, listener: Listener, tokenizer: PreTrainedTokenizerBase, samples: int, end_ids: frozenset[int]
+    ) -> None:
+        self._listener = listener
+        self._tokenizer = tokenizer
+        self._samples = samples
+        self._end_ids = end_ids
+        self._pending: dict[int, tuple[list[int], list[int], float]] = {}
+
+    def __call__(self, answer: int, chosen: int, logprob: float) -> bool:
+        """Takes an id; returns whether nobody waits for the answer."""
+        row, sample = divmod(answer, self._samples)
+        if sample == 0 and chosen not in self._end_ids:
+            told, new, before = self._pending.get(row, ([], [], 0.0))
+            new, before = [*new, chosen], before + logprob
+            # What an id adds depends on the ids before it, and half a character is told with its other half.
+            known = self._tokenizer.decode(told, skip_special_tokens=True)
+            piece = self._tokenizer.decode([*told, *new], skip_special_tokens=True)[len(known) :]
+            if not piece.endswith("\ufffd"):
+                self._listener.heard(row, piece, before)
+                told, new, before = [*told, *new][-_CONTEXT_IDS:], [], 0.0
+            self._pending[row] = (told, new, before)
+        return self._listener.is_gone(row)
 
 
 def continue_prompt(prompt: str, answer: str) -> str:

@@ -133,6 +133,7 @@ def decode(
     kept_words: Sequence[int],
     is_complete: Callable[[list[int]], bool],
     samples: int = 1,
+    follow: Callable[[int, int, float], bool] | None = None,
 ) -> tuple[list[Decoded], PromptCache]:
     """Continues prompts of equal length until each is complete.
 
@@ -144,6 +145,7 @@ def decode(
         kept_words: Ids whose raw logits are kept at every step.
         is_complete: Whether an answer ends with its last id.
         samples: Answers a prompt; the prompt runs once.
+        follow: Takes each new id with its answer's number and log-probability; returns whether the answer may end.
 
     Returns:
         B × samples answers, those of one prompt side by side, and the prompts' own cache.
@@ -163,10 +165,12 @@ def decode(
     for step in range(max_new_tokens):
         kept_BTW[rows, step] = logits_BV[:, words].float()
         ids_B = sampler.choose(logits_BV, rows)
-        for row, chosen in zip(rows, ids_B.tolist(), strict=True):
+        logprobs_B = _logprobs(logits_BV, ids_B) if follow else [0.0] * len(rows)
+        for row, chosen, logprob in zip(rows, ids_B.tolist(), logprobs_B, strict=True):
             if row not in finished:
                 answers[row].append(chosen)
-                if is_complete(answers[row]):
+                unwanted = follow is not None and follow(row, chosen, logprob)
+                if unwanted or is_complete(answers[row]):
                     finished.add(row)
         if len(finished) == number or step + 1 == max_new_tokens:
             break
@@ -180,6 +184,12 @@ def decode(
         logits_BV = output.logits[:, -1]
     kept = kept_BTW.cpu()
     return [Decoded(ids, kept[row, : len(ids)]) for row, ids in enumerate(answers)], prompts
+
+
+def _logprobs(logits_BV: Tensor, ids_B: Tensor) -> list[float]:
+    """Log-probabilities of chosen words, ``[B]``."""
+    chosen: list[float] = logits_BV.float().log_softmax(dim=-1).gather(1, ids_B[:, None])[:, 0].tolist()
+    return chosen
 
 
 def _prefill(model: LlavaLlamaForCausalLM, prompts_BLD: Tensor) -> tuple[Tensor, list[PreallocatedLayer]]:

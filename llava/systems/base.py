@@ -6,6 +6,7 @@ else in this project knows them and no system's name.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
@@ -357,6 +358,27 @@ class FeatureSource(Protocol):
 
     def image_features(self, prepared: Sequence[Any]) -> "np.ndarray":
         """Returns features of a batch of prepared images, float32, shape (B, D), each by its image alone."""
+        ...
+
+
+class Listener(Protocol):
+    """Who follows answers while they are decoded; rows are the images' numbers in the batch."""
+
+    def heard(self, row: int, piece: str, logprob: float) -> None:
+        """Takes the next piece of an answer, and the logarithm of its probability under the model."""
+        ...
+
+    def is_gone(self, row: int) -> bool:
+        """Whether nobody waits for an answer any more, so that its decoding may end."""
+        ...
+
+
+@runtime_checkable
+class AnswerStream(Protocol):
+    """What a system offers besides, if its answers can be followed while they are decoded."""
+
+    def listening(self, listener: Listener) -> AbstractContextManager[None]:
+        """Lets somebody follow the answers of ``analyze_batch`` inside the block."""
         ...
 
 

@@ -2,7 +2,8 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ from llava.model.builder import load_pretrained_model
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.multimodal_fusion.builder import fusion_class
 from llava.report import ForgeryReport
-from llava.systems.base import AnalyzeOptions, AnswerFormat
+from llava.systems.base import AnalyzeOptions, AnswerFormat, Listener
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,15 @@ class LanguageModelSystem(ABC):
             parts += [patches_BPD.mean(dim=1), patches_BPD.std(dim=1, correction=0)]
         features: np.ndarray = torch.cat(parts, dim=1).cpu().numpy()
         return features
+
+    @contextmanager
+    def listening(self, listener: Listener) -> Iterator[None]:
+        """Lets somebody follow the answers that are decoded inside the block."""
+        self.answering.listener = listener
+        try:
+            yield
+        finally:
+            self.answering.listener = None
 
     def _answer(
         self, embeddings: Mapping[int, Tensor], prepared: Sequence[PreparedImage], options: AnalyzeOptions
