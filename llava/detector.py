@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from llava.abstention import LIGHT_DELIVERIES, AbstentionRule, Decision
+from llava.abstention import CALIBRATION, LIGHT_DELIVERIES, AbstentionRule, Decision
 from llava.assets import demo_model_folder
+from llava.calibration import Calibration, kind_of_source
 from llava.cli import note_once
 from llava.errors import CheckpointError, DataError, OptionError, UserError
 from llava.report import SCORE_KIND, ForgeryReport
@@ -93,11 +94,15 @@ class ForgeryDetector:
     Args:
         system: The opened system.
         rule: When no verdict is given; None gives every verdict that the system gives.
+        calibration: Makes P(fake) a probability; see ``calibrated``.
     """
 
-    def __init__(self, system: System, rule: AbstentionRule | None = None) -> None:
+    def __init__(
+        self, system: System, rule: AbstentionRule | None = None, calibration: Calibration | None = None
+    ) -> None:
         self.system = system
         self.rule = rule
+        self.calibration = calibration
 
     @classmethod
     def from_pretrained(
@@ -132,7 +137,7 @@ class ForgeryDetector:
             found: type[System] = resolve(registry.find(files, system).system)
         rule = _read_rule(files.folder, calibration) if abstain else None
         with _quiet_libraries():  # again, for the libraries that were imported
-            return cls(found.load(str(files.folder), **options), rule)
+            return cls(found.load(str(files.folder), **options), rule, _read_calibration(files.folder, calibration))
 
     @property
     def notice(self) -> str:
@@ -143,6 +148,14 @@ class ForgeryDetector:
         """Says what must be known of the model, once a process."""
         if self.notice:
             note_once(self.notice)
+
+    def calibrated(self, report: ForgeryReport) -> float | None:
+        """Returns the calibrated P(fake); None without a score, or without a calibration of the score that was read."""
+        if self.calibration is None or report.fake_probability is None:
+            return None
+        if self.calibration.score not in (None, kind_of_source(report.score_source)):
+            return None
+        return float(self.calibration(np.array([report.fake_probability]))[0])
 
     def options(self, **values: Any) -> AnalyzeOptions:
         """Returns the system's options with these values.
@@ -340,6 +353,11 @@ def _read_rule(folder: Path, calibration: str | os.PathLike[str] | None) -> Abst
             f"{calibration} says nothing of when no verdict is given; make it with forgery eval --calibrate"
         )
     return rule
+
+
+def _read_calibration(folder: Path, calibration: str | os.PathLike[str] | None) -> Calibration | None:
+    path = folder / CALIBRATION if calibration is None else Path(calibration)
+    return Calibration.load(path) if calibration is not None or path.is_file() else None
 
 
 def _side(report: ForgeryReport) -> bool | None:
