@@ -63,9 +63,9 @@ class _PartListener:
     first: int
     told: bool = True
 
-    def heard(self, row: int, piece: str, logprob: float) -> None:
+    def heard(self, row: int, piece: str, logprob: float, fake_probability: float) -> None:
         if self.told:
-            self.listener.heard(self.first + row, piece, logprob)
+            self.listener.heard(self.first + row, piece, logprob, fake_probability)
 
     def is_gone(self, row: int) -> bool:
         return self.listener.is_gone(self.first + row)

@@ -203,7 +203,7 @@ def open_image(file: str | os.PathLike[str]) -> Image.Image:
 
 
 def open_bytes(
-    content: bytes, name: str, *, formats: Sequence[str] | None = None, most_pixels: int | None = None
+    content: bytes, name: str, *, formats: tuple[str, ...] | None = None, most_pixels: int | None = None
 ) -> Image.Image:
     """Opens an encoded image without decoding its pixels.
 
@@ -234,7 +234,7 @@ def _check_pixels(pixels: int, most: int | None) -> None:
 
 
 def _open(
-    source: Path | IO[bytes], formats: Sequence[str] | None = None, most_pixels: int | None = None
+    source: Path | IO[bytes], formats: tuple[str, ...] | None = None, most_pixels: int | None = None
 ) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # large images are refused by an error, smaller ones are welcome

@@ -4,7 +4,7 @@ Suffixes: B images, P tokens of an image, D width, V words.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -202,8 +202,11 @@ class Answering:
             kept_words=(self.verdict.real, self.verdict.fake),
             is_complete=lambda ids: self._is_complete(prefix_ids, ids, closing_ids),
             samples=options.samples,
-            follow=_Follower(self.listener, self.tokenizer, options.samples, self._end_ids) if self.listener else None,
+            follow=self._follower(self.listener, options.samples) if self.listener else None,
         )
+
+    def _follower(self, listener: Listener, samples: int) -> Callable[[int, int, float, Tensor], bool]:
+        return _Follower(listener, self.tokenizer, samples, self._end_ids, self.temperature)
 
     def _beam_search(self, embeds_BLD: Tensor, num_beams: int, budget: int) -> list[Decoded]:
         """Lets transformers search; no logits are kept, so scores are computed on the finished texts."""
@@ -321,6 +324,16 @@ class Answering:
         return splice(padded, self.model.get_input_embeddings(), filled, attention_mask=mask, padding_side="left")
 
 
+@dataclass
+class _Pending:
+    """An answer's last ids that were told, and those that are not told yet, with their common log-probability."""
+
+    told: list[int] = field(default_factory=list)
+    new: list[int] = field(default_factory=list)
+    logprob: float = 0.0
+    fake_probability: float = 0.0
+
+
 class _Follower:
     """Turns the ids of answers, as they are decoded, into pieces of text for a listener.
 
@@ -329,30 +342,40 @@ class _Follower:
         tokenizer: The model's.
         samples: Answers an image.
         end_ids: Ids that are no text.
+        temperature: Of the two verdict words' logits.
     """
 
     def __init__(
-        self, listener: Listener, tokenizer: PreTrainedTokenizerBase, samples: int, end_ids: frozenset[int]
+        self,
+        listener: Listener,
+        tokenizer: PreTrainedTokenizerBase,
+        samples: int,
+        end_ids: frozenset[int],
+        temperature: float,
     ) -> None:
         self._listener = listener
         self._tokenizer = tokenizer
         self._samples = samples
         self._end_ids = end_ids
-        self._pending: dict[int, tuple[list[int], list[int], float]] = {}
+        self._temperature = temperature
+        self._pending: dict[int, _Pending] = {}
 
-    def __call__(self, answer: int, chosen: int, logprob: float) -> bool:
+    def __call__(self, answer: int, chosen: int, logprob: float, verdict_logits_W: Tensor) -> bool:
         """Takes an id; returns whether nobody waits for the answer."""
         row, sample = divmod(answer, self._samples)
         if sample == 0 and chosen not in self._end_ids:
-            told, new, before = self._pending.get(row, ([], [], 0.0))
-            new, before = [*new, chosen], before + logprob
+            pending = self._pending.setdefault(row, _Pending())
+            if not pending.new:
+                logits_W = verdict_logits_W.double() / self._temperature
+                pending.fake_probability = float(logits_W.softmax(dim=-1)[1])
+            pending.new.append(chosen)
+            pending.logprob += logprob
             # What an id adds depends on the ids before it, and half a character is told with its other half.
-            known = self._tokenizer.decode(told, skip_special_tokens=True)
-            piece = self._tokenizer.decode([*told, *new], skip_special_tokens=True)[len(known) :]
-            if not piece.endswith("\ufffd"):
-                self._listener.heard(row, piece, before)
-                told, new, before = [*told, *new][-_CONTEXT_IDS:], [], 0.0
-            self._pending[row] = (told, new, before)
+            known = self._tokenizer.decode(pending.told, skip_special_tokens=True)
+            text = self._tokenizer.decode([*pending.told, *pending.new], skip_special_tokens=True)
+            if not text.endswith("\ufffd"):
+                self._listener.heard(row, text[len(known) :], pending.logprob, pending.fake_probability)
+                self._pending[row] = _Pending(told=[*pending.told, *pending.new][-_CONTEXT_IDS:])
         return self._listener.is_gone(row)
 
 

@@ -133,7 +133,7 @@ def decode(
     kept_words: Sequence[int],
     is_complete: Callable[[list[int]], bool],
     samples: int = 1,
-    follow: Callable[[int, int, float], bool] | None = None,
+    follow: Callable[[int, int, float, Tensor], bool] | None = None,
 ) -> tuple[list[Decoded], PromptCache]:
     """Continues prompts of equal length until each is complete.
 
@@ -145,7 +145,8 @@ def decode(
         kept_words: Ids whose raw logits are kept at every step.
         is_complete: Whether an answer ends with its last id.
         samples: Answers a prompt; the prompt runs once.
-        follow: Takes each new id with its answer's number and log-probability; returns whether the answer may end.
+        follow: Takes the answer's number, its new id, that id's log-probability and the kept logits ``[W]`` at it;
+            returns whether the answer may end.
 
     Returns:
         B × samples answers, those of one prompt side by side, and the prompts' own cache.
@@ -169,7 +170,7 @@ def decode(
         for row, chosen, logprob in zip(rows, ids_B.tolist(), logprobs_B, strict=True):
             if row not in finished:
                 answers[row].append(chosen)
-                unwanted = follow is not None and follow(row, chosen, logprob)
+                unwanted = follow is not None and follow(row, chosen, logprob, kept_BTW[row, step])
                 if unwanted or is_complete(answers[row]):
                     finished.add(row)
         if len(finished) == number or step + 1 == max_new_tokens:

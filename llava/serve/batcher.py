@@ -18,17 +18,16 @@ from llava.serve.limits import Limits, RequestError
 from llava.serve.metrics import Metrics
 
 if TYPE_CHECKING:
-    from llava.detector import ForgeryDetector, Prepared
+    from llava.detector import AnalyzeOptions, ForgeryDetector, Prepared
     from llava.report import ForgeryReport
-    from llava.systems.base import AnalyzeOptions
 
 _LOG = logging.getLogger("llava.serve")
 _PIXELS_WITH_ATTENTION = 64_000_000
 """Pixels of a batch whose attention is asked for: that is laid over each image in four bytes a pixel."""
 _LEAST_RETRY, _LONGEST_RETRY = 1, 60
 
-Heard = Callable[[str, float], None]
-"""Takes a piece of an answer and its log-probability, in the event loop."""
+Heard = Callable[[str, float, float], None]
+"""Takes a piece of an answer, its log-probability, and P(fake) if it is the verdict; in the event loop."""
 
 
 @dataclass(eq=False)
@@ -58,10 +57,10 @@ class _Listener:
 
     jobs: list[Job]
 
-    def heard(self, row: int, piece: str, logprob: float) -> None:
+    def heard(self, row: int, piece: str, logprob: float, fake_probability: float) -> None:
         job = self.jobs[row]
         if job.heard is not None and not job.is_gone:
-            _call(job, job.heard, piece, logprob)
+            _call(job, job.heard, piece, logprob, fake_probability)
 
     def is_gone(self, row: int) -> bool:
         return self.jobs[row].is_gone
@@ -143,6 +142,7 @@ class Batcher:
     def cancel(self, job: Job) -> None:
         """Forgets a job: it is not analysed if it still waits, and its answer ends if it is being decoded."""
         job.is_gone = True
+        job.done.cancel()
         with self._changed:
             if job in self._waiting:
                 self._waiting.remove(job)
@@ -168,19 +168,21 @@ class Batcher:
     def _next_batch(self) -> list[Job]:
         """Waits for a job, and a little for others like it; nothing once the batcher is closed and all is done."""
         with self._changed:
-            while not self._waiting:
-                if self._closed:
-                    return []
-                self._changed.wait()
-            size = self._batch_size(self._waiting[0].options)
-            deadline = time.monotonic() + self.limits.batch_wait_ms / 1000
-            while not self._closed and 0 < len(self._alike(size)) < size:
-                left = deadline - time.monotonic()
-                if left <= 0 or not self._changed.wait(left):
-                    break
-            batch = self._alike(size)
-            self._waiting = [job for job in self._waiting if job not in batch]
-        return batch or self._next_batch()
+            while True:
+                while not self._waiting:
+                    if self._closed:
+                        return []
+                    self._changed.wait()
+                size = self._batch_size(self._waiting[0].options)
+                deadline = time.monotonic() + self.limits.batch_wait_ms / 1000
+                while not self._closed and 0 < len(self._alike(size)) < size:
+                    left = deadline - time.monotonic()
+                    if left <= 0 or not self._changed.wait(left):
+                        break
+                batch = self._alike(size)  # empty if all who waited have gone
+                self._waiting = [job for job in self._waiting if job not in batch]
+                if batch:
+                    return batch
 
     def _batch_size(self, options: "AnalyzeOptions") -> int:
         own = self.detector.system.batch_size(options)

@@ -364,8 +364,15 @@ class FeatureSource(Protocol):
 class Listener(Protocol):
     """Who follows answers while they are decoded; rows are the images' numbers in the batch."""
 
-    def heard(self, row: int, piece: str, logprob: float) -> None:
-        """Takes the next piece of an answer, and the logarithm of its probability under the model."""
+    def heard(self, row: int, piece: str, logprob: float, fake_probability: float) -> None:
+        """Takes the next piece of an answer.
+
+        Args:
+            row: Of the answer.
+            piece: Its text.
+            logprob: Logarithm of its probability under the model.
+            fake_probability: What P(fake) would be if this piece were the verdict; of the piece that is, it is P(fake).
+        """
         ...
 
     def is_gone(self, row: int) -> bool:
