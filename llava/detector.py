@@ -238,6 +238,11 @@ class ForgeryDetector:
             yield self._failed(errors[index]) if index in errors else next(reports)
 
     @property
+    def has_attention(self) -> bool:
+        """Whether the system can say where it looked."""
+        return bool(getattr(self.system, "has_attention", False))
+
+    @property
     def has_features(self) -> bool:
         """Whether the system can give features of images."""
         return isinstance(self.system, FeatureSource)

@@ -28,7 +28,7 @@ ORIGINS: dict[Origin, str] = {
     "unknown": "says something of its origin",
 }
 """What a trace claims, in words."""
-NOTHING = "the file says nothing of its origin, which is no sign for or against it"
+NOTHING = "The file says nothing of its origin, which is no sign for or against it"
 _LONGEST = 200
 """Characters of a file's own text that are kept."""
 _MOST_TEXT = 1 << 20
@@ -121,7 +121,7 @@ class Provenance:
             return NOTHING
         strongest = next(origin for origin in ORIGINS if any(trace.origin == origin for trace in self.traces))
         named = "; ".join(f"{trace.where}: {trace.text}" for trace in self.traces)
-        return f"the file {ORIGINS[strongest]} ({named})"
+        return f"The file {ORIGINS[strongest]} ({named})"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON values."""

@@ -224,6 +224,8 @@ def _add_openai(app: FastAPI, service: Service) -> None:
 def _model(service: Service) -> dict[str, Any]:
     own = {"system": service.detector.system.name, "notice": service.detector.notice}
     options = service.options.model.model_json_schema()["properties"]
+    detector = service.detector
+    gives = {"streams": detector.streams, "abstains": detector.rule is not None, "attention": detector.has_attention}
     return {
         "id": service.name,
         "object": "model",
@@ -231,7 +233,7 @@ def _model(service: Service) -> dict[str, Any]:
         "owned_by": "local",
         **own,
         "options": options,
-        "gives": {"streams": service.detector.streams, "abstains": service.detector.rule is not None},
+        "gives": gives,
     }
 
 
@@ -266,6 +268,7 @@ def _add_pages(app: FastAPI, service: Service, *, asks_for_key: bool) -> None:
     about = {
         **_about(service),
         "streams": service.detector.streams,
+        "attention": service.detector.has_attention,
         "asks_for_key": asks_for_key,
         "samples": samples,
         "max_images": service.limits.images,

@@ -1,6 +1,6 @@
 """Serves a model on this machine: a page for people, and an API for programs.
 
-Only this machine can reach it unless --host says otherwise. Ctrl-C or SIGTERM stop it after what it accepted is answered.
+Only this machine can reach it unless --host says otherwise. Ctrl-C or SIGTERM stop it after what it accepted is done.
 """
 
 import argparse

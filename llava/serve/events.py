@@ -37,25 +37,24 @@ async def while_working(
     """
     emitted: asyncio.Queue[Any] = asyncio.Queue()
     task = asyncio.ensure_future(work(emitted.put_nowait))
+    getting = asyncio.ensure_future(emitted.get())
     end = asyncio.get_running_loop().time() + timeout
     try:
         while True:
-            getting = asyncio.ensure_future(emitted.get())
             left = end - asyncio.get_running_loop().time()
             waited = min(_HEARTBEAT, max(left, 0.0))
             await asyncio.wait({getting, task}, timeout=waited, return_when=asyncio.FIRST_COMPLETED)
             if getting.done():
                 yield getting.result()
-                continue
-            getting.cancel()
-            if task.done():
-                while not emitted.empty():
-                    yield emitted.get_nowait()
+                getting = asyncio.ensure_future(emitted.get())
+            elif task.done():
                 task.result()
                 return
-            if left <= 0:
+            elif left <= 0:
                 raise late
-            yield None
+            else:
+                yield None
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        for each in (task, getting):
+            each.cancel()
+        await asyncio.gather(task, getting, return_exceptions=True)

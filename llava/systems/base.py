@@ -323,6 +323,8 @@ class System(Protocol):
         notice: What whoever reads this model's answers must know; empty for most.
         answer_format: The system's words; None for a system without answers.
         options: The dataclass of its options, ``AnalyzeOptions`` or a child of it.
+
+    A system that can say where it looked also has ``has_attention``, which is true then.
     """
 
     name: str

@@ -65,6 +65,11 @@ class LanguageModelSystem(ABC):
         )
 
     @property
+    def has_attention(self) -> bool:
+        """Whether the system can say where it looked."""
+        return bool(fusion_class(self.model.config.mm_fusion_type).has_attention)
+
+    @property
     def verdict_temperature(self) -> float:
         """Temperature of the two verdict words' logits."""
         return 1.0
@@ -115,8 +120,8 @@ class LanguageModelSystem(ABC):
             OptionError: The options cannot be met, for example an attention that the fusion does not have, or a prompt
                 that is longer than the model's context.
         """
-        fusion = self.model.config.mm_fusion_type
-        if options.attention and not fusion_class(fusion).has_attention:
+        if options.attention and not self.has_attention:
+            fusion = self.model.config.mm_fusion_type
             raise OptionError(f"the fusion {fusion!r} has no attention, so it cannot say where the model looked")
         pixels = torch.stack([item.pixels for item in prepared]).to(self.model.device, self.model.dtype)
         encoded = self.answering.encode_images(pixels, attention=options.attention)

@@ -54,7 +54,7 @@
 
   // Analyses some files; `heard` takes pieces of answers, `found` each result with its number.
   async function analyze(files, signal, heard, found) {
-    const wanted = [["attention", "true"], ["mask", "true"], ["preview", "true"], ["stream", "true"]];
+    const wanted = [["attention", String(about.attention)], ["mask", "true"], ["preview", "true"], ["stream", "true"]];
     const response = await post("/v1/analyze", [...files.map((file) => ["image", file]), ...wanted], signal);
     const missing = new Set(files.keys());
     for await (const [name, data] of events(response)) {

@@ -33,7 +33,10 @@ const Report = (() => {
   }
 
   function shown(score) {
-    return score === null ? "–" : score.toFixed(3);
+    if (score === null) return "–";
+    // Rounded to three digits, a score that is nearly sure would look like certainty.
+    if (score > 0.999) return "> 0.999";
+    return score < 0.001 ? "< 0.001" : score.toFixed(3);
   }
 
   function gauge(result) {

@@ -32,6 +32,7 @@ class M2F2Det:
     name = "M2F2-Det"
     notice = NOTICE
     answer_format = None
+    has_attention = True
     options: ClassVar[type[AnalyzeOptions]] = AnalyzeOptions
 
     def __init__(self, detector: M2F2Detector, device: torch.device) -> None:
