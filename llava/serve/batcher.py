@@ -26,7 +26,7 @@ _PIXELS_WITH_ATTENTION = 64_000_000
 """Pixels of a batch whose attention is asked for: that is laid over each image in four bytes a pixel."""
 _LEAST_RETRY, _LONGEST_RETRY = 1, 60
 
-Heard = Callable[[str, float, float], None]
+Heard = Callable[[str, float, float], object]
 """Takes a piece of an answer, its log-probability, and P(fake) if it is the verdict; in the event loop."""
 
 

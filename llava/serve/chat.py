@@ -54,7 +54,7 @@ class ChatBody(BaseModel):
     messages: list[Message]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    logprobs: bool | None = Field(None, description="Give each token's log-probability, and P(fake) at the verdict's.")
+    logprobs: bool | None = Field(default=None, description="Give each token's log-probability.")
     temperature: float | None = None
     top_p: float | None = None
     max_tokens: int | None = None

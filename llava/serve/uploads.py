@@ -41,18 +41,18 @@ class Wants(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    options: dict[str, Any] = Field({}, description="Options of the answer, such as score_only or max_new_tokens.")
-    attention: bool = Field(False, description="Also give where the model looked, as a PNG in a data URL.")
-    mask: bool = Field(False, description="Also give the mask of forged pixels, if the system has one, as a PNG.")
-    preview: bool = Field(False, description="Also give the image as a small JPEG.")
-    stream: bool = Field(False, description="Send the answers as server-sent events while they are decoded.")
+    options: dict[str, Any] = Field(default={}, description="Options of the answer, such as score_only.")
+    attention: bool = Field(default=False, description="Also give where the model looked, as a PNG.")
+    mask: bool = Field(default=False, description="Also give the mask of forged pixels, if there is one.")
+    preview: bool = Field(default=False, description="Also give the image as a small JPEG.")
+    stream: bool = Field(default=False, description="Send the answers as server-sent events while they are decoded.")
 
 
 class AnalyzeBody(Wants):
     """Images as data URLs, and what is wanted of them."""
 
-    image: str | None = Field(None, description="A data URL: data:image/png;base64,… Addresses are never fetched.")
-    images: list[str] = Field([], description="Several data URLs.")
+    image: str | None = Field(default=None, description="A data URL; addresses are never fetched.")
+    images: list[str] = Field(default=[], description="Several data URLs.")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -142,12 +142,17 @@ def served(options: Sequence[str]) -> Iterator[Served]:
                 break
         if not address:
             raise FileError(f"the server did not start: {' '.join(command)}")
-        threading.Thread(target=lambda: [log(line.rstrip()) for line in process.stderr or ()], daemon=True).start()
+        threading.Thread(target=_pass_on, args=(process.stderr,), daemon=True).start()
         host, _, port = address.rpartition(":")
         yield Served(process, host.strip("[]"), int(port))
     finally:
         process.kill()
         process.wait()
+
+
+def _pass_on(lines: Iterable[str]) -> None:
+    for line in lines:
+        log(line.rstrip())
 
 
 # --- clients
