@@ -10,6 +10,7 @@ from llava.files import atomic_write
 from llava.images import load_image
 from llava.provenance import read_file_provenance
 from llava.report_page.content import STABILITY_STEPS, result, stability_rows
+from llava.report_page.drawing import preview_jpeg
 from llava.report_page.html import report_file
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class HtmlReport:
             self._detector.calibrated(report),
             read_file_provenance(file),
             constant_stages=self._constant_stages,
-            image=image,
+            preview=preview_jpeg(image),
             attention=True,
             mask=True,
         )

@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 from llava.image_operations import Step
 from llava.provenance import Provenance
-from llava.report_page.drawing import attention_png, data_url, mask_png, preview_jpeg
+from llava.report_page.drawing import attention_png, data_url, mask_png
 
 if TYPE_CHECKING:
     from llava.report import ForgeryReport
@@ -27,7 +25,7 @@ def result(
     provenance: Provenance,
     *,
     constant_stages: Sequence[str] = (),
-    image: Image.Image | None = None,
+    preview: bytes | None = None,
     attention: bool = False,
     mask: bool = False,
 ) -> dict[str, Any]:
@@ -39,7 +37,7 @@ def result(
         calibrated: Calibrated P(fake), if any.
         provenance: What the file says of itself; it is no part of the report.
         constant_stages: Stages of the answer that are the same for every image.
-        image: Given where a preview is wanted.
+        preview: The image as a small JPEG, where that is wanted.
         attention: Whether the map of attention is wanted.
         mask: Whether the mask is wanted.
     """
@@ -50,8 +48,8 @@ def result(
         "constant_stages": [stage for stage in constant_stages if stage in report.stages],
         "provenance": provenance.to_dict(),
     }
-    if image is not None:
-        found["preview"] = data_url(preview_jpeg(image), "jpeg")
+    if preview is not None:
+        found["preview"] = data_url(preview, "jpeg")
     if attention and report.attention is not None:
         found["attention"] = data_url(attention_png(report.attention), "png")
     if mask and report.mask is not None:

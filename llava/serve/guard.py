@@ -14,6 +14,8 @@ from llava.serve.service import Service
 _DRAINED = 4
 """So many times the largest body is read and thrown away, so that a client that still sends can read the answer."""
 _DRAIN_SECONDS = 15.0
+_HELD = 16
+"""So many times the largest body may all requests hold together."""
 _SECURITY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "media-src 'self' blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -56,6 +58,8 @@ class Guard:
         except RequestError as error:
             if not answer.started:
                 await answer.error(error)
+        finally:
+            body.forget()
 
     def _check(self, scope: Scope, body: "_Body") -> None:
         """Looks at what can be known before the body is read.
@@ -86,8 +90,12 @@ class _Body:
 
     def __init__(self, receive: Receive, service: Service) -> None:
         self._receive = receive
+        self._service = service
         self._limits = service.limits
         self._read = 0
+        self._held = 0
+        # Some answers listen for the client's leaving while they are sent: two readers would wait for one message.
+        self._reading = asyncio.Lock()
         self._end = time.monotonic() + self._limits.upload_timeout
         self.is_complete = False
 
@@ -106,15 +114,36 @@ class _Body:
         Raises:
             RequestError: The body is too large, or did not arrive in time.
         """
-        if self.is_complete:
-            return await self._receive()
+        async with self._reading:
+            if not self.is_complete:
+                return await self._next()
+        return await self._receive()
+
+    async def _next(self) -> Message:
         try:
             message = await asyncio.wait_for(self._receive(), max(0.0, self._end - time.monotonic()))
         except asyncio.TimeoutError:
             raise RequestError(408, "slow_upload", "the upload did not arrive in time") from None
         self._count(message)
         self.check(self._read)
+        self._hold(len(message.get("body", b"")))
         return message
+
+    def _hold(self, size: int) -> None:
+        """Counts bytes that are kept until the request is answered.
+
+        Raises:
+            RequestError: 429, all requests together hold too many.
+        """
+        self._held += size
+        self._service.held_bytes += size
+        if self._service.held_bytes > _HELD * self._limits.upload_bytes:
+            raise RequestError(429, "uploads_full", "too many uploads arrive at once; try again in 2 s", 2)
+
+    def forget(self) -> None:
+        """The request is answered."""
+        self._service.held_bytes -= self._held
+        self._held = 0
 
     def _count(self, message: Message) -> None:
         self._read += len(message.get("body", b""))
@@ -123,11 +152,12 @@ class _Body:
     async def drain(self) -> None:
         """Reads on for a while and throws away: a client that sends and does not read would lose the answer."""
         end = time.monotonic() + _DRAIN_SECONDS
-        while not self.is_complete and self._read <= _DRAINED * self._limits.upload_bytes:
-            try:
-                self._count(await asyncio.wait_for(self._receive(), max(0.0, end - time.monotonic())))
-            except asyncio.TimeoutError:
-                return
+        async with self._reading:
+            while not self.is_complete and self._read <= _DRAINED * self._limits.upload_bytes:
+                try:
+                    self._count(await asyncio.wait_for(self._receive(), max(0.0, end - time.monotonic())))
+                except asyncio.TimeoutError:
+                    return
 
 
 class _Answer:

@@ -30,7 +30,9 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: ASGIApp, service: Service, host: str, port: int) -> None:
         super().__init__(
-            uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, lifespan="on")
+            uvicorn.Config(
+                app, host=host, port=port, timeout_keep_alive=30, log_level="warning", access_log=False, lifespan="on"
+            )
         )
         self._service = service
         self._host = host

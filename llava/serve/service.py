@@ -8,12 +8,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from PIL import Image
 from starlette.requests import Request
 
 from llava.errors import UserError
+from llava.image_operations import Step
 from llava.provenance import Provenance, read_provenance
 from llava.report_page.content import STABILITY_STEPS, result, stability_rows
+from llava.report_page.drawing import preview_jpeg
 from llava.serve.batcher import Batcher, Heard
 from llava.serve.limits import Limits, RequestError
 from llava.serve.metrics import Metrics
@@ -30,13 +31,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Accepted:
-    """An upload in which nothing was found wrong: pixels, what the model takes, and what the file says of itself."""
+    """An upload in which nothing was found wrong, without what is large: many may wait.
+
+    Attributes:
+        name: As its sender gave it.
+        wants: What is wanted.
+        options: How it is analysed.
+        prepared: As the model takes it; after it what becomes of it by some steps.
+        pixels: Of the image.
+        preview: The image, small, if that is wanted.
+        provenance: What the file says of itself.
+    """
 
     name: str
     wants: Wants
     options: "AnalyzeOptions"
-    image: Image.Image
-    prepared: "Prepared"
+    prepared: "tuple[Prepared, ...]"
+    pixels: int
+    preview: bytes | None
     provenance: Provenance
 
 
@@ -50,6 +62,7 @@ class Service:
         name: Of the model, as requests give it.
         started: When the service was made, in seconds since 1970.
         stopping: Whether new requests are turned away.
+        held_bytes: Of the bodies of all requests that are not answered yet.
     """
 
     detector: "ForgeryDetector"
@@ -58,6 +71,7 @@ class Service:
     metrics: Metrics = field(default_factory=Metrics)
     started: int = field(default_factory=lambda: int(time.time()))
     stopping: bool = False
+    held_bytes: int = 0
 
     def __post_init__(self) -> None:
         self.batcher = Batcher(self.detector, self.limits, self.metrics)
@@ -76,14 +90,19 @@ class Service:
 
     # --- one image
 
-    async def accept(self, upload: Upload, wants: Wants) -> Accepted:
+    async def accept(self, upload: Upload, wants: Wants, steps: Sequence[Step] = ()) -> Accepted:
         """Checks and decodes an upload.
+
+        Args:
+            upload: The image.
+            wants: What is wanted.
+            steps: After each of which the image is wanted too.
 
         Raises:
             RequestError: An option is not as it must be, or it is no image that is taken.
         """
         options = self.options.read(wants.options, attention=wants.attention)
-        return await self._beside(self._accept, upload, wants, options)
+        return await self._beside(self._accept, upload, wants, options, steps)
 
     async def analyze(
         self, prepared: "Prepared", options: "AnalyzeOptions", pixels: int, heard: Heard | None = None
@@ -109,7 +128,7 @@ class Service:
         Raises:
             RequestError: It cannot be analysed, with the reason.
         """
-        report = await self.analyze(accepted.prepared, accepted.options, _pixels(accepted.image), heard)
+        report = await self.analyze(accepted.prepared[0], accepted.options, accepted.pixels, heard)
         return await self._beside(self._drawn, accepted, report)
 
     async def stability(self, upload: Upload, wants: Wants) -> dict[str, Any]:
@@ -118,12 +137,8 @@ class Service:
         Raises:
             RequestError: It cannot be analysed, with the reason.
         """
-        accepted = await self.accept(upload, wants)
-        delivered = await self._beside(
-            lambda: [self.detector.prepare(step(accepted.image)) for step in STABILITY_STEPS.values()]
-        )
-        pixels = _pixels(accepted.image)
-        every = [self.analyze(each, accepted.options, pixels) for each in (accepted.prepared, *delivered)]
+        accepted = await self.accept(upload, wants, tuple(STABILITY_STEPS.values()))
+        every = [self.analyze(each, accepted.options, accepted.pixels) for each in accepted.prepared]
         original, *others = await gather(every)
         return {"name": upload.name, "report": original.to_dict(), "steps": stability_rows(original, others)}
 
@@ -155,13 +170,16 @@ class Service:
             504, "timeout", f"there was no answer within {self.limits.timeout:g} s; try again later", 10
         )
 
-    def _accept(self, upload: Upload, wants: Wants, options: "AnalyzeOptions") -> Accepted:
+    def _accept(self, upload: Upload, wants: Wants, options: "AnalyzeOptions", steps: Sequence[Step]) -> Accepted:
         image = open_upload(upload, self.limits)
         try:
-            prepared = self.detector.prepare(image)
+            prepared = tuple(self.detector.prepare(each) for each in (image, *(step(image) for step in steps)))
         except UserError as error:
             raise RequestError(422, "unreadable_image", f"{upload.name}: {error}") from None
-        return Accepted(upload.name, wants, options, image, prepared, read_provenance(upload.content))
+        provenance = read_provenance(upload.content)
+        upload.content = b""
+        preview = preview_jpeg(image) if wants.preview else None
+        return Accepted(upload.name, wants, options, prepared, image.width * image.height, preview, provenance)
 
     def _drawn(self, accepted: Accepted, report: "ForgeryReport") -> dict[str, Any]:
         wants = accepted.wants
@@ -171,7 +189,7 @@ class Service:
             self.detector.calibrated(report),
             accepted.provenance,
             constant_stages=getattr(self.detector.system.answer_format, "constant_stages", ()),
-            image=accepted.image if wants.preview else None,
+            preview=accepted.preview,
             attention=wants.attention,
             mask=wants.mask,
         )
@@ -179,10 +197,6 @@ class Service:
     async def _beside(self, function: Callable[..., T], *arguments: Any) -> T:
         """Calls a function in one of the decoders' threads."""
         return await asyncio.get_running_loop().run_in_executor(self._decoders, function, *arguments)
-
-
-def _pixels(image: Image.Image) -> int:
-    return image.width * image.height
 
 
 async def gather(work: "Sequence[Awaitable[T]]") -> list[T]:

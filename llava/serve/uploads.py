@@ -28,9 +28,9 @@ _FIELDS = 32
 _FIELD_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
+@dataclass
 class Upload:
-    """An encoded image, and the name that its sender gave it."""
+    """An encoded image, and the name that its sender gave it; its bytes go when it is decoded."""
 
     name: str
     content: bytes

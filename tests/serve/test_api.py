@@ -281,6 +281,22 @@ def half_a_request(server, content: bytes) -> socket.socket:
     return client
 
 
+def test_all_uploads_together_are_bounded(stub):
+    with running(ForgeryDetector(stub), upload_mb=0.1) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        head = "POST /v1/analyze HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99000\r\n\r\n"
+        clients = []
+        for _ in range(16):
+            clients.append(socket.create_connection((host, int(port)), timeout=60))
+            clients[-1].sendall(head.encode() + bytes(98_000))
+        wait_until(lambda: server.service.held_bytes == 16 * 98_000)
+        assert server.analyze(("a.png", png() + bytes(60_000))).status_code == 429
+        for client in clients:
+            client.close()
+        wait_until(lambda: server.service.held_bytes == 0)
+        assert server.analyze(("a.png", png())).status_code == 200
+
+
 def test_a_client_that_goes_frees_its_place_and_is_not_worked_for(stub):
     stub.gate.clear()
     with running(ForgeryDetector(stub), queue=3, images=3) as server, ThreadPoolExecutor(4) as clients:
@@ -402,6 +418,13 @@ def test_no_answer_is_a_page_and_the_page_runs_no_foreign_script(stubbed):
     assert answer.json()["results"][0]["name"] == evil
     policy = requests.get(stubbed.url, timeout=60).headers["content-security-policy"]
     assert "script-src 'self'" in policy and "unsafe" not in policy and "default-src 'none'" in policy
+
+
+def test_files_are_answered_at_once(stubbed):
+    """Their answers listen for the client's leaving, while what is left of the request is read."""
+    for path in ("/static/page.js", "/samples/01_real_garden.png"):
+        answer = requests.get(f"{stubbed.url}{path}", timeout=60)
+        assert answer.status_code == 200 and answer.elapsed.total_seconds() < 10
 
 
 def test_sample_names_lead_nowhere_else(stubbed):
