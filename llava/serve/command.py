@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava.cli import OptionParser, add_options, log, read_options
+from llava.cli import OptionParser, add_options, log, positive_int, read_options
 from llava.errors import OptionError
 from llava.files import file_errors
 from llava.model_options import add_model_options, open_detector
@@ -27,6 +27,9 @@ def build_parser() -> OptionParser:
     where.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     where.add_argument("--port", type=int, default=8080, help="port (default: 8080; 0: any free one)")
     where.add_argument("--name", help="the model's name for programs (default: the name of its folder)")
+    where.add_argument(
+        "--replicas", type=positive_int, default=1, help="processes behind the port, one a GPU, by Ray (default: 1)"
+    )
     where.add_argument(
         "--api-keys", type=Path, metavar="FILE", help="keys, one a line, of which /v1 then asks for one (Bearer)"
     )
@@ -86,13 +89,18 @@ def main(arguments: Any = None) -> int:
     if not 0 <= parsed.port <= 65535:
         raise OptionError(f"--port must be from 0 to 65535, not {parsed.port}")
     keys = read_keys(parsed.api_keys)
+    if parsed.replicas > 1:
+        from llava.serve.cluster import run_replicas
+
+        run_replicas(parsed, read_options(Limits, parsed), keys)
+        return 0
     service = open_service(parsed)
     from llava.serve.app import make_app
     from llava.serve.server import Server
 
-    server = Server(make_app(service, keys), service, parsed.host, parsed.port)
-    opened = server.listen()
-    host, port = opened.getsockname()[:2]
-    log(f"{service.detector.system.name} answers on http://{f'[{host}]' if ':' in host else host}:{port}/")
-    server.run(sockets=[opened])
+    def announce(address: str) -> None:
+        log(f"{service.detector.system.name} answers on {address}")
+
+    server = Server(make_app(service, keys), service, parsed.host, parsed.port, announce)
+    server.run(sockets=[server.listen()])
     return 0

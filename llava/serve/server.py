@@ -5,7 +5,7 @@ import contextlib
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import uvicorn
@@ -26,17 +26,34 @@ class Server(uvicorn.Server):
         service: Is told that the server stops.
         host: Address to listen on.
         port: Port; 0 takes a free one.
+        announce: Called with the address once it is answered on.
     """
 
-    def __init__(self, app: ASGIApp, service: Service, host: str, port: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        service: Service,
+        host: str,
+        port: int,
+        announce: Callable[[str], None] = lambda address: None,
+    ) -> None:
         super().__init__(
             uvicorn.Config(
-                app, host=host, port=port, timeout_keep_alive=30, log_level="warning", access_log=False, lifespan="on"
+                app,
+                host=host,
+                port=port,
+                timeout_keep_alive=30,
+                log_level="warning",
+                access_log=False,
+                lifespan="on",
+                http="h11",
+                loop="asyncio",
             )
         )
         self._service = service
         self._host = host
         self._port = port
+        self._announce = announce
 
     def listen(self) -> socket.socket:
         """Opens the port.
@@ -74,6 +91,13 @@ class Server(uvicorn.Server):
         self.force_exit = self.should_exit
         self.should_exit = True
         self._service.stopping = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to answer."""
+        await super().startup(sockets)
+        if self.started and sockets:
+            host, port = sockets[0].getsockname()[:2]
+            self._announce(f"http://{f'[{host}]' if ':' in host else host}:{port}/")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Ends after what was accepted is answered."""

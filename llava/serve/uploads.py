@@ -9,7 +9,7 @@ from urllib.parse import unquote_to_bytes
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.datastructures import FormData, UploadFile
-from starlette.formparsers import MultiPartException
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from llava.errors import ImageReadError
@@ -124,9 +124,12 @@ async def _read_form(request: Request, limits: Limits) -> Asked:
         form = await request.form(max_files=limits.images + 1, max_fields=_FIELDS, max_part_size=_FIELD_BYTES)
     except ClientDisconnect:
         raise gone() from None
-    except (MultiPartException, ValueError, LookupError, AssertionError) as error:
-        # Starlette turns what it finds into its own exceptions; the parser below it has others for odd boundaries.
-        raise RequestError(422, "bad_form", f"this is no multipart form: {getattr(error, 'message', error)}") from None
+    except HTTPException as error:
+        status, code = (413, "too_many_images") if "Too many" in error.detail else (422, "bad_form")
+        raise RequestError(status, code, f"the form cannot be taken: {error.detail}") from None
+    except (ValueError, LookupError, AssertionError) as error:
+        # Starlette turns what it finds into its own exception; the parser below it has others for odd boundaries.
+        raise RequestError(422, "bad_form", f"this is no multipart form: {error}") from None
     try:
         return await _form_contents(form)
     finally:
