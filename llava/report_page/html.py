@@ -16,13 +16,15 @@ _TEMPLATES = Path(__file__).parent / "templates"
 @cache
 def _environment() -> Environment:
     """The templates; all that is put into them is escaped."""
-    return Environment(
+    made = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
+    made.policies["json.dumps_kwargs"] = {"sort_keys": False}  # stages stand in the order of the answer
+    return made
 
 
 @cache

@@ -1,6 +1,7 @@
 """Several processes, one a GPU, behind one port: the application as a deployment of Ray Serve. Imports no torch."""
 
 import argparse
+import os
 import signal
 from collections.abc import Sequence
 from typing import Any
@@ -29,6 +30,7 @@ def run_replicas(arguments: argparse.Namespace, limits: Limits, keys: Sequence[s
     from llava.serve.app import make_app
     from llava.serve.command import open_service
 
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # or Ray would tell its makers
     ray.init(include_dashboard=False, log_to_driver=False)
     gpus = int(ray.cluster_resources().get("GPU", 0))
     if 0 < gpus < arguments.replicas:

@@ -319,6 +319,8 @@ def test_detect_writes_the_same_report(browser, tmp_path, capsys):
     opened = Opened(browser, page.as_uri())
     assert opened.page.locator("tbody tr").count() == 3 and opened.page.locator(".card").count() == 3
     assert opened.page.locator(".strip li").count() == 6 and opened.page.locator("canvas").count() == 2
+    stages = [name.lower() for name in opened.page.locator(".card >> nth=0 >> dt").all_inner_texts()]
+    assert stages == ["caption", "reasoning", "conclusion"]
     assert "onerror=" in opened.page.inner_text("main") and opened.page.title() != "broken"
     opened.page.wait_for_selector("canvas[data-painted]")
     opened.close()
