@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "llava.report": GROUND,
     "llava.calibration": GROUND | {"llava.report"},
     "llava.model_options": GROUND | {"llava.assets", "llava"},
-    "llava.report_page": BELOW,
+    "llava.report_page": BELOW | {"llava.report_page"},
     "llava.abstention": GROUND,
     "llava.assets": GROUND,
     # The registry looks at a checkpoint's files, and resolves a hub id, when it is asked to.
