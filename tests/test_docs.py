@@ -45,7 +45,7 @@ PAGES_OF_FLAGS = {
     "docs/adding-a-system.md": [["eval"]],
     "docs/architecture.md": [],
     "CONTRIBUTING.md": [["eval"]],
-    "CHANGELOG.md": [["train"], ["train", "--recipe", "fakereasoning"], ["merge"], ["eval"]],
+    "CHANGELOG.md": [["train"], ["train", "--recipe", "fakereasoning"], ["merge"], ["eval"], ["detect"]],
 }
 """The verbs whose flags each page names in its text."""
 ELSEWHERE = {"--outliers": "llava.demo.towers", "--strangers": "llava.demo.towers"}

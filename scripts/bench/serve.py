@@ -184,7 +184,7 @@ class Load:
         bodies: Forms with good images.
         malformed: Forms that must be refused.
         share: Share of these.
-        expected: P(fake) of each good image, where it is known.
+        expected: P(fake) of each good image that was asked about; None where no score is given.
         until: When no further request is sent.
         stopped: When the server was told to stop.
     """
@@ -193,7 +193,7 @@ class Load:
     bodies: list[bytes]
     malformed: list[bytes]
     share: float
-    expected: list[float | None]
+    expected: dict[int, float | None]
     until: float = float("inf")
     stopped: float = float("inf")
 
@@ -246,10 +246,8 @@ class Load:
 
     def _matches(self, index: int, content: bytes) -> bool:
         found = json.loads(content)["results"][0]["report"]["fake_probability"]
-        if self.expected[index] is None:
-            self.expected[index] = found
-        wanted = self.expected[index]
-        return wanted is None or abs(found - wanted) <= _TOLERANCE
+        wanted = self.expected.setdefault(index, found)
+        return found == wanted or (None not in (found, wanted) and abs(found - wanted) <= _TOLERANCE)
 
     def run(self, clients: int, stop_after: float | None = None) -> Outcome:
         """Runs the clients until their time is over; stops the server under them if that is asked for."""
@@ -356,7 +354,7 @@ def main(arguments: Any = None) -> int:
     bodies = [as_form(image, parsed.options) for image in images]
     bad = [as_form(content, parsed.options) for content in malformed_bodies(images[0])]
     with served(parsed.serve) as server:
-        load = Load(server, bodies, bad, parsed.malformed or 0.0, [None] * len(bodies))
+        load = Load(server, bodies, bad, parsed.malformed or 0.0, {})
         print(json.dumps(measure(server, load, parsed)))
     return 0
 
