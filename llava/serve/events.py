@@ -48,6 +48,8 @@ async def while_working(
                 yield getting.result()
                 getting = asyncio.ensure_future(emitted.get())
             elif task.done():
+                while not emitted.empty():  # what came since the wait ended
+                    yield emitted.get_nowait()
                 task.result()
                 return
             elif left <= 0:
