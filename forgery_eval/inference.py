@@ -237,8 +237,8 @@ class _Inference:
                     self._fail(f"cannot draw over {error}")
         self._table.write(batch)
         if self._answers is not None:
-            pairs = zip(batch.items, batch.reports, strict=True)
-            self._answers.write([(str(f), report, read_file_provenance(f).to_dict()) for f, report in pairs])
+            pairs = [(str(file), report) for file, report in zip(batch.items, batch.reports, strict=True)]
+            self._answers.write(pairs, [read_file_provenance(file).to_dict() for file in batch.items])
 
     def _print(self, file: Path, report: "ForgeryReport") -> None:
         if self._arguments.sort:

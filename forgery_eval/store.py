@@ -192,15 +192,20 @@ class AnswersFile:
             )
         self.done[image] = error
 
-    def write(self, batch: "Sequence[tuple[str, ForgeryReport, Mapping[str, Any]]]") -> None:
+    def write(
+        self, batch: "Sequence[tuple[str, ForgeryReport]]", provenance: Sequence[Mapping[str, Any]] | None = None
+    ) -> None:
         """Adds a line for each image, and returns when they are on disk; masks are there before them.
 
         Args:
-            batch: Name of each image, its report, and what its file says of its origin.
+            batch: Name of each image, and its report.
+            provenance: What each image's file says of its origin, if that was read.
         """
-        self._log.append(*[self._record(*each) for each in batch])
+        told: Sequence[Mapping[str, Any] | None] = [None] * len(batch) if provenance is None else provenance
+        records = [self._record(*named, says) for named, says in zip(batch, told, strict=True)]
+        self._log.append(*records)
 
-    def _record(self, image: str, report: "ForgeryReport", provenance: Mapping[str, Any]) -> dict[str, Any]:
+    def _record(self, image: str, report: "ForgeryReport", provenance: Mapping[str, Any] | None) -> dict[str, Any]:
         mask = None
         if report.mask is not None and self._stores_masks:
             mask = write_mask(self.path.parent, self.run, image, report.mask)

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -21,7 +22,7 @@ from llava.serve.events import KEEP_ALIVE, Emit, event, while_working
 from llava.serve.guard import Guard
 from llava.serve.limits import RequestError
 from llava.serve.service import Accepted, Service, gather
-from llava.serve.uploads import AnalyzeBody, Asked, read_asked, read_body, read_model
+from llava.serve.uploads import AnalyzeBody, Asked, StabilityBody, Wants, read_asked, read_body, read_model
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     401: {"description": "A key is needed."},
@@ -85,12 +86,12 @@ class _Events(StreamingResponse):
 
 
 def _add_analysis(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/analyze", responses=_ERRORS, openapi_extra=_body_of_images("image"))
+    @app.post("/v1/analyze", responses=_ERRORS, openapi_extra=_body_of_images(AnalyzeBody))
     async def analyze(request: Request) -> Response:
         """Analyses one image or several.
 
         A single image that cannot be analysed is answered by its error; of several, each has its result or its error.
-        With ``stream`` the answers come as events: ``text`` (a piece of an image's answer), ``result``, ``done``.
+        With stream the answers come as events: text (a piece of an image's answer), result, and done at the end.
         """
         with ExitStack() as places:
             places.enter_context(service.batcher.places(1))
@@ -104,13 +105,15 @@ def _add_analysis(app: FastAPI, service: Service) -> None:
                 first = await service.answered(request, service.accept(asked.uploads[0], asked.wants))
             return _Events(_events(service, asked, first), places.pop_all())
 
-    @app.post("/v1/stability", responses=_ERRORS, openapi_extra=_body_of_images("image"))
+    @app.post("/v1/stability", responses=_ERRORS, openapi_extra=_body_of_images(StabilityBody))
     async def stability(request: Request) -> Response:
         """Says whether the verdict on an image holds after JPEG, resizing and cropping."""
         with service.batcher.places(4):
             asked = await read_asked(request, service.limits)
             if len(asked.uploads) > 1:
                 raise RequestError(413, "too_many_images", "one image a request is taken here")
+            if asked.wants != Wants(options=asked.wants.options):
+                raise RequestError(422, "bad_request", "only image and options are taken here")
             return JSONResponse(await service.answered(request, service.stability(asked.uploads[0], asked.wants)))
 
 
@@ -164,17 +167,17 @@ def _about(service: Service) -> dict[str, str]:
     return {"model": service.name, "system": service.detector.system.name, "notice": service.detector.notice}
 
 
-def _body_of_images(field: str) -> dict[str, Any]:
+def _body_of_images(model: type[BaseModel]) -> dict[str, Any]:
     """What the documentation says of a body with images, as a form or as JSON."""
-    schema = AnalyzeBody.model_json_schema()
+    schema = model.model_json_schema()
     wants = {name: value for name, value in schema["properties"].items() if name not in ("image", "images")}
     form = {
         **wants,
-        field: {"type": "array", "items": {"type": "string", "format": "binary"}, "description": "Image files."},
+        "image": {"type": "array", "items": {"type": "string", "format": "binary"}, "description": "Image files."},
         "options": {"type": "string", "description": "Options of the answer as a JSON object."},
     }
     content = {
-        "multipart/form-data": {"schema": {"type": "object", "properties": form, "required": [field]}},
+        "multipart/form-data": {"schema": {"type": "object", "properties": form, "required": ["image"]}},
         "application/json": {"schema": schema},
     }
     return {"requestBody": {"required": True, "content": content}}
@@ -190,7 +193,7 @@ def _add_openai(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/chat/completions", responses=_ERRORS, openapi_extra=body)
     async def chat(request: Request) -> Response:
-        """Answers about one image in OpenAI's form; the whole report lies under ``forgery``."""
+        """Answers about one image in OpenAI's form; the whole report lies under forgery."""
         with ExitStack() as places:
             places.enter_context(service.batcher.places(1))
             asked = read_model(ChatBody, await read_body(request))

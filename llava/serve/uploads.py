@@ -55,6 +55,15 @@ class AnalyzeBody(Wants):
     images: list[str] = Field(default=[], description="Several data URLs.")
 
 
+class StabilityBody(BaseModel):
+    """An image as a data URL."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image: str = Field(description="A data URL; addresses are never fetched.")
+    options: dict[str, Any] = Field(default={}, description="Options of the answer, such as score_only.")
+
+
 @dataclass(frozen=True)
 class Asked:
     """A request as it was read."""

@@ -109,6 +109,10 @@ def test_stability_compares_the_image_with_what_becomes_of_it(stubbed, stub):
     ]
     answer = requests.post(f"{stubbed.url}/v1/stability", files={"image": ("a.png", png(100))}, timeout=60).json()
     assert [row["holds"] for row in answer["steps"]] == [True, False, False]
+    for count, fields, status in ((1, {"attention": "true"}, 422), (2, {}, 413)):
+        files = [("image", ("a.png", png()))] * count
+        answer = requests.post(f"{stubbed.url}/v1/stability", files=files, data=fields, timeout=60)
+        assert answer.status_code == status
 
 
 # --- streams
