@@ -39,12 +39,6 @@ class Message(BaseModel):
     content: str | list[Part] | None = None
 
 
-class StreamOptions(BaseModel):
-    """What a stream has besides."""
-
-    include_usage: bool = False
-
-
 class ChatBody(BaseModel):
     """A question about an image in OpenAI's form; without a text the system asks its own question."""
 
@@ -53,7 +47,6 @@ class ChatBody(BaseModel):
     model: str
     messages: list[Message]
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     logprobs: bool | None = Field(default=None, description="Give each token's log-probability.")
     temperature: float | None = None
     top_p: float | None = None
