@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava.errors import ImageReadError
-from llava.files import atomic_write
+from llava.files import atomic_write, make_folder
 from llava.images import load_image
 from llava.provenance import read_file_provenance
 from llava.report_page.content import STABILITY_STEPS, result, stability_rows
@@ -26,11 +26,15 @@ class HtmlReport:
         detector: The model, which is also asked about each image after common steps.
         options: How images are analysed.
         constant_stages: Stages of the answer that are the same for every image.
+
+    Raises:
+        FileError: Nothing may be written where the page goes.
     """
 
     def __init__(
         self, path: Path, detector: "ForgeryDetector", options: "AnalyzeOptions", constant_stages: Sequence[str]
     ) -> None:
+        make_folder(path.parent, "--html")
         self._path = path
         self._detector = detector
         self._options = options

@@ -32,7 +32,7 @@ from forgery_eval.pages.overlay import draw_overlay
 from forgery_eval.runner import Batch, analyze_batches
 from forgery_eval.store import AnswersFile
 from llava.abstention import CALIBRATION
-from llava.cli import SOME_FAILED, OptionParser, log, run_cli, set_quiet
+from llava.cli import SOME_FAILED, OptionParser, log, note, run_cli, set_quiet
 from llava.errors import DataError, FileError, ImageReadError, OptionError
 from llava.files import atomic_file, digest_file, file_errors
 from llava.images import describe_passed_over, list_images, load_image
@@ -196,6 +196,8 @@ class _Inference:
             self._html = HtmlReport(self._arguments.html, detector, options, self._constant)
         self._short = self._arguments.sort is not None or (total > _MANY and not self._arguments.verbose)
         done = len(self._answers.done) if self._answers else 0
+        if done and self._html is not None:
+            note(f"{done} images were analysed by an earlier run and are not in {self._arguments.html}")
         batches = analyze_batches(detector, self._remaining(), _source, options, self._arguments.batch_size)
         quiet = self._arguments.quiet
         with (

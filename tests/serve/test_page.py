@@ -318,6 +318,11 @@ def test_detect_writes_the_same_report(browser, tmp_path, capsys):
     given = ["--img_path", str(tmp_path / "images"), "--html", str(page), "--no-abstain", "--device", "cpu"]
     assert inference.run([*given, "--max_new_tokens", "80"]) == 3
     assert "provenance  The file says that it was made or changed by generative AI" in capsys.readouterr().out
+    json_file = str(tmp_path / "out.jsonl")
+    for said in (False, True):
+        assert inference.run([*given, "--max_new_tokens", "5", "--json", json_file]) == 3
+        assert ("3 images were analysed by an earlier run" in capsys.readouterr().err) is said
+    assert inference.run([*given, "--max_new_tokens", "80"]) == 3
     opened = Opened(browser, page.as_uri())
     assert opened.page.locator("tbody tr").count() == 3 and opened.page.locator(".card").count() == 3
     assert opened.page.locator(".strip li").count() == 6 and opened.page.locator("canvas").count() == 2
