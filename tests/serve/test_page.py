@@ -14,6 +14,7 @@ from forgery_eval import inference
 from llava import ForgeryDetector
 from llava.abstention import AbstentionRule
 from llava.assets import SAMPLES
+from llava.calibration import Calibration
 from tests.serve.running import StubSystem, png, running
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -237,11 +238,12 @@ def test_no_text_from_outside_becomes_html(browser):
         opened.close()
 
 
-def test_mask_and_attention_can_both_be_shown(browser):
-    with running(ForgeryDetector(Speaking())) as server:
+def test_mask_attention_and_a_calibrated_score_are_shown(browser):
+    with running(ForgeryDetector(Speaking(), calibration=Calibration(2.0, 0.0, "detector"))) as server:
         opened = Opened(browser, server.url)
         opened.page.set_input_files("#files", {"name": "a.png", "mimeType": "image/png", "buffer": png()})
         opened.page.wait_for_selector("canvas[data-painted]")
+        assert "P(fake) 0.170 calibrated" in " ".join(opened.page.inner_text(".gauge").split())  # 0.04 as it is given
         alpha = "canvas => canvas.getContext('2d').getImageData({x}, 5, 1, 1).data[3]"
         canvas = opened.page.locator("canvas")
         assert canvas.evaluate(alpha.format(x=5)) == 255 and canvas.evaluate(alpha.format(x=35)) == 0
