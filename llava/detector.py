@@ -20,6 +20,7 @@ from llava.assets import demo_model_folder
 from llava.calibration import Calibration, kind_of_source
 from llava.cli import note_once
 from llava.errors import CheckpointError, DataError, OptionError, UserError
+from llava.files import read_json
 from llava.report import SCORE_KIND, ForgeryReport
 from llava.sources import load_source
 from llava.systems import registry
@@ -362,7 +363,11 @@ def _read_rule(folder: Path, calibration: str | os.PathLike[str] | None) -> Abst
 
 def _read_calibration(folder: Path, calibration: str | os.PathLike[str] | None) -> Calibration | None:
     path = folder / CALIBRATION if calibration is None else Path(calibration)
-    return Calibration.load(path) if calibration is not None or path.is_file() else None
+    if calibration is None and not path.is_file():
+        return None
+    content = read_json(path)
+    has_one = not isinstance(content, dict) or "temperature" in content  # the file may hold a rule alone
+    return Calibration.load(path) if has_one else None
 
 
 def _side(report: ForgeryReport) -> bool | None:

@@ -491,3 +491,5 @@ def test_scores_are_calibrated_by_the_models_own_file(trained, detector, picture
     assert calibrated.calibrated(report) == pytest.approx(float(calibration(np.array([report.fake_probability]))[0]))
     assert calibrated.calibrated(calibrated.analyze(pictures[0], score_only=True)) is None
     assert detector.calibrated(report) is None
+    (tmp_path / "calibration.json").write_text("{}")
+    assert ForgeryDetector.from_pretrained(tmp_path, device="cpu").calibration is None
