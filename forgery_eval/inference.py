@@ -9,7 +9,8 @@ import errno
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
+from dataclasses import replace
 from glob import has_magic
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from forgery_eval.answers import AnswerKind
 from forgery_eval.fingerprints import model_fingerprint, weight_locations
+from forgery_eval.html_report import HtmlReport
 from forgery_eval.model_options import (
     LOCATIONS,
     add_batch_size,
@@ -31,10 +33,11 @@ from forgery_eval.pages.overlay import draw_overlay
 from forgery_eval.runner import Batch, analyze_batches
 from forgery_eval.store import AnswersFile
 from llava.abstention import CALIBRATION
-from llava.cli import SOME_FAILED, OptionParser, inform, is_verbose, log, progress, run_cli
+from llava.cli import SOME_FAILED, OptionParser, inform, is_verbose, log, note, progress, run_cli
 from llava.errors import DataError, FileError, ImageReadError, OptionError
 from llava.files import atomic_file, digest_file, file_errors
 from llava.images import describe_passed_over, list_images, load_image
+from llava.provenance import Provenance, read_file_provenance
 from llava.report import SCORE_SOURCES
 from llava.sources import is_url, refuse_url
 from llava.systems import registry
@@ -69,6 +72,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     images.add_argument(
         "--csv", type=Path, metavar="OUT.csv", help="write a row an image: image, verdict, score, error"
     )
+    images.add_argument(
+        "--html",
+        type=Path,
+        metavar="OUT.html",
+        help="write the reports as a page, and whether each verdict holds after JPEG, resizing and cropping",
+    )
     images.add_argument("--attention-map", type=Path, metavar="FOLDER", help="draw where the model looked")
     images.add_argument(
         "--calibration",
@@ -83,7 +92,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     finder = NameFinder(Path())
     parsed.img_path = [path for word in parsed.img_path for path in _paths(word, finder)]
     finder.report("--img_path")
-    if _STDIN in parsed.img_path and (parsed.json or parsed.attention_map):
+    if _STDIN in parsed.img_path and (parsed.json or parsed.attention_map or parsed.html):
         raise OptionError("standard input has no name to resume or draw by: save the image and give its path")
     return parsed
 
@@ -178,7 +187,9 @@ class _Inference:
         self._failed = 0
         self._short = False
         self._rows: list[tuple[float, str]] = []
-        self._left_out = () if is_verbose() else AnswerKind.of(arguments.options_of).constant_stages
+        self._constant = AnswerKind.of(arguments.options_of).constant_stages
+        self._left_out = () if is_verbose() else self._constant
+        self._html: HtmlReport | None = None
         self._table = _Table(arguments.csv, answers)
 
     def run(self, total: int) -> int:
@@ -186,10 +197,20 @@ class _Inference:
         detector = open_detector(
             self._arguments, calibration=self._arguments.calibration, abstain=not self._arguments.no_abstain
         )
+        options = self._options
+        if self._arguments.html is not None:
+            options = replace(options, attention=options.attention or detector.has_attention)
+            self._html = HtmlReport(self._arguments.html, detector, options, self._constant)
         self._short = self._arguments.sort is not None or (total > _MANY and not is_verbose())
         done = len(self._answers.done) if self._answers else 0
-        batches = analyze_batches(detector, self._remaining(), _source, self._options, self._arguments.batch_size)
-        with self._table, progress(total=total, initial=done, unit=" images") as bar:
+        if done and self._html is not None:
+            note(f"{done} images were analysed by an earlier run and are not in {self._arguments.html}")
+        batches = analyze_batches(detector, self._remaining(), _source, options, self._arguments.batch_size)
+        with (
+            self._html or nullcontext(),
+            self._table,
+            progress(total=total, initial=done, unit=" images") as bar,
+        ):
             for batch in batches:
                 self._finish(batch)
                 bar.update(len(batch.items))
@@ -212,7 +233,9 @@ class _Inference:
                 self._fail(f"cannot analyse {report.error}")
             elif self._answers is None:
                 self._print(file, report)
-            if report.attention is not None:
+            if self._html is not None:
+                self._html.add(file, report)
+            if report.attention is not None and self._arguments.attention_map is not None:
                 paths = self._arguments.img_path
                 root = next((path for path in paths if path == file or path in file.parents), paths[0])
                 target = overlay_path(file, root, self._arguments.attention_map)
@@ -222,14 +245,20 @@ class _Inference:
                     self._fail(f"cannot draw over {error}")
         self._table.write(batch)
         if self._answers is not None:
-            self._answers.write([(str(f), report) for f, report in zip(batch.items, batch.reports, strict=True)])
+            pairs = [(str(file), report) for file, report in zip(batch.items, batch.reports, strict=True)]
+            self._answers.write(pairs, [read_file_provenance(file).to_dict() for file in batch.items])
 
     def _print(self, file: Path, report: "ForgeryReport") -> None:
         if self._arguments.sort:
             score = report.fake_probability
             self._rows.append((2.0 if score is None else -score, short_row(file, report)))
         else:
-            tqdm.write(short_row(file, report) if self._short else describe(file, report, self._left_out))
+            tqdm.write(short_row(file, report) if self._short else self._described(file, report))
+
+    def _described(self, file: Path, report: "ForgeryReport") -> str:
+        # Standard input is read only once, by the detector.
+        provenance = None if file == _STDIN else read_file_provenance(file)
+        return describe(file, report, self._left_out, provenance)
 
     def _fail(self, complaint: str) -> None:
         self._failed += 1
@@ -297,8 +326,10 @@ def short_row(file: Path, report: "ForgeryReport") -> str:
     return f"{report.label or 'none':<5} {score:>6}  {file}"
 
 
-def describe(file: Path, report: "ForgeryReport", left_out: Sequence[str] = ()) -> str:
-    """Returns a report for reading, without some of its stages."""
+def describe(
+    file: Path, report: "ForgeryReport", left_out: Sequence[str] = (), provenance: Provenance | None = None
+) -> str:
+    """Returns a report for reading, without some of its stages; last what the file says of itself."""
     lines = [f"{file}", f"  verdict     {_verdict(report)}"]
     if report.fake_probability is not None and report.score_source is not None:
         lines.append(f"  P(fake)     {report.fake_probability:.4f}  (read {SCORE_SOURCES[report.score_source]})")
@@ -319,6 +350,8 @@ def describe(file: Path, report: "ForgeryReport", left_out: Sequence[str] = ()) 
     lines += [f"  {stage.lower():<11} {text}" for stage, text in shown.items() if text]
     if report.text and not report.stages:
         lines.append(f"  answer      {report.text}")
+    if provenance is not None:
+        lines.append(f"  provenance  {provenance.line}")
     return "\n".join(lines) + "\n"
 
 

@@ -9,62 +9,24 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from forgery_eval.answers import DEFAULT_SYSTEM
-from llava.assets import demo_model_folder
 from llava.cli import OptionParser, add_options, positive_int, read_options, unknown_option
 from llava.errors import CheckpointError, OptionError
+from llava.model_options import LOCATIONS, add_model_options, add_which_model, loading_options, open_detector
 from llava.systems import registry
 from llava.systems.base import AnalyzeOptions, SystemSpec, resolve
 
-if TYPE_CHECKING:
-    from llava import ForgeryDetector
-
-_LOADING = (
-    "model_base",
-    "device",
-    "dtype",
-    "device_map",
-    "load_8bit",
-    "load_4bit",
-    "attn_implementation",
-    "vision_tower",
-    "dino_weights",
-    "image_aspect_ratio",
-)
-LOCATIONS = ("model_base", "vision_tower", "dino_weights")
-"""Those loading options that name weights outside the checkpoint."""
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that say which model is opened, and how."""
-    model = parser.add_argument_group("model")
-    _add_which(model)
-    model.add_argument("--vision-tower", help="CLIP tower: folder or hub id, where the checkpoint does not hold it")
-    model.add_argument("--dino-weights", help="DINOv2 .pth or folder, where the checkpoint does not hold it")
-    model.add_argument(
-        "--image-aspect-ratio", choices=("crop", "pad"), help="how images become square (default: the checkpoint's way)"
-    )
-    model.add_argument("--device", default="auto", help="auto (default), cuda, cuda:1, mps, cpu")
-    model.add_argument("--dtype", default="auto", help="auto (default), float32, bfloat16, float16")
-    model.add_argument("--device-map", help="auto: spread the model over all GPUs")
-    model.add_argument("--load-8bit", action="store_true", help="language model in 8 bits (bitsandbytes)")
-    model.add_argument("--load-4bit", action="store_true", help="language model in 4 bits (bitsandbytes)")
-    model.add_argument("--attn-implementation", default="auto", help="auto (default), sdpa, eager, flash_attention_2")
-
-
-def _add_which(group: Any) -> None:
-    group.add_argument(
-        "--model-path",
-        default=demo_model_folder(),
-        help="folder or hub id of a checkpoint (default: the embedded demonstration model)",
-    )
-    group.add_argument(
-        "--model-base",
-        help="base of a LoRA folder that names none, or of a model without tokenizer",
-    )
-    group.add_argument("--system", help="the checkpoint's system, where its files do not tell it")
+__all__ = [
+    "LOCATIONS",
+    "add_batch_size",
+    "add_model_options",
+    "analyze_options",
+    "loading_options",
+    "open_detector",
+    "parse_with_system",
+]
 
 
 def add_batch_size(group: Any) -> None:
@@ -114,7 +76,7 @@ def _system_at_hand(arguments: Sequence[str]) -> SystemSpec:
     Where the files belong to none, it is the default one: opening the model says what is wrong with them.
     """
     first = OptionParser(add_help=False)
-    _add_which(first)
+    add_which_model(first)
     known, _ = first.parse_known_args(arguments)
     if known.system:
         return registry.spec(known.system)
@@ -146,11 +108,6 @@ def _unknown_option(word: str, parser: argparse.ArgumentParser, spec: SystemSpec
     return unknown_option(word, parser._option_string_actions)
 
 
-def loading_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns how the model is opened."""
-    return {name: getattr(arguments, name) for name in _LOADING}
-
-
 def analyze_options(arguments: argparse.Namespace, *, attention: bool = False) -> AnalyzeOptions:
     """Returns how images are analysed.
 
@@ -158,23 +115,3 @@ def analyze_options(arguments: argparse.Namespace, *, attention: bool = False) -
         OptionError: Options exclude each other or are out of range.
     """
     return read_options(resolve(registry.spec(arguments.options_of).options), arguments, attention=attention)
-
-
-def open_detector(arguments: argparse.Namespace, **rule: Any) -> "ForgeryDetector":
-    """Opens the model, and says what must be known of it.
-
-    Args:
-        arguments: The command line.
-        **rule: ``calibration`` and ``abstain`` of ``ForgeryDetector.from_pretrained``.
-
-    Raises:
-        CheckpointError: No model is named, or it cannot be opened.
-        OptionError: A loading option cannot be met.
-    """
-    from llava import ForgeryDetector
-
-    detector = ForgeryDetector.from_pretrained(
-        arguments.model_path, system=arguments.system, **rule, **loading_options(arguments)
-    )
-    detector.announce()
-    return detector

@@ -192,15 +192,24 @@ class AnswersFile:
             )
         self.done[image] = error
 
-    def write(self, batch: "Sequence[tuple[str, ForgeryReport]]") -> None:
-        """Adds a line for each image, and returns when they are on disk; masks are there before them."""
-        self._log.append(*[self._record(image, report) for image, report in batch])
+    def write(
+        self, batch: "Sequence[tuple[str, ForgeryReport]]", provenance: Sequence[Mapping[str, Any]] | None = None
+    ) -> None:
+        """Adds a line for each image, and returns when they are on disk; masks are there before them.
 
-    def _record(self, image: str, report: "ForgeryReport") -> dict[str, Any]:
+        Args:
+            batch: Name of each image, and its report.
+            provenance: What each image's file says of its origin, if that was read.
+        """
+        told: Sequence[Mapping[str, Any] | None] = [None] * len(batch) if provenance is None else provenance
+        records = [self._record(*named, says) for named, says in zip(batch, told, strict=True)]
+        self._log.append(*records)
+
+    def _record(self, image: str, report: "ForgeryReport", provenance: Mapping[str, Any] | None) -> dict[str, Any]:
         mask = None
         if report.mask is not None and self._stores_masks:
             mask = write_mask(self.path.parent, self.run, image, report.mask)
-        return {"image": image, **report.to_dict(), "mask": mask, "run": self.run}
+        return {"image": image, **report.to_dict(), "mask": mask, "provenance": provenance, "run": self.run}
 
     def close(self) -> None:
         """Closes the file."""

@@ -5,6 +5,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -12,14 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from llava.abstention import LIGHT_DELIVERIES, AbstentionRule, Decision
+from llava.abstention import CALIBRATION, LIGHT_DELIVERIES, AbstentionRule, Decision
 from llava.assets import demo_model_folder
+from llava.calibration import Calibration, kind_of_source
 from llava.cli import note_once, quiet_libraries
 from llava.errors import CheckpointError, DataError, OptionError, UserError
+from llava.files import read_json
 from llava.report import SCORE_KIND, ForgeryReport
 from llava.sources import load_source
 from llava.systems import registry
-from llava.systems.base import AnalyzeOptions, FeatureSource, System, resolve
+from llava.systems.base import AnalyzeOptions, AnswerStream, FeatureSource, Listener, System, resolve
 
 ImageLike = Any
 """Whatever ``llava.sources.load_source`` takes: paths, PIL images, arrays, tensors, bytes, file objects, data URLs."""
@@ -38,11 +41,33 @@ NO_NUMBER = (
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """An image as the system takes it, and what becomes of it by light deliveries."""
 
     image: Any
     delivered: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class _PartListener:
+    """Follows a part of a batch for the listener of the whole.
+
+    Attributes:
+        listener: Of the whole batch.
+        first: Number of the part's first image.
+        told: Whether the answers' texts are passed on.
+    """
+
+    listener: Listener
+    first: int
+    told: bool = True
+
+    def heard(self, row: int, piece: str, logprob: float, fake_probability: float) -> None:
+        if self.told:
+            self.listener.heard(self.first + row, piece, logprob, fake_probability)
+
+    def is_gone(self, row: int) -> bool:
+        return self.listener.is_gone(self.first + row)
 
 
 class ForgeryDetector:
@@ -51,11 +76,15 @@ class ForgeryDetector:
     Args:
         system: The opened system.
         rule: When no verdict is given; None gives every verdict that the system gives.
+        calibration: Makes P(fake) a probability; see ``calibrated``.
     """
 
-    def __init__(self, system: System, rule: AbstentionRule | None = None) -> None:
+    def __init__(
+        self, system: System, rule: AbstentionRule | None = None, calibration: Calibration | None = None
+    ) -> None:
         self.system = system
         self.rule = rule
+        self.calibration = calibration
 
     @classmethod
     def from_pretrained(
@@ -90,7 +119,7 @@ class ForgeryDetector:
             found: type[System] = resolve(registry.find(files, system).system)
         rule = _read_rule(files.folder, calibration) if abstain else None
         with quiet_libraries():  # again, for the libraries that were imported
-            return cls(found.load(str(files.folder), **options), rule)
+            return cls(found.load(str(files.folder), **options), rule, _read_calibration(files.folder, calibration))
 
     @property
     def notice(self) -> str:
@@ -101,6 +130,14 @@ class ForgeryDetector:
         """Says what must be known of the model, once a process."""
         if self.notice:
             note_once(self.notice)
+
+    def calibrated(self, report: ForgeryReport) -> float | None:
+        """Returns the calibrated P(fake); None without a score, or without a calibration of the score that was read."""
+        if self.calibration is None or report.fake_probability is None:
+            return None
+        if self.calibration.score not in (None, kind_of_source(report.score_source)):
+            return None
+        return float(self.calibration(np.array([report.fake_probability]))[0])
 
     def options(self, **values: Any) -> AnalyzeOptions:
         """Returns the system's options with these values.
@@ -130,7 +167,7 @@ class ForgeryDetector:
         """
         wanted = self.options(**options)
         self.announce()
-        return self._analyze_batch([self._prepare(image)], wanted)[0]
+        return self.analyze_prepared([self.prepare(image)], wanted)[0]
 
     def analyze_many(
         self, images: Iterable[ImageLike], *, batch_size: int | str = "auto", **options: Any
@@ -160,7 +197,7 @@ class ForgeryDetector:
             waiting: deque[list[Future[Any]]] = deque()
             while True:
                 while len(waiting) < 2:
-                    batch = [loaders.submit(self._prepare, image) for image in islice(images, size)]
+                    batch = [loaders.submit(self.prepare, image) for image in islice(images, size)]
                     if not batch:
                         break
                     waiting.append(batch)
@@ -178,9 +215,14 @@ class ForgeryDetector:
                 errors[index] = str(error) or type(error).__name__
             else:
                 raise error
-        reports = iter(self._analyze_batch(prepared, options))
+        reports = iter(self.analyze_prepared(prepared, options))
         for index in range(len(batch)):
             yield self._failed(errors[index]) if index in errors else next(reports)
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the system can say where it looked."""
+        return bool(getattr(self.system, "has_attention", False))
 
     @property
     def has_features(self) -> bool:
@@ -207,9 +249,26 @@ class ForgeryDetector:
             found = iter(self.system.image_features(readable) if readable else ())
             yield from (None if item is None else next(found) for item in prepared)
 
-    def _analyze_batch(self, prepared: Sequence[_Prepared], options: AnalyzeOptions) -> list[ForgeryReport]:
-        """Analyses a batch, and gives no verdict where the rule says so."""
-        reports = self._analyze_images([item.image for item in prepared], options)
+    @property
+    def streams(self) -> bool:
+        """Whether answers can be followed while they are decoded; not where a rule may yet withhold the verdict."""
+        return self.rule is None and isinstance(self.system, AnswerStream)
+
+    def analyze_prepared(
+        self, prepared: Sequence[Prepared], options: AnalyzeOptions, listener: Listener | None = None
+    ) -> list[ForgeryReport]:
+        """Analyses a batch of ``prepare``, and gives no verdict where the rule says so.
+
+        Args:
+            prepared: The images; what does not fit into memory at once is analysed in halves.
+            options: From ``options``.
+            listener: Follows the answers where ``streams`` says so, and can end the decoding of each.
+
+        Raises:
+            OptionError: The options cannot be met.
+        """
+        told = _PartListener(listener, 0, self.streams) if listener else None
+        reports = self._analyze_images([item.image for item in prepared], options, told)
         if self.rule is None or not prepared:
             return reports
         distances: Sequence[float | None] = [None] * len(prepared)
@@ -221,30 +280,45 @@ class ForgeryDetector:
             decided.append(_decided(self.rule, report, None if distance is None else float(distance), agree))
         return decided
 
-    def _agreement(self, item: _Prepared, report: ForgeryReport, options: AnalyzeOptions) -> int | None:
+    def _agreement(self, item: Prepared, report: ForgeryReport, options: AnalyzeOptions) -> int | None:
         """How many light deliveries of an image get the verdict that it gets; None if none are made."""
         if not item.delivered:
             return None
         others = self._analyze_images(item.delivered, replace(options, attention=False))
         return sum(_side(other) == _side(report) for other in others)
 
-    def _analyze_images(self, prepared: Sequence[Any], options: AnalyzeOptions) -> list[ForgeryReport]:
+    def _analyze_images(
+        self, prepared: Sequence[Any], options: AnalyzeOptions, listener: Listener | None = None
+    ) -> list[ForgeryReport]:
         """Analyses a batch, in halves if it does not fit into the GPU's memory."""
         if not prepared:
             return []
         try:
-            return [self._checked(report) for report in self.system.analyze_batch(prepared, options)]
+            with self._listening(listener):
+                return [self._checked(report) for report in self.system.analyze_batch(prepared, options)]
         except RuntimeError as error:
             # By its name: a system need not stand on torch, which is slow to import.
             if type(error).__name__ != "OutOfMemoryError" or len(prepared) == 1:
                 raise
         half = len(prepared) // 2
-        return self._analyze_images(prepared[:half], options) + self._analyze_images(prepared[half:], options)
+        rest = _PartListener(listener, half) if listener else None
+        first = self._analyze_images(prepared[:half], options, listener)
+        return first + self._analyze_images(prepared[half:], options, rest)
 
-    def _prepare(self, image: ImageLike) -> _Prepared:
+    def _listening(self, listener: Listener | None) -> AbstractContextManager[None]:
+        if listener is None or not isinstance(self.system, AnswerStream):
+            return nullcontext()
+        return self.system.listening(listener)
+
+    def prepare(self, image: ImageLike) -> Prepared:
+        """Turns an image into what ``analyze_prepared`` takes; may run beside the model, in another thread.
+
+        Raises:
+            ImageReadError: The image cannot be read.
+        """
         pixels = load_source(image)
         steps = LIGHT_DELIVERIES[: self.rule.deliveries] if self.rule else ()
-        return _Prepared(self.system.prepare(pixels), tuple(self.system.prepare(step(pixels)) for step in steps))
+        return Prepared(self.system.prepare(pixels), tuple(self.system.prepare(step(pixels)) for step in steps))
 
     def _checked(self, report: ForgeryReport) -> ForgeryReport:
         """A report as it is, or one that says that its score is no number."""
@@ -266,6 +340,15 @@ def _read_rule(folder: Path, calibration: str | os.PathLike[str] | None) -> Abst
             f"{calibration} says nothing of when no verdict is given; make it with forgery eval --calibrate"
         )
     return rule
+
+
+def _read_calibration(folder: Path, calibration: str | os.PathLike[str] | None) -> Calibration | None:
+    path = folder / CALIBRATION if calibration is None else Path(calibration)
+    if calibration is None and not path.is_file():
+        return None
+    content = read_json(path)
+    has_one = not isinstance(content, dict) or "temperature" in content  # the file may hold a rule alone
+    return Calibration.load(path) if has_one else None
 
 
 def _side(report: ForgeryReport) -> bool | None:

@@ -25,12 +25,14 @@ EXTRAS = {
     "train": "training on several GPUs with DeepSpeed",
     "eval": "metrics of texts, curves and tables of an evaluation",
     "synthetic": "rendering MMFR-Synthetic, and its baselines",
-    "serve": "a web page and a server",
+    "serve": "the server and its page, and C2PA manifests",
+    "cluster": "several processes of the server behind one port",
     "annotate": "annotation by an API, and the published data set",
     "quant": "models in 8 or 4 bits",
     "flash": "flash attention on CUDA devices",
     "timm": "vision transformers of timm as second branch",
     "dev": "style, types and tests",
+    "test-serve": "tests of the server and its page",
 }
 """What each extra of the package brings."""
 _IMPORTANT = ("torch", "transformers", "tokenizers", "peft", "accelerate", "safetensors", "numpy", "pillow")

@@ -205,28 +205,49 @@ def open_image(file: str | os.PathLike[str]) -> Image.Image:
         return _open(path)
 
 
-def open_bytes(content: bytes, name: str) -> Image.Image:
+def open_bytes(
+    content: bytes, name: str, *, formats: tuple[str, ...] | None = None, most_pixels: int | None = None
+) -> Image.Image:
     """Opens an encoded image without decoding its pixels.
 
+    Args:
+        content: The file's bytes.
+        name: Stands in messages.
+        formats: Pillow's names of the formats that are taken; None takes all.
+        most_pixels: Larger images are refused; None leaves that to Pillow.
+
     Raises:
-        ImageReadError: It is no image, or its header is damaged; ``name`` stands in the message.
+        ImageReadError: It is no image of these formats, it is too large, or its header is damaged.
     """
     with image_errors(name):
         if not content:
             raise ImageReadError(f"{name}: it is empty")
-        return _open(io.BytesIO(content))
+        image = _open(io.BytesIO(content), formats, most_pixels)
+        _check_pixels(image.width * image.height, most_pixels)
+        return image
 
 
-def _open(source: Path | IO[bytes]) -> Image.Image:
+class PixelLimitError(ImageReadError):
+    """An image has more pixels than are taken."""
+
+
+def _check_pixels(pixels: int, most: int | None) -> None:
+    if most is not None and pixels > most:
+        raise PixelLimitError(f"it has {pixels:,} pixels, and at most {most:,} are taken")
+
+
+def _open(
+    source: Path | IO[bytes], formats: tuple[str, ...] | None = None, most_pixels: int | None = None
+) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # large images are refused by an error, smaller ones are welcome
         try:
-            image = Image.open(source)
+            image = Image.open(source, formats=formats)
         except Image.UnidentifiedImageError:
-            if _tiff_start(source) in _TIFF_STARTS:
-                return _open_odd_tiff(source)
+            if _tiff_start(source) in _TIFF_STARTS and (formats is None or "TIFF" in formats):
+                return _open_odd_tiff(source, most_pixels)
             raise
-        return _open_odd_tiff(source) if _is_deep_and_planar(image) else image
+        return _open_odd_tiff(source, most_pixels) if _is_deep_and_planar(image) else image
 
 
 def _is_deep_and_planar(image: Image.Image) -> bool:
@@ -243,7 +264,7 @@ def _tiff_start(source: Path | IO[bytes]) -> bytes:
     return source.read(4)
 
 
-def _open_odd_tiff(source: Path | IO[bytes]) -> Image.Image:
+def _open_odd_tiff(source: Path | IO[bytes], most_pixels: int | None = None) -> Image.Image:
     """Opens the first page of a TIFF whose samples Pillow has no mode for: more than four, or of 16 and 32 bits.
 
     The first three samples are taken for red, green and blue, or the first alone for grey where there are fewer.
@@ -254,6 +275,9 @@ def _open_odd_tiff(source: Path | IO[bytes]) -> Image.Image:
         source.seek(0)
     with tifffile.TiffFile(source) as file:
         page: Any = file.pages[0]
+        # Its pixels are decoded here, so they are counted before, by all their bytes.
+        _check_pixels(page.imagelength * page.imagewidth, most_pixels)
+        _check_pixels(page.nbytes // 16, most_pixels)
         most = 2 * (Image.MAX_IMAGE_PIXELS or 1 << 28)
         if page.imagelength * page.imagewidth * page.imagedepth > most:
             raise Image.DecompressionBombError(f"{page.imagelength * page.imagewidth} pixels are more than {most}")
@@ -364,13 +388,16 @@ def _read_error(file: str | os.PathLike[str], error: Exception) -> ImageReadErro
     """Says in one way what Pillow and its plugins, which raise many kinds of exceptions, found wrong with a file."""
     if isinstance(error, FileError):
         text = str(error)
-        return ImageReadError(text if str(file) in text else f"{file}: {text}")
+        kind = PixelLimitError if isinstance(error, PixelLimitError) else ImageReadError
+        return kind(text if str(file) in text else f"{file}: {text}")
     if isinstance(error, FileNotFoundError):
         return ImageReadError(f"{file}: there is no such file")
     if isinstance(error, Image.UnidentifiedImageError):
         return ImageReadError(f"{file}: no image in a known format")
     if isinstance(error, OSError):
         return ImageReadError(f"{file}: {error.strerror or error}")
+    if isinstance(error, Image.DecompressionBombError):
+        return PixelLimitError(f"{file}: {type(error).__name__}: {error}")
     if isinstance(error, MemoryError):
         return ImageReadError(f"{file}: not enough memory for its pixels")
     return ImageReadError(f"{file}: {type(error).__name__}: {error}")

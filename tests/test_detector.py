@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from llava import ForgeryDetector
+from llava.calibration import Calibration
 from llava.conversation import conv_templates
 from llava.errors import CheckpointError, ImageReadError, OptionError
 from llava.mm_utils import grid_over_image, process_images, tokenizer_image_token
@@ -486,3 +487,18 @@ def test_an_empty_question_is_refused(name, question):
     """It is not the system's own question in silence."""
     with pytest.raises(OptionError, match="question must not be empty"):
         resolve(registry.spec(name).options)(question=question)
+
+
+def test_scores_are_calibrated_by_the_models_own_file(trained, detector, pictures, tmp_path):
+    calibration = Calibration(2.0, 0.5, "answer")
+    for file in trained.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    calibration.save(tmp_path / "calibration.json")
+    calibrated = ForgeryDetector.from_pretrained(tmp_path, device="cpu")
+    report = calibrated.analyze(pictures[0])
+    assert report.fake_probability == pytest.approx(detector.analyze(pictures[0]).fake_probability)
+    assert calibrated.calibrated(report) == pytest.approx(float(calibration(np.array([report.fake_probability]))[0]))
+    assert calibrated.calibrated(calibrated.analyze(pictures[0], score_only=True)) is None
+    assert detector.calibrated(report) is None
+    (tmp_path / "calibration.json").write_text("{}")
+    assert ForgeryDetector.from_pretrained(tmp_path, device="cpu").calibration is None

@@ -38,6 +38,7 @@ PAGES_OF_FLAGS = {
     "README.md": [["eval"]],
     "docs/inference.md": [["detect"]],
     "docs/evaluation.md": [["eval"]],
+    "docs/serving.md": [["serve"], ["detect"]],
     "docs/training.md": [["train"], ["train", "--recipe", "fakereasoning"], NETWORK, ["detect"]],
     "docs/checkpoints.md": [["merge"], ["detect"]],
     "docs/data.md": [["data", name] for name in front.DATA],

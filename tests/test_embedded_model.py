@@ -81,7 +81,7 @@ def test_evaluation_takes_it_and_its_report_says_what_it_is(default_model, few, 
     metrics = (results / "metrics.json").read_bytes()
     assert json.loads(metrics)["settings"]["notice"] == NOTICE
     assert "This is a stand-in &amp; &lt;nothing&gt; else." in (results / "report.html").read_text()
-    monkeypatch.setattr("llava.detector.ForgeryDetector._analyze_batch", None)
+    monkeypatch.setattr("llava.detector.ForgeryDetector.analyze_prepared", None)
     assert evaluation.run(given) == 0
     assert (results / "metrics.json").read_bytes() == metrics
 

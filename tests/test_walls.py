@@ -12,18 +12,21 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("llava", "forgery_eval", "mmfr_generation", "scripts")
 
 GROUND = {
-    *(f"llava.{name}" for name in ("labels", "errors", "cli", "files", "images", "tables", "sources")),
+    *(f"llava.{name}" for name in ("labels", "errors", "cli", "files", "images", "tables", "sources", "provenance")),
     *(f"llava.{name}" for name in ("image_operations", "frames", "tampered", "screening", "interrupts")),
 }
 VOCABULARY = {f"llava.{name}" for name in ("constants", "conversation", "mm_utils")}
 ASK = {"llava.systems", "llava.systems.base", "llava.systems.registry"}
-BELOW = GROUND | {"llava.report", "llava.assets", "llava.abstention"}
+BELOW = GROUND | {"llava.report", "llava.assets", "llava.abstention", "llava.calibration", "llava.model_options"}
 ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(GROUND, GROUND),
     "llava.constants": set(),
     "llava.conversation": GROUND,
     "llava.mm_utils": GROUND | VOCABULARY,
     "llava.report": GROUND,
+    "llava.calibration": GROUND | {"llava.report"},
+    "llava.model_options": GROUND | {"llava.assets", "llava"},
+    "llava.report_page": BELOW | {"llava.report_page"},
     "llava.abstention": GROUND,
     "llava.assets": GROUND,
     # The registry looks at a checkpoint's files, and resolves a hub id, when it is asked to.
@@ -35,12 +38,12 @@ ALLOWED: dict[str, set[str]] = {
     "llava.gpu_ceilings": GROUND,
     "llava.detector": BELOW | ASK,
     "llava.demo": BELOW | VOCABULARY | ASK | {"llava.model", "llava.data", "llava.demo", "llava.systems.fakereasoning"},
-    "llava.serve": BELOW | {"llava", "llava.detector", "llava.serve"},
+    "llava.serve": BELOW | {"llava", "llava.detector", "llava.report_page", "llava.serve"},
     "llava": BELOW | {"llava.detector", "llava.model.builder"},
     "llava.__main__": BELOW | ASK | {"llava"},
     "llava.doctor": BELOW | ASK | {"llava"},
     "llava.merge": BELOW | ASK | {"llava.model"},
-    "forgery_eval": BELOW | ASK | {"llava", "llava.detector", "forgery_eval"},
+    "forgery_eval": BELOW | ASK | {"llava", "llava.detector", "llava.report_page", "forgery_eval"},
     "mmfr_generation": BELOW
     | {"llava.data.records", "llava.data.summary"}
     | {*ASK, "llava.systems.base", "llava.systems.fakereasoning.answer", "mmfr_generation"},
@@ -56,7 +59,10 @@ TORCH_FREE = [
     "llava",
     "llava.report",
     "llava.abstention",
+    "llava.calibration",
     "llava.detector",
+    "llava.serve.command",
+    "llava.serve.app",
     "llava.systems.base",
     "llava.systems.registry",
     "llava.systems.fakereasoning.answer",

@@ -2,67 +2,17 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
-from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 
+from llava.calibration import Calibration, kind_of_source, logits
 from llava.errors import DataError
-from llava.files import read_json, write_json
-from llava.report import SCORE_KIND
+
+__all__ = ["Calibration", "fit", "is_for_fitting", "kind_of_score"]
 
 SHARE = 5
 """One id of so many is for fitting."""
-_LARGEST = 40.0
-"""Logits stay within this, somewhat more than that of the largest double below 1: those of 0 and 1 are finite."""
-_KINDS: dict[str | None, str] = {str(source): kind for source, kind in SCORE_KIND.items()}
-"""Which score is read where."""
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Calibrated P(fake) = sigmoid(logit(P) / temperature + bias).
-
-    Attributes:
-        temperature: Above 0; more than 1 makes scores less sure.
-        bias: Above 0 moves scores towards fake.
-        score: The score that it is for: ``answer``, ``prompt`` or ``detector``; None where that was not known.
-    """
-
-    temperature: float
-    bias: float
-    score: str | None = None
-
-    def __call__(self, scores: np.ndarray) -> np.ndarray:
-        """Returns the calibrated probabilities; NaN stays NaN."""
-        # The logit is shifted and scaled, so that the order of scores stays as it is.
-        calibrated: np.ndarray = expit(_logits(np.asarray(scores, float)) / self.temperature + self.bias)
-        return calibrated
-
-    def save(self, path: Path) -> None:
-        """Writes it, atomically."""
-        write_json(path, asdict(self), indent=None)
-
-    @classmethod
-    def load(cls, path: Path) -> "Calibration":
-        """Reads what ``save`` wrote.
-
-        Raises:
-            DataError: The file holds something else.
-            FileError: It cannot be read.
-        """
-        content = read_json(path)
-        try:
-            found = cls(float(content["temperature"]), float(content["bias"]), content.get("score"))
-        except (ValueError, KeyError, TypeError):
-            raise DataError(f"{path} holds no calibration") from None
-        if not (np.isfinite([found.temperature, found.bias]).all() and found.temperature > 0):
-            raise DataError(f"{path}: the temperature must be above 0 and the bias finite")
-        if found.score not in (None, *_KINDS.values()):
-            raise DataError(f"{path}: unknown score {found.score!r}; known: {', '.join(sorted(set(_KINDS.values())))}")
-        return found
 
 
 def is_for_fitting(sample_id: str) -> bool:
@@ -76,7 +26,7 @@ def kind_of_score(sources: Iterable[str | None]) -> str | None:
     Args:
         sources: ``score_source`` of each report.
     """
-    kinds = {_KINDS.get(source) for source in sources}
+    kinds = {kind_of_source(source) for source in sources}
     return kinds.pop() if len(kinds) == 1 else None
 
 
@@ -98,15 +48,9 @@ def fit(scores: Sequence[float], labels: Sequence[int], score: str | None = None
         raise DataError(
             f"the calibration split has {len(values)} scored images and not both classes: calibrate on more images"
         )
-    model = LogisticRegression(C=1000.0).fit(_logits(values)[:, None], truth)
+    model = LogisticRegression(C=1000.0).fit(logits(values)[:, None], truth)
     # The fit gives sigmoid(slope * logit + bias); the temperature is the slope's inverse.
     slope, bias = float(model.coef_[0, 0]), float(model.intercept_[0])
     if slope <= 0:
         raise DataError("on the calibration split a higher score does not mean fake, so no temperature fits")
     return Calibration(1 / slope, bias, score)
-
-
-def _logits(scores: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore"):  # 0 and 1 have an infinite one, which is cut
-        logits: np.ndarray = np.clip(np.log(scores) - np.log1p(-scores), -_LARGEST, _LARGEST)
-    return logits

@@ -4,7 +4,7 @@ Suffixes: B images, P tokens of an image, D width, V words.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -21,7 +21,7 @@ from llava.model.llava_arch import EncodedImages, SplicedBatch, splice
 from llava.model.multimodal_fusion.base import FusionOutput
 from llava.model.token_sources import VisionContext
 from llava.report import ScoreSource
-from llava.systems.base import AnalyzeOptions, AnswerFormat
+from llava.systems.base import AnalyzeOptions, AnswerFormat, Listener
 
 _CLOSING_TAIL = 24
 """Ids at an answer's end whose text is asked whether the answer is complete."""
@@ -33,6 +33,9 @@ _PROMPT_POSITIONS = 1280
 """Length of a prompt with its image in the estimate of what a row takes."""
 _MEMORY_SHARE = 0.6
 """Share of the free GPU memory that caches may take; the rest is for activations."""
+
+_CONTEXT_IDS = 4
+"""Ids before a new one that its text can depend on."""
 
 Embeddings = Mapping[int, Tensor]
 """What takes each placeholder's place, ``[B, n, D]`` by the placeholder's id; one of each for every image."""
@@ -96,6 +99,7 @@ class Answering:
         self.temperature = temperature
         self.placeholders = model.get_model().placeholders()
         self.tokenize = tokenize or (lambda prompt: tokenize_placeholders(prompt, tokenizer, self.placeholders))
+        self.listener: Listener | None = None
 
     def batch_size(self, options: AnalyzeOptions) -> int:
         """On a GPU as many images as their caches fit into free memory; on a CPU what was fastest."""
@@ -233,7 +237,11 @@ class Answering:
             kept_words=(self.verdict.real, self.verdict.fake),
             is_complete=lambda ids: self._is_complete(prefix_ids, ids, closing_ids),
             samples=options.samples,
+            follow=self._follower(self.listener, options.samples) if self.listener else None,
         )
+
+    def _follower(self, listener: Listener, samples: int) -> Callable[[int, int, float, Tensor], bool]:
+        return _Follower(listener, self.tokenizer, samples, self._end_ids, self.temperature)
 
     def _beam_search(self, embeds_BLD: Tensor, num_beams: int, budget: int) -> list[Decoded]:
         """Lets transformers search; no logits are kept, so scores are computed on the finished texts."""
@@ -349,6 +357,61 @@ class Answering:
         mask = torch.arange(padded.shape[1], device=device) >= padded.shape[1] - lengths[:, None]
         filled = {index: [[own] for own in tokens] for index, tokens in embeddings.items()}
         return splice(padded, self.model.get_input_embeddings(), filled, attention_mask=mask, padding_side="left")
+
+
+@dataclass
+class _Pending:
+    """An answer's last ids that were told, and those that are not told yet, with their common log-probability."""
+
+    told: list[int] = field(default_factory=list)
+    new: list[int] = field(default_factory=list)
+    logprob: float = 0.0
+    fake_probability: float = 0.0
+
+
+class _Follower:
+    """Turns the ids of answers, as they are decoded, into pieces of text for a listener.
+
+    Args:
+        listener: Follows the first answer of each image.
+        tokenizer: The model's.
+        samples: Answers an image.
+        end_ids: Ids that are no text.
+        temperature: Of the two verdict words' logits.
+    """
+
+    def __init__(
+        self,
+        listener: Listener,
+        tokenizer: PreTrainedTokenizerBase,
+        samples: int,
+        end_ids: frozenset[int],
+        temperature: float,
+    ) -> None:
+        self._listener = listener
+        self._tokenizer = tokenizer
+        self._samples = samples
+        self._end_ids = end_ids
+        self._temperature = temperature
+        self._pending: dict[int, _Pending] = {}
+
+    def __call__(self, answer: int, chosen: int, logprob: float, verdict_logits_W: Tensor) -> bool:
+        """Takes an id; returns whether nobody waits for the answer."""
+        row, sample = divmod(answer, self._samples)
+        if sample == 0 and chosen not in self._end_ids:
+            pending = self._pending.setdefault(row, _Pending())
+            if not pending.new:
+                logits_W = verdict_logits_W.double() / self._temperature
+                pending.fake_probability = float(logits_W.softmax(dim=-1)[1])
+            pending.new.append(chosen)
+            pending.logprob += logprob
+            # What an id adds depends on the ids before it, and half a character is told with its other half.
+            known = self._tokenizer.decode(pending.told, skip_special_tokens=True)
+            text = self._tokenizer.decode([*pending.told, *pending.new], skip_special_tokens=True)
+            if not text.endswith("\ufffd"):
+                self._listener.heard(row, text[len(known) :], pending.logprob, pending.fake_probability)
+                self._pending[row] = _Pending(told=[*pending.told, *pending.new][-_CONTEXT_IDS:])
+        return self._listener.is_gone(row)
 
 
 def _known(score: float | None) -> float:

@@ -137,6 +137,7 @@ def decode(
     samples: int = 1,
     attention_mask: Tensor | None = None,
     states_of: int | None = None,
+    follow: Callable[[int, int, float, Tensor], bool] | None = None,
 ) -> tuple[list[Decoded], PromptCache]:
     """Continues prompts until each is complete.
 
@@ -150,6 +151,8 @@ def decode(
         samples: Answers a prompt; the prompt runs once.
         attention_mask: ``[B, L]``, False where a prompt is padded on its left; None where none is.
         states_of: Also keep the model's last states, behind its norm, wherever they predict this id and it is chosen.
+        follow: Takes the answer's number, its new id, that id's log-probability and the kept logits ``[W]`` at it;
+            returns whether the answer may end.
 
     Returns:
         B × samples answers, those of one prompt side by side, and the prompts' own cache.
@@ -172,12 +175,14 @@ def decode(
     for step in range(max_new_tokens):
         kept_BTW[rows, step] = logits_BV[:, words].float()
         ids_B = sampler.choose(logits_BV, rows)
-        for index, (row, chosen) in enumerate(zip(rows, ids_B.tolist(), strict=True)):
+        logprobs_B = _logprobs(logits_BV, ids_B) if follow else [0.0] * len(rows)
+        for index, (row, chosen, logprob) in enumerate(zip(rows, ids_B.tolist(), logprobs_B, strict=True)):
             if row not in finished:
                 answers[row].append(chosen)
                 if chosen == states_of:
                     states[row].append(states_BD[index])
-                if is_complete(answers[row]):
+                unwanted = follow is not None and follow(row, chosen, logprob, kept_BTW[row, step])
+                if unwanted or is_complete(answers[row]):
                     finished.add(row)
         if len(finished) == number or step + 1 == max_new_tokens:
             break
@@ -231,6 +236,12 @@ def _run(
     given = {} if padding is None else padding.inputs(next(iter(inputs.values())).shape[1])
     states_B1D = model.model(past_key_values=cache, use_cache=True, **given, **inputs).last_hidden_state[:, -1:]
     return model.lm_head(states_B1D)[:, -1], states_B1D[:, -1]
+
+
+def _logprobs(logits_BV: Tensor, ids_B: Tensor) -> list[float]:
+    """Log-probabilities of chosen words, ``[B]``."""
+    chosen: list[float] = logits_BV.float().log_softmax(dim=-1).gather(1, ids_B[:, None])[:, 0].tolist()
+    return chosen
 
 
 def _prefill(

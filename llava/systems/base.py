@@ -6,6 +6,7 @@ else in this project knows them and no system's name.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
@@ -420,6 +421,8 @@ class System(Protocol):
         notice: What whoever reads this model's answers must know; empty for most.
         answer_format: The system's words; None for a system without answers.
         options: The dataclass of its options, ``AnalyzeOptions`` or a child of it.
+
+    A system that can say where it looked also has ``has_attention``, which is true then.
     """
 
     name: str
@@ -455,6 +458,34 @@ class FeatureSource(Protocol):
 
     def image_features(self, prepared: Sequence[Any]) -> "np.ndarray":
         """Returns features of a batch of prepared images, float32, shape (B, D), each by its image alone."""
+        ...
+
+
+class Listener(Protocol):
+    """Who follows answers while they are decoded; rows are the images' numbers in the batch."""
+
+    def heard(self, row: int, piece: str, logprob: float, fake_probability: float) -> None:
+        """Takes the next piece of an answer.
+
+        Args:
+            row: Of the answer.
+            piece: Its text.
+            logprob: Logarithm of its probability under the model.
+            fake_probability: What P(fake) would be if this piece were the verdict; of the piece that is, it is P(fake).
+        """
+        ...
+
+    def is_gone(self, row: int) -> bool:
+        """Whether nobody waits for an answer any more, so that its decoding may end."""
+        ...
+
+
+@runtime_checkable
+class AnswerStream(Protocol):
+    """What a system offers besides, if its answers can be followed while they are decoded."""
+
+    def listening(self, listener: Listener) -> AbstractContextManager[None]:
+        """Lets somebody follow the answers of ``analyze_batch`` inside the block."""
         ...
 
 

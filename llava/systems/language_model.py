@@ -2,7 +2,8 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ from llava.model.builder import load_pretrained_model
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.multimodal_fusion.builder import fusion_class
 from llava.report import ForgeryReport
-from llava.systems.base import AnalyzeOptions, AnswerFormat
+from llava.systems.base import AnalyzeOptions, AnswerFormat, Listener
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,11 @@ class LanguageModelSystem(ABC):
         self.answering = Answering(
             model, tokenizer, context_length, self.answer_format, temperature=self.verdict_temperature
         )
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether the system can say where it looked."""
+        return bool(fusion_class(self.model.config.mm_fusion_type).has_attention)
 
     @property
     def verdict_temperature(self) -> float:
@@ -144,8 +150,8 @@ class LanguageModelSystem(ABC):
             OptionError: The options cannot be met, for example an attention that the fusion does not have, or a prompt
                 that is longer than the model's context.
         """
-        fusion = self.model.config.mm_fusion_type
-        if options.attention and self.looks_by_attention and not fusion_class(fusion).has_attention:
+        if options.attention and self.looks_by_attention and not self.has_attention:
+            fusion = self.model.config.mm_fusion_type
             raise OptionError(f"the fusion {fusion!r} has no attention, so it cannot say where the model looked")
         pixels = torch.stack([item.pixels for item in prepared]).to(self.model.device, self.model.dtype)
         extras = {
@@ -178,6 +184,15 @@ class LanguageModelSystem(ABC):
             parts += [patches_BPD.mean(dim=1), patches_BPD.std(dim=1, correction=0)]
         features: np.ndarray = torch.cat(parts, dim=1).cpu().numpy()
         return features
+
+    @contextmanager
+    def listening(self, listener: Listener) -> Iterator[None]:
+        """Lets somebody follow the answers that are decoded inside the block."""
+        self.answering.listener = listener
+        try:
+            yield
+        finally:
+            self.answering.listener = None
 
     def _answer(
         self, embeddings: Mapping[int, Tensor], prepared: Sequence[PreparedImage], options: AnalyzeOptions

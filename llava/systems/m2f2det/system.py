@@ -56,6 +56,7 @@ class DetectorAlone:
 
     name = "M2F2-Det"
     answer_format = None
+    has_attention = True
     options: ClassVar[type[AnalyzeOptions]] = M2F2DetOptions
 
     def __init__(self, detector: M2F2Detector, device: torch.device, tower: VisionTower | None = None) -> None:

@@ -1,0 +1,1 @@
+"""A server on ``ForgeryDetector``: a page for people, an API for programs."""
