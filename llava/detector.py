@@ -5,9 +5,11 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,8 @@ ImageLike = Any
 """Whatever ``llava.sources.load_source`` takes: paths, PIL images, arrays, tensors, bytes, file objects, data URLs."""
 
 _LOADERS = 4
+_LARGE_IMAGES = Lock()
+"""Held by whoever has a large image in memory."""
 NO_MODEL = (
     "no model is named, and this installation is without the embedded demonstration model (llava/assets/demo_model). "
     "Get the published weights, for example with `hf download AnnaGao/FakeReasoning`, and pass the folder's path or "
@@ -95,7 +99,7 @@ class ForgeryDetector:
     @property
     def notice(self) -> str:
         """What whoever reads this model's answers must know; empty for most models."""
-        return self.system.notice
+        return getattr(self.system, "notice", "")
 
     def announce(self) -> None:
         """Says what must be known of the model, once a process."""
@@ -130,7 +134,7 @@ class ForgeryDetector:
         """
         wanted = self.options(**options)
         self.announce()
-        return self._analyze_batch([self._prepare(image)], wanted)[0]
+        return self._analyze_batch([self._prepare(image, wanted)], wanted)[0]
 
     def analyze_many(
         self, images: Iterable[ImageLike], *, batch_size: int | str = "auto", **options: Any
@@ -160,7 +164,7 @@ class ForgeryDetector:
             waiting: deque[list[Future[Any]]] = deque()
             while True:
                 while len(waiting) < 2:
-                    batch = [loaders.submit(self._prepare, image) for image in islice(images, size)]
+                    batch = [loaders.submit(self._prepare, image, options) for image in islice(images, size)]
                     if not batch:
                         break
                     waiting.append(batch)
@@ -241,10 +245,12 @@ class ForgeryDetector:
         half = len(prepared) // 2
         return self._analyze_images(prepared[:half], options) + self._analyze_images(prepared[half:], options)
 
-    def _prepare(self, image: ImageLike) -> _Prepared:
-        pixels = load_source(image)
+    def _prepare(self, image: ImageLike, options: AnalyzeOptions) -> _Prepared:
+        managed = options.color_management == "srgb"
         steps = LIGHT_DELIVERIES[: self.rule.deliveries] if self.rule else ()
-        return _Prepared(self.system.prepare(pixels), tuple(self.system.prepare(step(pixels)) for step in steps))
+        with ExitStack() as alone:  # one large image at a time, whatever the number of loaders
+            pixels = load_source(image, apply_profile=managed, if_large=lambda: alone.enter_context(_LARGE_IMAGES))
+            return _Prepared(self.system.prepare(pixels), tuple(self.system.prepare(step(pixels)) for step in steps))
 
     def _checked(self, report: ForgeryReport) -> ForgeryReport:
         """A report as it is, or one that says that its score is no number."""

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("llava", "forgery_eval", "mmfr_generation", "scripts")
 
 GROUND = {
-    f"llava.{name}" for name in ("labels", "errors", "cli", "files", "images", "tables", "sources", "image_operations")
+    f"llava.{name}"
+    for name in ("labels", "errors", "cli", "files", "images", "tables", "sources", "fetching", "image_operations")
 }
 VOCABULARY = {f"llava.{name}" for name in ("constants", "conversation", "mm_utils")}
 ASK = {"llava.systems", "llava.systems.base", "llava.systems.registry"}
