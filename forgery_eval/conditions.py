@@ -120,7 +120,9 @@ class Conditions:
         return RunEvidence(features=features, delivered=delivered), perturbed
 
     def _features(self, path: Path, perturbation: Perturbation | None = None) -> np.ndarray | None:
-        return compute_features(self.detector, self.samples, image_source(self.oriented, perturbation), path)
+        color_managed = self.options.color_management == "srgb"
+        image_of = image_source(self.oriented, perturbation, color_managed=color_managed)
+        return compute_features(self.detector, self.samples, image_of, path)
 
 
 def _folder(predictions: Path, perturbation: Perturbation) -> Path:

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from forgery_eval.answers import AnswerKind
-from forgery_eval.benchmarks import Sample, open_benchmark
+from forgery_eval.benchmarks import Sample, list_passed_over, open_benchmark
 from forgery_eval.conditions import Conditions, Plan, RunEvidence, read_evidence
 from forgery_eval.fingerprints import images_digest, weight_locations, weights_digest
 from forgery_eval.model_options import (
@@ -32,8 +32,9 @@ from forgery_eval.model_options import (
 from forgery_eval.perturbations import Perturbation, choose_perturbations
 from forgery_eval.store import Prediction, Run, read_run, system_of
 from llava.abstention import LIGHT_DELIVERIES, AbstentionRule
-from llava.cli import SOME_FAILED, OptionParser, format_list, log, positive_int, run_cli, share
+from llava.cli import SOME_FAILED, OptionParser, format_list, inform, log, positive_int, run_cli, share
 from llava.errors import DataError, MissingFileError, OptionError
+from llava.images import describe_passed_over
 from llava.labels import LABELS
 from llava.systems import registry
 from llava.systems.base import EvaluationProtocol
@@ -328,6 +329,8 @@ def predict(arguments: argparse.Namespace, plan: Plan) -> Predicted:
         label_map=arguments.label_map,
     )
     options = analyze_options(arguments, attention=arguments.score_maps)
+    if arguments.paper_protocol:
+        options = replace(options, color_management="none")
     if arguments.model_path is None:
         open_detector(arguments)  # says how to get a model
     settings = {
@@ -336,7 +339,6 @@ def predict(arguments: argparse.Namespace, plan: Plan) -> Predicted:
         **{name: value for name, value in loading_options(arguments).items() if name not in LOCATIONS},
         **asdict(options),
         "orientation": not arguments.paper_protocol,
-        "color_management": not arguments.paper_protocol,
         "batch_size": arguments.batch_size,
         "images": images_digest([s.id for s in samples], [s.image for s in samples]),
         "versions": {name: known for name in _VERSIONS if (known := _version(name))},
@@ -350,6 +352,8 @@ def predict(arguments: argparse.Namespace, plan: Plan) -> Predicted:
         detector, samples, options, run, arguments.result_folder / _PREDICTIONS, not arguments.paper_protocol
     )
     path, predictions = conditions.predictions()
+    if passed_over := list_passed_over(arguments.dataset_path):
+        inform(describe_passed_over(passed_over))
     evidence, perturbed = conditions.evidence(path, plan)
     about = {"run": run.key, "settings": settings}
     answers = AnswerKind.of(arguments.options_of)

@@ -7,15 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 from llava.errors import ImageReadError
 from llava.files import atomic_write, make_folder
-from llava.images import load_image
-from llava.provenance import read_file_provenance
+from llava.provenance import Provenance, read_file_provenance, read_provenance
 from llava.report_page.content import STABILITY_STEPS, result, stability_rows
 from llava.report_page.drawing import preview_jpeg
 from llava.report_page.html import report_file
+from llava.sources import EncodedSource, load_source
 
 if TYPE_CHECKING:
     from llava import ForgeryDetector, ForgeryReport
     from llava.systems.base import AnalyzeOptions
+
+
+def provenance_of(item: Path | EncodedSource) -> Provenance:
+    """Returns what an analysed image says of its own origin; nothing if it could not be read."""
+    if isinstance(item, Path):
+        return read_file_provenance(item)
+    content = item.content_if_read
+    return Provenance() if content is None else read_provenance(content)
 
 
 class HtmlReport:
@@ -41,22 +49,22 @@ class HtmlReport:
         self._constant_stages = constant_stages
         self._results: list[dict[str, Any]] = []
 
-    def add(self, file: Path, report: "ForgeryReport") -> None:
+    def add(self, file: Path | EncodedSource, report: "ForgeryReport") -> None:
         """Adds an image and its report."""
         self._results.append(self._result(file, report))
 
-    def _result(self, file: Path, report: "ForgeryReport") -> dict[str, Any]:
+    def _result(self, file: Path | EncodedSource, report: "ForgeryReport") -> dict[str, Any]:
         if report.error:
             return {"name": str(file), "error": {"message": report.error}}
         try:
-            image = load_image(file)
+            image = load_source(file)
         except ImageReadError as error:  # it changed after it was analysed
             return {"name": str(file), "error": {"message": str(error)}}
         found = result(
             str(file),
             report,
             self._detector.calibrated(report),
-            read_file_provenance(file),
+            provenance_of(file),
             constant_stages=self._constant_stages,
             preview=preview_jpeg(image),
             attention=True,

@@ -14,12 +14,13 @@ from dataclasses import replace
 from glob import has_magic
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from tqdm import tqdm
 
 from forgery_eval.answers import AnswerKind
 from forgery_eval.fingerprints import model_fingerprint, weight_locations
-from forgery_eval.html_report import HtmlReport
+from forgery_eval.html_report import HtmlReport, provenance_of
 from forgery_eval.model_options import (
     LOCATIONS,
     add_batch_size,
@@ -34,15 +35,15 @@ from forgery_eval.runner import Batch, analyze_batches
 from forgery_eval.store import AnswersFile
 from llava.abstention import CALIBRATION
 from llava.cli import SOME_FAILED, OptionParser, inform, is_verbose, log, note, progress, run_cli
-from llava.errors import DataError, FileError, ImageReadError, OptionError
+from llava.errors import DataError, FileError, ImageReadError
 from llava.files import atomic_file, digest_file, file_errors
-from llava.images import describe_passed_over, list_images, load_image
-from llava.provenance import Provenance, read_file_provenance
+from llava.images import describe_passed_over, list_images
+from llava.provenance import Provenance
 from llava.report import SCORE_SOURCES
-from llava.sources import is_url, refuse_url
+from llava.sources import EncodedSource, load_source, refuse_url, standard_input, web_image
 from llava.systems import registry
 from llava.systems.base import AnalyzeOptions
-from llava.tables import NameFinder
+from llava.tables import LIST_SUFFIXES, NameFinder, is_url, read_sources
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,7 +53,9 @@ if TYPE_CHECKING:
 _MANY = 20
 """From more images than these on, a row each is printed."""
 _OVERLAY_ENDING = ".attention.png"
-_STDIN = Path("-")
+_STDIN = "-"
+Item = Path | EncodedSource
+"""An image: a file, or what was piped or lies on the web."""
 _CSV_HEADER = ("image", "verdict", "fake_probability", "error")
 
 
@@ -66,6 +69,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         action="extend",
         help="images, folders (with subfolders), patterns such as 'a/*.png', .txt lists or tables; - is standard input",
+    )
+    images.add_argument(
+        "--allow-urls", action="store_true", help="fetch http and https addresses (public ones, up to 64 MB, 30 s)"
     )
     images.add_argument("--json", type=Path, metavar="OUT.jsonl", help="write one line an image; run again to resume")
     images.add_argument("--sort", choices=("score",), help="print a short table, the most likely fakes first")
@@ -90,23 +96,23 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add_model_options(parser)
     parsed = parse_with_system(parser, arguments)
     finder = NameFinder(Path())
-    parsed.img_path = [path for word in parsed.img_path for path in _paths(word, finder)]
+    parsed.img_path = [path for word in parsed.img_path for path in _paths(word, finder, parsed.allow_urls)]
     finder.report("--img_path")
-    if _STDIN in parsed.img_path and (parsed.json or parsed.attention_map or parsed.html):
-        raise OptionError("standard input has no name to resume or draw by: save the image and give its path")
     return parsed
 
 
-def _paths(word: str, finder: NameFinder) -> list[Path]:
+def _paths(word: str, finder: NameFinder, allow_urls: bool) -> Sequence[Item]:
     """Returns what an argument names: itself, or what its pattern matches.
 
     Raises:
-        ImageReadError: It is an address on the web.
+        ImageReadError: It is an address on the web, and these are not allowed; or standard input cannot be read.
     """
     if is_url(word):
-        raise refuse_url(word)
-    if word == str(_STDIN):
-        return [_STDIN]
+        if not allow_urls:
+            raise refuse_url(word)
+        return [web_image(word, allowed=True)]
+    if word == _STDIN:
+        return [standard_input(sys.stdin.buffer)]
     path = finder.find(word)
     if path.exists() or not has_magic(word):
         return [path]
@@ -122,7 +128,7 @@ def main(arguments: argparse.Namespace) -> int:
     """
     options = analyze_options(arguments, attention=arguments.attention_map is not None)
     passed_over: list[Path] = []
-    total = sum(1 for _ in _all_images(arguments.img_path, passed_over))
+    total = sum(1 for _ in _all_images(arguments, passed_over))
     if arguments.json is None:
         failed = _Inference(arguments, options, None).run(total)
     else:
@@ -132,7 +138,6 @@ def main(arguments: argparse.Namespace) -> int:
             **loading_options(arguments),
             **vars(options),
             **_rule_settings(arguments),
-            "color_management": True,
         }
         with closing(AnswersFile(arguments.json, settings)) as answers:
             failed = _Inference(arguments, options, answers).run(total)
@@ -160,15 +165,24 @@ def _rule_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return {} if file is None else {"calibration": digest_file(file)}
 
 
-def _all_images(paths: Sequence[Path], passed_over: list[Path] | None = None) -> Iterator[Path]:
+def _all_images(arguments: argparse.Namespace, passed_over: list[Path] | None = None) -> Iterator[Item]:
     """Yields the images of all paths, each once."""
-    seen: set[Path] = set()
-    for path in paths:
-        with file_errors(path, "read"):
-            for file in [path] if path == _STDIN else list_images(path, passed_over):
-                if len(paths) == 1 or file not in seen:
-                    seen.add(file)
-                    yield file
+    seen: set[str] = set()
+    for path in arguments.img_path:
+        with file_errors(str(path), "read"):
+            for item in _images_of(path, arguments.allow_urls, passed_over):
+                if len(arguments.img_path) == 1 or str(item) not in seen:
+                    seen.add(str(item))
+                    yield item
+
+
+def _images_of(path: Item, allow_urls: bool, passed_over: list[Path] | None) -> Iterator[Item]:
+    if isinstance(path, EncodedSource):
+        yield path
+    elif path.suffix.lower() in LIST_SUFFIXES and path.is_file() and (named := read_sources(path)):
+        yield from (web_image(name, allowed=allow_urls) if isinstance(name, str) else name for name in named)
+    else:
+        yield from list_images(path, passed_over)
 
 
 class _Inference:
@@ -205,7 +219,7 @@ class _Inference:
         done = len(self._answers.done) if self._answers else 0
         if done and self._html is not None:
             note(f"{done} images were analysed by an earlier run and are not in {self._arguments.html}")
-        batches = analyze_batches(detector, self._remaining(), _source, options, self._arguments.batch_size)
+        batches = analyze_batches(detector, self._remaining(), _itself, options, self._arguments.batch_size)
         with (
             self._html or nullcontext(),
             self._table,
@@ -218,15 +232,15 @@ class _Inference:
             print(row)
         return self._failed
 
-    def _remaining(self) -> Iterator[Path]:
+    def _remaining(self) -> Iterator[Item]:
         done = self._answers.done if self._answers else {}
-        for file in _all_images(self._arguments.img_path):
+        for file in _all_images(self._arguments):
             if str(file) not in done:
                 yield file
             elif done[str(file)]:
                 self._fail(f"could not analyse {done[str(file)]} ({self._arguments.json} says)")
 
-    def _finish(self, batch: Batch[Path]) -> None:
+    def _finish(self, batch: Batch[Item]) -> None:
         """Prints or writes a batch, and draws its overlays."""
         for file, report in zip(batch.items, batch.reports, strict=True):
             if report.error:
@@ -236,9 +250,7 @@ class _Inference:
             if self._html is not None:
                 self._html.add(file, report)
             if report.attention is not None and self._arguments.attention_map is not None:
-                paths = self._arguments.img_path
-                root = next((path for path in paths if path == file or path in file.parents), paths[0])
-                target = overlay_path(file, root, self._arguments.attention_map)
+                target = self._overlay(file)
                 try:
                     save_overlay(file, target, report.attention)
                 except DataError as error:
@@ -246,27 +258,34 @@ class _Inference:
         self._table.write(batch)
         if self._answers is not None:
             pairs = [(str(file), report) for file, report in zip(batch.items, batch.reports, strict=True)]
-            self._answers.write(pairs, [read_file_provenance(file).to_dict() for file in batch.items])
+            self._answers.write(pairs, [provenance_of(file).to_dict() for file in batch.items])
 
-    def _print(self, file: Path, report: "ForgeryReport") -> None:
+    def _overlay(self, file: Item) -> Path:
+        folder: Path = self._arguments.attention_map
+        if isinstance(file, EncodedSource):
+            return folder / f"{quote(file.name, safe='')}{_OVERLAY_ENDING}"
+        paths = [path for path in self._arguments.img_path if isinstance(path, Path)]
+        return overlay_path(
+            file, next((path for path in paths if path == file or path in file.parents), paths[0]), folder
+        )
+
+    def _print(self, file: Item, report: "ForgeryReport") -> None:
         if self._arguments.sort:
             score = report.fake_probability
             self._rows.append((2.0 if score is None else -score, short_row(file, report)))
         else:
             tqdm.write(short_row(file, report) if self._short else self._described(file, report))
 
-    def _described(self, file: Path, report: "ForgeryReport") -> str:
-        # Standard input is read only once, by the detector.
-        provenance = None if file == _STDIN else read_file_provenance(file)
-        return describe(file, report, self._left_out, provenance)
+    def _described(self, file: Item, report: "ForgeryReport") -> str:
+        return describe(file, report, self._left_out, provenance_of(file))
 
     def _fail(self, complaint: str) -> None:
         self._failed += 1
         log(complaint)
 
 
-def _source(file: Path) -> Any:
-    return sys.stdin.buffer if file == _STDIN else file
+def _itself(item: Item) -> Item:
+    return item
 
 
 class _Table:
@@ -299,7 +318,7 @@ class _Table:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def write(self, batch: Batch[Path]) -> None:
+    def write(self, batch: Batch[Item]) -> None:
         """Adds a row for each image of a batch, and returns when they are written."""
         pairs = zip(batch.items, batch.reports, strict=True)
         self._add([[str(file), *_values(report.to_dict())] for file, report in pairs])
@@ -320,14 +339,14 @@ def _values(entry: Mapping[str, Any]) -> list[Any]:
     return [entry["label"], entry["fake_probability"], entry["error"]]
 
 
-def short_row(file: Path, report: "ForgeryReport") -> str:
+def short_row(file: Item, report: "ForgeryReport") -> str:
     """Returns a report as a row: verdict, P(fake), name."""
     score = "-" if report.fake_probability is None else f"{report.fake_probability:.4f}"
     return f"{report.label or 'none':<5} {score:>6}  {file}"
 
 
 def describe(
-    file: Path, report: "ForgeryReport", left_out: Sequence[str] = (), provenance: Provenance | None = None
+    file: Item, report: "ForgeryReport", left_out: Sequence[str] = (), provenance: Provenance | None = None
 ) -> str:
     """Returns a report for reading, without some of its stages; last what the file says of itself."""
     lines = [f"{file}", f"  verdict     {_verdict(report)}"]
@@ -361,7 +380,7 @@ def _verdict(report: "ForgeryReport") -> str:
     return report.label or "none: the answer gives no verdict"
 
 
-def save_overlay(file: Path, target: Path, attention: "np.ndarray") -> None:
+def save_overlay(file: Item, target: Path, attention: "np.ndarray") -> None:
     """Draws where the model looked over an image; the file appears only when it is complete.
 
     Raises:
@@ -369,7 +388,7 @@ def save_overlay(file: Path, target: Path, attention: "np.ndarray") -> None:
         FileError: The overlay cannot be written, for example since the disk is full.
     """
     try:
-        drawn = draw_overlay(load_image(file), attention)
+        drawn = draw_overlay(load_source(file), attention)
     except (ImageReadError, DataError) as error:
         raise DataError(f"{file}, which changed after it was analysed: {error}") from error
     try:

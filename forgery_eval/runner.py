@@ -94,11 +94,11 @@ def fill_store(
         samples: All samples of the run, in order.
         options: How images are analysed.
         store: The run's store.
-        oriented: Whether images are turned by their EXIF orientation, and their colours converted by their profile.
+        oriented: Whether images are turned by their EXIF orientation.
         change: Gives another image instead of a sample's, in memory.
     """
     rest = samples[store.done :]
-    image_of = image_source(oriented, change)
+    image_of = image_source(oriented, change, color_managed=options.color_management == "srgb")
 
     with progress(total=len(samples), initial=store.done, unit=" images") as bar:
         for batch in analyze_batches(detector, rest, image_of, options, store.batch_size):
@@ -121,15 +121,18 @@ def _stored_mask(report: "ForgeryReport") -> "np.ndarray | None":
 
 
 def image_source(
-    oriented: bool = True, change: Callable[[Sample, Image.Image], Image.Image] | None = None
+    oriented: bool = True,
+    change: Callable[[Sample, Image.Image], Image.Image] | None = None,
+    *,
+    color_managed: bool = True,
 ) -> "Callable[[Sample], ImageLike]":
     """Returns what gives a sample's image; its path where it cannot be read, for the detector to say why."""
 
     def image_of(sample: Sample) -> "ImageLike":
-        if oriented and change is None:
+        if oriented and color_managed and change is None:
             return sample.image
         try:
-            image = load_image(sample.image, apply_orientation=oriented, apply_profile=oriented)
+            image = load_image(sample.image, apply_orientation=oriented, apply_profile=color_managed)
         except ImageReadError:
             return sample.image
         return image if change is None else change(sample, image)

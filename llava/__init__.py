@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
     __version__: str
 
-# It warns, as soon as peft imports it, of a kernel that nobody asked for; --verbose shows it.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# They warn of a kernel that nobody asked for, and of damaged files that are named anyway; --verbose shows it.
+for _library in ("bitsandbytes", "tifffile"):
+    logging.getLogger(_library).setLevel(logging.CRITICAL)
 
 __all__ = ["ForgeryDetector", "ForgeryReport", "__version__", "load_pretrained_model"]
 DISTRIBUTION = "fakereasoning"

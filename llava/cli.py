@@ -194,7 +194,8 @@ def set_messages(*, quiet: bool = False, verbose: bool = False) -> None:
     _quiet, _verbose = quiet, verbose
     if verbose:
         warnings.simplefilter("default")
-        logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)
+        for library in ("bitsandbytes", "tifffile"):
+            logging.getLogger(library).setLevel(logging.NOTSET)
 
 
 def is_quiet() -> bool:

@@ -5,10 +5,11 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ ImageLike = Any
 """Whatever ``llava.sources.load_source`` takes: paths, PIL images, arrays, tensors, bytes, file objects, data URLs."""
 
 _LOADERS = 4
+_LARGE_IMAGES = Lock()
+"""Held by whoever has a large image in memory."""
 NO_MODEL = (
     "no model is named, and this installation is without the embedded demonstration model (llava/assets/demo_model). "
     "Get the published weights, for example with `hf download AnnaGao/FakeReasoning`, and pass the folder's path or "
@@ -124,7 +127,7 @@ class ForgeryDetector:
     @property
     def notice(self) -> str:
         """What whoever reads this model's answers must know; empty for most models."""
-        return self.system.notice
+        return getattr(self.system, "notice", "")
 
     def announce(self) -> None:
         """Says what must be known of the model, once a process."""
@@ -167,7 +170,7 @@ class ForgeryDetector:
         """
         wanted = self.options(**options)
         self.announce()
-        return self.analyze_prepared([self.prepare(image)], wanted)[0]
+        return self.analyze_prepared([self.prepare(image, wanted)], wanted)[0]
 
     def analyze_many(
         self, images: Iterable[ImageLike], *, batch_size: int | str = "auto", **options: Any
@@ -197,7 +200,7 @@ class ForgeryDetector:
             waiting: deque[list[Future[Any]]] = deque()
             while True:
                 while len(waiting) < 2:
-                    batch = [loaders.submit(self.prepare, image) for image in islice(images, size)]
+                    batch = [loaders.submit(self.prepare, image, options) for image in islice(images, size)]
                     if not batch:
                         break
                     waiting.append(batch)
@@ -310,15 +313,21 @@ class ForgeryDetector:
             return nullcontext()
         return self.system.listening(listener)
 
-    def prepare(self, image: ImageLike) -> Prepared:
+    def prepare(self, image: ImageLike, options: AnalyzeOptions | None = None) -> Prepared:
         """Turns an image into what ``analyze_prepared`` takes; may run beside the model, in another thread.
+
+        Args:
+            image: The image.
+            options: How it will be analysed; the system's own by default.
 
         Raises:
             ImageReadError: The image cannot be read.
         """
-        pixels = load_source(image)
+        managed = options is None or options.color_management == "srgb"
         steps = LIGHT_DELIVERIES[: self.rule.deliveries] if self.rule else ()
-        return Prepared(self.system.prepare(pixels), tuple(self.system.prepare(step(pixels)) for step in steps))
+        with ExitStack() as alone:  # one large image at a time, whatever the number of loaders
+            pixels = load_source(image, apply_profile=managed, if_large=lambda: alone.enter_context(_LARGE_IMAGES))
+            return Prepared(self.system.prepare(pixels), tuple(self.system.prepare(step(pixels)) for step in steps))
 
     def _checked(self, report: ForgeryReport) -> ForgeryReport:
         """A report as it is, or one that says that its score is no number."""

@@ -4,7 +4,7 @@ import io
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
@@ -279,7 +279,7 @@ def _open_odd_tiff(source: Path | IO[bytes], most_pixels: int | None = None) -> 
         _check_pixels(page.imagelength * page.imagewidth, most_pixels)
         _check_pixels(page.nbytes // 16, most_pixels)
         most = 2 * (Image.MAX_IMAGE_PIXELS or 1 << 28)
-        if page.imagelength * page.imagewidth * page.imagedepth > most:
+        if page.imagelength * page.imagewidth * page.imagedepth > most or page.nbytes > 4 * most:
             raise Image.DecompressionBombError(f"{page.imagelength * page.imagewidth} pixels are more than {most}")
         values = np.asarray(page.asarray())
     if values.ndim == 3 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
@@ -298,11 +298,17 @@ def _open_odd_tiff(source: Path | IO[bytes], most_pixels: int | None = None) -> 
     return Image.fromarray((samples >> shift).astype(np.uint8))
 
 
+LARGE = 1 << 25
+"""Pixels above which an image takes so much memory that few should be held at a time."""
 _FLOATING = "its pixels are floating-point numbers, and nothing says which of them is white; save it with 8 or 16 bits"
 
 
 def load_image(
-    file: str | os.PathLike[str], *, apply_orientation: bool = True, apply_profile: bool = True
+    file: str | os.PathLike[str],
+    *,
+    apply_orientation: bool = True,
+    apply_profile: bool = True,
+    if_large: Callable[[], object] | None = None,
 ) -> Image.Image:
     """Opens an image as 8-bit RGB.
 
@@ -312,12 +318,14 @@ def load_image(
         file: Path of the image.
         apply_orientation: Whether the EXIF orientation is applied.
         apply_profile: Whether the colours are converted to sRGB by the image's profile.
+        if_large: As for ``decode``.
 
     Raises:
         ImageReadError: The file is missing, is no image, is damaged, too large, or has floating-point pixels.
     """
     with open_image(file) as image:
-        return decode(image, file, apply_orientation=apply_orientation, apply_profile=apply_profile)
+        reading: dict[str, Any] = {"apply_orientation": apply_orientation, "apply_profile": apply_profile}
+        return decode(image, file, **reading, if_large=if_large)
 
 
 def decode(
@@ -326,9 +334,15 @@ def decode(
     *,
     apply_orientation: bool = True,
     apply_profile: bool = True,
+    if_large: Callable[[], object] | None = None,
 ) -> Image.Image:
-    """Decodes an opened image as ``load_image`` does; ``name`` stands in messages."""
+    """Decodes an opened image as ``load_image`` does; ``name`` stands in messages.
+
+    ``if_large`` is called before an image of more than ``LARGE`` pixels is decoded.
+    """
     with image_errors(name):
+        if if_large is not None and image.width * image.height > LARGE:
+            if_large()
         if getattr(image, "is_animated", False):
             image.seek(0)
         image.load()

@@ -5,34 +5,92 @@ A path (also with ``~`` or ``file://``), data URL, PIL image, numpy array, torch
 
 import base64
 import binascii
+import hashlib
 import os
 import re
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 import numpy as np
 from PIL import Image
 
 from llava.errors import ImageReadError
+from llava.fetching import fetch_image
 from llava.images import decode, load_image, open_bytes
+from llava.tables import is_url
 
-_URL = re.compile(r"https?:/", re.IGNORECASE)
 _MOST_BYTES = 1 << 30
 """What is read of a file object."""
 
 
-def is_url(text: str) -> bool:
-    """Whether a text is an address on the web, also where a path has lost one of its slashes."""
-    return bool(_URL.match(text))
-
-
 def refuse_url(url: str) -> ImageReadError:
     """Returns the error for an address that nobody allowed to fetch."""
-    return ImageReadError(f"{url}: addresses are not fetched; download the image and give its path")
+    whole = re.sub(r"^(https?:)/+", r"\1//", url, flags=re.IGNORECASE)  # a path has lost one of its slashes
+    return ImageReadError(
+        f"{whole}: addresses are not fetched; download the image and give its path (or forgery detect --allow-urls)"
+    )
 
 
-def load_source(source: Any, *, apply_orientation: bool = True, apply_profile: bool = True) -> Image.Image:
+class EncodedSource:
+    """An encoded image that is no file, read when it is needed, and once.
+
+    Attributes:
+        name: What messages and reports call it.
+    """
+
+    def __init__(self, name: str, read: Callable[[], bytes]) -> None:
+        self.name = name
+        self._read = read
+
+    def __str__(self) -> str:
+        return self.name
+
+    @cached_property
+    def content(self) -> bytes:
+        """The encoded image."""
+        return self._read()
+
+    @property
+    def content_if_read(self) -> bytes | None:
+        """The encoded image if it was read, which is not tried again."""
+        return vars(self).get("content")
+
+    def read(self, size: int = -1) -> bytes:
+        """Returns the content, at most ``size`` bytes of it: what ``load_source`` asks of a file object."""
+        return self.content if size < 0 else self.content[:size]
+
+
+def standard_input(stream: IO[bytes]) -> EncodedSource:
+    """Returns the image on standard input, named by its content, so that a resumed run knows it again.
+
+    Raises:
+        ImageReadError: It cannot be read, or is too large.
+    """
+    content = _read_all(stream, "standard input")
+    return EncodedSource(f"stdin-{hashlib.sha256(content).hexdigest()[:12]}", lambda: content)
+
+
+def web_image(url: str, *, allowed: bool) -> EncodedSource:
+    """Returns the image at an address, which is fetched when it is needed, or then refused if that is not allowed."""
+
+    def read() -> bytes:
+        if not allowed:
+            raise refuse_url(url)
+        return fetch_image(url)
+
+    return EncodedSource(url, read)
+
+
+def load_source(
+    source: Any,
+    *,
+    apply_orientation: bool = True,
+    apply_profile: bool = True,
+    if_large: Callable[[], object] | None = None,
+) -> Image.Image:
     """Returns any image as 8-bit RGB.
 
     Arrays are ``[H, W]`` or ``[H, W, C]``, tensors ``[H, W]`` or ``[C, H, W]`` (``[H, W, C]`` where only that can be
@@ -42,11 +100,16 @@ def load_source(source: Any, *, apply_orientation: bool = True, apply_profile: b
         source: The image.
         apply_orientation: As for ``load_image``.
         apply_profile: As for ``load_image``.
+        if_large: As for ``decode``.
 
     Raises:
         ImageReadError: It cannot be read, or is nothing that an image can be made of.
     """
-    reading = {"apply_orientation": apply_orientation, "apply_profile": apply_profile}
+    reading: dict[str, Any] = {
+        "apply_orientation": apply_orientation,
+        "apply_profile": apply_profile,
+        "if_large": if_large,
+    }
     if isinstance(source, Image.Image):
         return decode(source, "the given image", **reading)
     if isinstance(source, str | os.PathLike):
@@ -95,6 +158,8 @@ def _data_of(url: str) -> bytes:
 def _read_all(stream: Any, name: str) -> bytes:
     try:
         content = stream.read(_MOST_BYTES + 1)
+    except ImageReadError:
+        raise
     except (OSError, ValueError) as error:
         raise ImageReadError(f"{name}: it cannot be read: {error}") from error
     if not isinstance(content, bytes):

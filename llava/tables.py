@@ -273,6 +273,13 @@ def read_label(value: object, column: str | None, meanings: Mapping[str, int], w
 
 # --- names
 
+_URL = re.compile(r"https?:/", re.IGNORECASE)
+
+
+def is_url(text: str) -> bool:
+    """Whether a text is an address on the web, also where a path has lost one of its slashes."""
+    return bool(_URL.match(text))
+
 
 @dataclass
 class NameFinder:
@@ -291,8 +298,11 @@ class NameFinder:
         """Returns a name's path: as it stands, or else by the one file that it can mean.
 
         Tried are blanks at the ends, ``file://``, ``~``, Windows separators, and, part by part, another Unicode
-        composition and another case, each where a single file fits. A name that fits none is returned as it stands.
+        composition and another case, each where a single file fits. A name that fits none is returned as it stands,
+        and so is an address on the web.
         """
+        if is_url(name.strip()):
+            return Path(name.strip())
         plain = self.folder / name
         if _exists(plain):
             return plain
@@ -369,6 +379,15 @@ def read_names(path: Path) -> list[Path]:
     Raises:
         UserError: It cannot be read, or a table has no column of images.
     """
+    return [Path(name) for name in read_sources(path)]
+
+
+def read_sources(path: Path) -> list[Path | str]:
+    """Returns the images that a ``.txt`` list or a table names; addresses on the web are texts.
+
+    Raises:
+        UserError: It cannot be read, or a table has no column of images.
+    """
     finder = NameFinder(path.parent)
     if path.suffix.lower() in TABLE_SUFFIXES:
         names = table_names(path)
@@ -379,7 +398,7 @@ def read_names(path: Path) -> list[Path]:
         encoding = text_encoding(content)
         text = content.decode(encoding, "surrogateescape" if encoding == "utf-8-sig" else "replace")
         names = [line for line in text.splitlines() if line.strip()]
-    found = [finder.find(name) for name in names]
+    found = [name.strip() if is_url(name.strip()) else finder.find(name) for name in names]
     finder.report(path)
     return found
 

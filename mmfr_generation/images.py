@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from llava.cli import inform
 from llava.errors import FileError, MissingFileError
-from llava.images import image_errors, open_image, to_rgb, walk_images
+from llava.images import describe_passed_over, image_errors, open_image, to_rgb, walk_images
 
 MEDIA_TYPES = {
     "PNG": "image/png",
@@ -48,14 +49,19 @@ def list_images(folder: Path) -> list[str]:
     """Returns the path, relative to ``folder`` and with ``/``, of every file below it that is an image, sorted.
 
     A file counts as an image if its name ends like one, so that damaged images are met later and not passed over,
-    or if its content is one whatever its name. Hidden files and folders are left out.
+    or if its content is one whatever its name. Hidden files and folders are left out; other files are named to the
+    user.
 
     Raises:
         MissingFileError: There is no such folder.
     """
     if not folder.is_dir():
         raise MissingFileError(f"there is no folder {folder}")
-    return [path.relative_to(folder).as_posix() for path in walk_images(folder, sniff=True)]
+    others: list[Path] = []
+    images = [path.relative_to(folder).as_posix() for path in walk_images(folder, sniff=True, passed_over=others)]
+    if others:
+        inform(f"{folder}: {describe_passed_over(others)}")
+    return images
 
 
 def encode_image(path: Path) -> EncodedImage:

@@ -99,7 +99,7 @@ def test_libraries_are_heard_only_if_all_is_wanted(recwarn):
             warnings.warn("chatter", UserWarning, stacklevel=1)
         assert len(recwarn) == heard
         recwarn.clear()
-        library.parent.setLevel(logging.ERROR)
+        library.parent.setLevel(logging.CRITICAL)
 
 
 def test_warnings_for_programmers_are_no_message_of_a_command(capsys):

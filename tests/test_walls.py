@@ -13,7 +13,7 @@ PACKAGES = ("llava", "forgery_eval", "mmfr_generation", "scripts")
 
 GROUND = {
     *(f"llava.{name}" for name in ("labels", "errors", "cli", "files", "images", "tables", "sources", "provenance")),
-    *(f"llava.{name}" for name in ("image_operations", "frames", "tampered", "screening", "interrupts")),
+    *(f"llava.{name}" for name in ("image_operations", "fetching", "frames", "tampered", "screening", "interrupts")),
 }
 VOCABULARY = {f"llava.{name}" for name in ("constants", "conversation", "mm_utils")}
 ASK = {"llava.systems", "llava.systems.base", "llava.systems.registry"}

@@ -6,8 +6,11 @@ from pathlib import Path
 from forgery_eval.benchmarks import ddvqa, fakeclue, ffpp, folders, loki, mmfr, synthetic, table, tampering
 from forgery_eval.benchmarks.base import Sample
 from llava.errors import DataError, MissingFileError
+from llava.images import walk_images
+from llava.labels import LABELS
 
-__all__ = ["Sample", "open_benchmark"]
+__all__ = ["Sample", "list_passed_over", "open_benchmark"]
+
 _LAYOUTS = (fakeclue, loki, ddvqa, ffpp, tampering, table, synthetic, mmfr, folders)
 """Each offers ``opens(path)`` and ``read(path)``; data go to the first that knows their layout."""
 
@@ -50,6 +53,16 @@ def open_benchmark(
         raise DataError(f"{path} holds no image")
     _check_ids(samples)
     return samples if max_sample is None else _first_of_each(samples, max_sample)
+
+
+def list_passed_over(path: Path) -> list[Path]:
+    """Returns the files in a data set's folders of real and of fake images that are no images, sorted."""
+    others: list[Path] = []
+    if path.is_dir():
+        for _ in walk_images(path, passed_over=others):
+            pass
+    classes = {*LABELS, *mmfr.CLASS_FOLDERS}
+    return [file for file in others if classes & {*file.relative_to(path).parts[:-1]}]
 
 
 def _sets(samples: list[Sample]) -> list[str]:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 ScoreKind = Literal["auto", "answer", "prompt"]
 SCORE_KINDS: tuple[ScoreKind, ...] = get_args(ScoreKind)
+ColorManagement = Literal["srgb", "none"]
+COLOR_MANAGEMENTS: tuple[ColorManagement, ...] = get_args(ColorManagement)
 
 
 # --- answers: all that is words
@@ -120,6 +122,7 @@ class AnalyzeOptions:
         top_p: Sample from the smallest set of words that has this probability; None means all.
         num_beams: Above 1, beam search.
         samples: Number of answers an image; above 1 they are sampled and P(fake) is their mean.
+        color_management: ``srgb`` converts colours to sRGB by an image's profile, ``none`` takes them as they are.
         seed: Of sampling; an image's answer depends on it and on the image, not on its batch.
         attention: Also say where the model looked.
     """
@@ -132,6 +135,11 @@ class AnalyzeOptions:
     max_new_tokens: int = option(512, "longest answer, in tokens (default: 512)", name="--max_new_tokens")
     samples: int = option(1, "answers an image; P(fake) is their mean")
     seed: int = option(0, "of sampling")
+    color_management: ColorManagement = option(
+        "srgb",
+        "srgb (default): convert by the image's colour profile; none: take the numbers as they are",
+        choices=COLOR_MANAGEMENTS,
+    )
     tolerant: bool = option(False, "also read verdicts that are not in the strict format")
     attention: bool = False
 
@@ -146,6 +154,8 @@ class AnalyzeOptions:
         for name in ("max_new_tokens", "num_beams", "samples"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.color_management not in COLOR_MANAGEMENTS:
+            raise OptionError(f"color_management must be srgb or none, not {self.color_management!r}")
         if not (self.temperature == 0 or 1e-6 <= self.temperature <= 1e6):
             raise OptionError(f"temperature must be 0 or from 0.000001 to 1000000, not {self.temperature}")
         if self.top_p is not None and not 0 < self.top_p <= 1:

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from llava.cli import format_list, log
+from llava.cli import format_list, inform, log
 from llava.errors import DataError, ImageReadError
 from llava.files import digest_files
-from llava.images import list_images, load_image
+from llava.images import describe_passed_over, list_images, load_image
 from mmfr_generation.synthetic.numerics import Array, Generator, luma
 
 _SIGNATURE = 16
@@ -53,7 +53,10 @@ def find_photographs(folder: Path, least: int) -> list[Photograph]:
         DataError: Fewer than two different photographs can be used.
         MissingFileError: There is no such folder.
     """
-    files = list(list_images(folder))
+    passed_over: list[Path] = []
+    files = list(list_images(folder, passed_over))
+    if passed_over:
+        inform(describe_passed_over(passed_over))
     kept: dict[str, tuple[Path, Array]] = {}
     refused = []
     for file, digest in zip(files, digest_files(files), strict=True):

@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from forgery_eval.benchmarks import open_benchmark
+from forgery_eval.benchmarks import list_passed_over, open_benchmark
 from tests.trained import picture
 
 DATA = Path(__file__).parents[1] / "data"
@@ -143,3 +144,19 @@ def test_wrong_data_are_explained(tmp_path, name, content, message):
 def test_an_absent_path_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file or folder"):
         open_benchmark(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("names", [("real", "fake"), ("0_real", "1_fake")])
+@pytest.mark.parametrize("inside", ["", "one"])
+def test_what_is_no_image_among_the_images_is_listed(tmp_path, names, inside):
+    root = tmp_path / inside
+    for name in names:
+        (root / name / "deep").mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(root / name / "a.png")
+    for name in ("clip.mp4", "deep/paper.PDF", ".hidden.pdf", "Thumbs.db"):
+        (root / names[1] / name).write_bytes(b"x")
+    (tmp_path / "README.md").write_text("of the data set")
+    assert len(open_benchmark(tmp_path)) == 2
+    assert list_passed_over(tmp_path) == [root / names[1] / "clip.mp4", root / names[1] / "deep" / "paper.PDF"]
+    (tmp_path / "t.csv").write_text("image,label\na.png,real\n")
+    assert list_passed_over(tmp_path / "t.csv") == []

@@ -1,6 +1,7 @@
 """The inference command as its user runs it."""
 
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -471,7 +472,8 @@ def test_several_paths_and_patterns_are_analysed_once_and_the_rest_is_named(trai
 @pytest.mark.parametrize("url", ["https://example.com/a.jpg", "http://example.com/", "HTTPS://example.com/x?y=1"])
 def test_an_address_is_refused_with_the_way(url, capsys):
     assert run(["--img_path", url]) == 1
-    assert f"error: {url}: addresses are not fetched; download the image" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"error: {url}: addresses are not fetched; download the image" in said and "--allow-urls" in said
 
 
 def test_many_images_are_a_short_table(trained, few, monkeypatch, capsys):
@@ -530,13 +532,18 @@ def test_standard_input_is_an_image(trained, few, monkeypatch, capsys):
     wanted = capsys.readouterr().out.split()[:2]
     piped((few / "0.png").read_bytes())
     assert run(arguments(trained, Path("-"), "--sort", "score")) == 0
-    assert capsys.readouterr().out.split() == [*wanted, "-"]
+    named = f"stdin-{hashlib.sha256((few / '0.png').read_bytes()).hexdigest()[:12]}"
+    assert capsys.readouterr().out.split() == [*wanted, named]
     for content, message in ((b"", "it is empty"), (b"text", "no image in a known format")):
         piped(content)
         assert run(arguments(trained, Path("-"))) == 3
         assert message in capsys.readouterr().err
-    assert run(arguments(trained, Path("-"), "--json", few / "out.jsonl")) == 1
-    assert "save the image and give its path" in capsys.readouterr().err
+    out, maps = few / "out.jsonl", few / "maps"
+    for name, count in (("0.png", 1), ("0.png", 1), ("1.png", 2)):  # named by its content: resumed, never mistaken
+        piped((few / name).read_bytes())
+        assert run(arguments(trained, Path("-"), "--json", out, "--attention-map", maps)) == 0
+        assert len(lines(out)) == len(list(maps.iterdir())) == count
+    assert lines(out)[0]["image"] == named and (maps / f"{named}.attention.png").is_file()
 
 
 def test_quiet_leaves_results_and_errors(default_model, few, capsys):
@@ -575,8 +582,12 @@ def test_five_thousand_files_are_counted_and_resumed(trained, tmp_path):
         time.sleep(0.05)
     process.kill()
     assert process.wait() == -signal.SIGKILL
+    before = out.read_bytes()
+    before = before[: before.rfind(b"\n") + 1]
+    assert before
     resumed = subprocess.run(command, capture_output=True, text=True)
     assert resumed.returncode == 3 and "50 images could not be analysed" in resumed.stderr
     found = [entry["image"] for entry in lines(out)]
     assert len(found) == len(set(found)) == 5000
     assert sum(bool(entry["error"]) for entry in lines(out)) == 50
+    assert out.read_bytes().startswith(before)  # what the killed run had written stands as it was
