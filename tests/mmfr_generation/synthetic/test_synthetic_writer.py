@@ -48,7 +48,7 @@ def written(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("synthetic") / "a new" / "folder"
     done = run(out, *COUNTS, "--workers", "1")
     assert done.returncode == 0, done.stderr
-    assert "image/s" in done.stderr
+    assert done.stdout.startswith("written: ") and str(out) in done.stdout
     return out
 
 
