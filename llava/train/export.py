@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from llava.errors import CheckpointError
 from llava.files import atomic_folder, replace_folder
 from llava.model.adapter import LowRank, Updated, describe_lost, measure_lost
+from llava.model.branches import LORA
 from llava.model.checkpoint import check_keys, complete_config, open_checkpoint
 from llava.model.checkpoint_files import (
     TensorLike,
@@ -35,7 +36,7 @@ from llava.model.saving import (
     write_published_files,
 )
 from llava.train.checkpointing import disk_errors
-from llava.train.lora import bare_name
+from llava.train.lora import bare_name, parameter_part
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def export_model(
     Args:
         model: The model, in PEFT's wrapper if it has adapters.
         state_dict: Its tensors by their names in memory: all of them for ``merged`` or a model without adapters, else
-            at least the trained ones.
+            at least those of parts that are trained.
         folder: Folder to write.
         layout_name: ``adapter``: LoRA files over the base, with everything this project knows of the model;
             ``merged``: one self-contained model; ``published``: the files and names of the authors' release, LoRA
@@ -150,7 +151,9 @@ def _write_adapter(
     }
     save_file(adapter, folder / ADAPTER_FILE, {"format": "pt"})
     _compare(read_tensor_file(folder / ADAPTER_FILE), adapter, folder)
-    beside = {bare_name(name): state_dict[name] for name in trained if "lora_" not in name}
+    # Parts whole, also those of which a layer stays frozen, so that whoever opens them can tell whether one is missing.
+    parts = {parameter_part(name) for name in trained} - {LORA}
+    beside = {bare_name(name): value for name, value in state_dict.items() if parameter_part(name) in parts}
     stored = stored_state_dict(core, beside)
     published_names = published_layout(core).key_map.to_published(stored)
     trained_whole = {f"{LORA_PREFIX}{name}": t.detach().cpu().clone() for name, t in published_names.items()}

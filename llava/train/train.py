@@ -378,7 +378,8 @@ def _trainer(
         order=_grouped_order(data_args, args) if data_args.group_by_modality_length else None,
         predict=predict,
         export=export,
-        export_trained_only=model_args.lora_enable and layout_name != "merged",
+        # Towers are written whole, and some of their layers stay frozen.
+        export_trained_only=model_args.lora_enable and layout_name != "merged" and not model_args.unfreeze_towers,
         placeholder_tokens=start.placeholder_tokens,
         towers_are_cached=bool(data_args.cache_features),
     )
