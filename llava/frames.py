@@ -135,7 +135,7 @@ def frame_counts(pack: Path) -> dict[str, int]:
     """
     with_shapes = {}
     for key, video in _open(pack, os.getpid()).items():
-        shape = getattr(video, "shape", ())
+        shape: Any = getattr(video, "shape", ())
         if len(shape) != 4 or shape[3] != 3:
             raise DataError(f"{pack}: {key} is no video: its shape is {list(shape)}, not [frames, height, width, 3]")
         with_shapes[str(key)] = int(shape[0])

@@ -192,16 +192,19 @@ def test_the_answer_follows_the_detectors_token(merged):
     """A test of use: with the probabilities exchanged the logits are others."""
     _, model, _, _ = load_pretrained_model(merged, device="cpu")
     source = model.get_model().token_sources[NAME]
-    pixels = torch.randn(1, 3, 84, 84)
-    ids = torch.tensor([[1, 5, -200, 6, -300, 7]])
-    with torch.no_grad():
-        before = model(input_ids=ids, images=pixels).logits[:, -1]
-        right = type(source).detect
-        source.detect = lambda context: (
-            (o := right(source, context)) and type(o)(**{**vars(o), "logits": o.logits.flip(-1)})
-        )
-        after = model(input_ids=ids, images=pixels).logits[:, -1]
-    assert (before - after).abs().max() > 0.1
+    right = type(source).detect
+
+    def logits_when_detected(*logits: float) -> torch.Tensor:
+        def detect(context):
+            output = right(source, context)
+            return type(output)(**{**vars(output), "logits": torch.tensor([logits])})
+
+        source.detect = detect
+        with torch.no_grad():
+            ids = torch.tensor([[1, 5, -200, 6, -300, 7]])
+            return model(input_ids=ids, images=torch.zeros(1, 3, 84, 84)).logits[:, -1]
+
+    assert (logits_when_detected(3.0, -3.0) - logits_when_detected(-3.0, 3.0)).abs().max() > 0.1
 
 
 def test_the_published_files_come_back(merged, tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llava.errors import CheckpointError
 from llava.files import atomic_write, write_json
-from llava.model.checkpoint_files import list_keys, read_json, read_tensor_file
+from llava.model.checkpoint_files import TensorLike, list_keys, read_json, read_tensor_file
 from llava.model.checkpoint_layout import stored_state_dict
 from llava.model.multimodal_encoder.base import PixelFormat, VisionTower
 from llava.model.multimodal_encoder.builder import build_vision_tower, read_vision_tower
@@ -122,7 +122,7 @@ def weight_file(path: Path) -> Path:
     return found[0]
 
 
-def infer_config(tensors: Mapping[str, Tensor], given: Mapping[str, Any], where: str) -> DetectorConfig:
+def infer_config(tensors: Mapping[str, TensorLike], given: Mapping[str, Any], where: str) -> DetectorConfig:
     """Returns what a detector is built from, by the shapes of its tensors.
 
     Args:

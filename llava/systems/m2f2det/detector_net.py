@@ -268,9 +268,9 @@ class M2F2Detector(nn.Module):
         own = self.config.vision.get("image_size")
         return int(own or _CLIP_PATCH * round(self.config.vision["num_patches"] ** 0.5))
 
-    def frozen_parts(self) -> list[nn.Module | nn.Parameter]:
+    def frozen_parts(self) -> list[Any]:
         """Returns what stage 1 does not train: CLIP's towers, and of a bridge what its answer does not depend on."""
-        frozen: list[nn.Module | nn.Parameter] = [self.clip_text_encoder.model]
+        frozen: list[Any] = [self.clip_text_encoder.model]
         if self.config.fusion == "bridge":
             frozen += [self.clip_vision_encoder, self.clip_text_encoder.prompt_tokens, self.text_proj]
             if self.config.bridge_scalar_norm == "layer_norm":

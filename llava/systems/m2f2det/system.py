@@ -164,7 +164,12 @@ class M2F2Det(LanguageModelSystem):
 
     def describe(self, options: M2F2DetOptions) -> dict[str, Any]:
         """All that changes an answer beside weights, options and pixels; the detector's settings are among it."""
-        return {**super().describe(options), "detector": self.model.config.token_source_configs[NAME]}
+        return {**super().describe(options), "detector": self._detector_config}
+
+    @property
+    def _detector_config(self) -> dict[str, Any]:
+        found: dict[str, Any] = (self.model.config.token_source_configs or {})[NAME]
+        return found
 
     @property
     def score_is_off_distribution(self) -> bool:
@@ -212,7 +217,7 @@ class M2F2Det(LanguageModelSystem):
 
     def _overlay(self, grid: np.ndarray, image: PreparedImage) -> np.ndarray:
         """A cosine detector's map lies over what the language model's tower saw, a bridge's over the middle square."""
-        fusion = self.model.config.token_source_configs[NAME]["detector"]["fusion"]
+        fusion = self._detector_config["detector"]["fusion"]
         mode = self.model.config.image_aspect_ratio if fusion == "cosine" else "crop"
         return grid_over_image(((grid + 1) / 2).clip(0, 1), image.size, mode)
 

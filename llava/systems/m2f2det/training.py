@@ -47,7 +47,8 @@ class DetectorNetwork(nn.Module):
         super().__init__()
         self.detector = detector
         self.tower = tower
-        detector.deepfake_encoder.to(memory_format=torch.channels_last)  # in which convolutions are fastest
+        cnn: Any = detector.deepfake_encoder
+        cnn.to(memory_format=torch.channels_last)  # in which convolutions are fastest
         for part in detector.frozen_parts() + ([] if tower is None else [tower]):
             part.requires_grad_(False)
 
@@ -119,7 +120,7 @@ class DetectorTraining:
         """Returns Adam as published: the text's scale learns three times as fast as all else."""
         scale = self.network.detector.clip_text_alpha
         rest = [value for value in self.network.parameters() if value.requires_grad and value is not scale]
-        groups = [{"params": rest}, {"params": [scale], "lr": 3 * learning_rate}]
+        groups: list[dict[str, Any]] = [{"params": rest}, {"params": [scale], "lr": 3 * learning_rate}]
         return torch.optim.Adam(groups, lr=learning_rate, weight_decay=weight_decay)
 
     def save(self, folder: Path) -> None:
