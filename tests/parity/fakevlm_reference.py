@@ -20,7 +20,7 @@ from llava.data.collator import Sample, collate
 from llava.data.prompting import fill_template, tokenize_conversation
 from llava.labels import FAKE, REAL
 from llava.mm_utils import expand2square, process_images, tokenizer_image_token
-from llava.model.answering import Answering, continue_prompt
+from llava.model.answering import Answering
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint_layout import stored_state_dict
 from llava.systems.fakevlm import protocol
@@ -328,14 +328,14 @@ def compare_probabilities(reference: FakeVLMReference, comparer: Comparer) -> No
         prompt, first = fill_prompt("raw", QUESTION), {i: tokens[:1] for i, tokens in embeddings.items()}
         for case in facts["teacher_forced"]:
             before = complete_to_verdict(case["answer"])
-            at = len(tokenizer_image_token(continue_prompt(prompt, before), tokenizer))
+            at = len(tokenizer_image_token(answering._continued(prompt, before), tokenizer))
             at -= len(tokenizer_image_token(prompt, tokenizer))
             name = f"teacher-forced {case['answer']!r}"
             if case["verdict_index"] is None:
                 comparer.value(f"{name}, forced", lambda before=before: [before], [FORMAT.verdict_prefix])
                 continue
             comparer.value(f"{name}, index", lambda at=at: at, case["verdict_index"])
-            text = continue_prompt(prompt, before)
+            text = answering._continued(prompt, before)
             score = answering._score_texts([text], first)[0]
             comparer.value(name, lambda score=score: score, case["p_fake"], PROBABILITY)
 
