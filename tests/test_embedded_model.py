@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,28 @@ def test_the_notice_is_said_once_a_process(default_model, capsys):
         detector.analyze(picture(1), score_only=True)
     list(ForgeryDetector.from_pretrained(device="cpu").analyze_many([picture(2)], score_only=True))
     assert capsys.readouterr().err.count(f"note: {NOTICE}") == 1
+
+
+def test_two_models_each_say_their_notice(default_model, trained, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(trained, other)
+    change_config(other, notice="Another one.")
+    for path in (None, other, None, other):
+        ForgeryDetector.from_pretrained(path, device="cpu").analyze(picture(1), score_only=True)
+    said = capsys.readouterr().err
+    assert (said.count(f"note: {NOTICE}"), said.count("note: Another one.")) == (1, 1)
+
+
+def test_a_model_without_a_notice_says_none(trained, capsys):
+    report = ForgeryDetector.from_pretrained(trained, device="cpu").analyze(picture(1), score_only=True)
+    assert report.notice == "" and "note: " not in capsys.readouterr().err
+
+
+def test_a_quiet_command_keeps_the_notice_in_its_answers(default_model, few, tmp_path, capsys):
+    given = ["--img_path", str(few), "--device", "cpu", "--score-only", "--quiet", "--json", str(tmp_path / "o.jsonl")]
+    assert inference.run(given) == 0
+    assert NOTICE not in capsys.readouterr().err
+    assert all(json.loads(line)["notice"] == NOTICE for line in (tmp_path / "o.jsonl").read_text().splitlines())
 
 
 def test_a_stripped_installation_says_how_to_get_a_model(few, tmp_path, monkeypatch, capsys):

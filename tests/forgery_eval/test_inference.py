@@ -23,6 +23,7 @@ from forgery_eval.pages import overlay
 from forgery_eval.pages.overlay import draw_overlay
 from forgery_eval.store import AnswersFile
 from llava import ForgeryReport
+from llava.abstention import AbstentionRule
 from llava.cli import SOME_FAILED
 from llava.errors import DataError, FileError, ImageReadError
 from llava.images import list_images, load_image
@@ -514,6 +515,45 @@ def test_a_table_has_a_row_an_image_and_earlier_answers_too(trained, few, tmp_pa
         # The batches differ, and with them the last digits.
         assert [verdict, error] == [again[name][0], again[name][2]]
         assert score == again[name][1] == "" or abs(float(score) - float(again[name][1])) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["a;b.png", 'q"uote, comma.png', "line\nbreak.png", "=SUM(A1).png"])
+def test_a_table_keeps_every_name_as_it_is(trained, few, tmp_path, name):
+    rows = tmp_path / "out.csv"
+    picture(1, (20, 20)).save(tmp_path / "one.png")
+    (tmp_path / "one.png").rename(few / name)
+    assert run(arguments(trained, few / name, "--score-only", "--csv", rows)) == 0
+    assert [row[0] for row in table(rows)] == ["image", str(few / name)]
+
+
+def test_a_table_of_failures_alone_has_their_reasons(trained, tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(b"nothing")
+    assert run(arguments(trained, tmp_path, "--score-only", "--csv", tmp_path / "out.csv")) == SOME_FAILED
+    _, *found = table(tmp_path / "out.csv")
+    assert len(found) == 3 and all(row[1:3] == ["", ""] and "no image" in row[3] for row in found)
+
+
+def test_a_table_gives_no_verdict_where_none_is_given(trained, few, tmp_path):
+    rule = AbstentionRule(None, None, 0.1, 0.9)
+    (tmp_path / "rule.json").write_text(json.dumps({"abstention": rule.to_json()}))
+    options = ("--score-only", "--csv", tmp_path / "out.csv", "--calibration", tmp_path / "rule.json")
+    assert run(arguments(trained, few, *options)) == 0
+    assert [row[1:] for row in table(tmp_path / "out.csv")[1:]] == [["", "", ""]] * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [(("--force_summary",), False), (("--force_summary", "-v"), True), (("--score-only", "-v"), False)],
+)
+def test_the_constant_stage_is_shown_on_request_alone(trained, few, capsys, options, shown):
+    assert run(arguments(trained, few / "0.png", *options)) == 0
+    assert ("  summary" in capsys.readouterr().out) == shown
+
+
+def test_the_constant_stage_is_in_the_answers_file(trained, few, tmp_path, capsys):
+    assert run(arguments(trained, few / "0.png", "--json", tmp_path / "out.jsonl")) == 0
+    assert lines(tmp_path / "out.jsonl")[0]["stages"]["SUMMARY"]
 
 
 def test_a_table_of_ones_own_is_never_replaced(trained, few, tmp_path, capsys):
