@@ -25,6 +25,8 @@ EXTRAS = {
     "train": "training on several GPUs with DeepSpeed",
     "eval": "metrics of texts, curves and tables of an evaluation",
     "synthetic": "rendering MMFR-Synthetic, and its baselines",
+    "video": "frames in HDF5 packs",
+    "captions": "BLEU, ROUGE-L and CIDEr as some authors compute them",
     "serve": "the server and its page, and C2PA manifests",
     "cluster": "several processes of the server behind one port",
     "annotate": "annotation by an API, and the published data set",

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -158,7 +159,9 @@ import mmfr_generation.validate
 def test_ctrl_c_while_libraries_are_imported_ends_with_130_and_no_traceback():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", SLOW_IMPORT], env=environment, **pipes)
+    # A test run in the background may have been started with Ctrl-C ignored, which its children inherit.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen([sys.executable, "-c", SLOW_IMPORT], env=environment, preexec_fn=heard, **pipes)
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
     begin = time.monotonic()

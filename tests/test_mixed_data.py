@@ -94,7 +94,6 @@ def test_the_command_overwrites_none_of_its_files(tmp_path, capsys):
     file = write(tmp_path, record(CLUES))
     assert forgery(["data", "convert", str(file), "--to", "fakevlm", "--out", str(file)]) == 1
     assert "is one of the files that are read" in capsys.readouterr().err
-    assert forgery(["data", "convert", str(file), "--to", "m2f2det", "--out", str(tmp_path / "o.json")]) == 1
 
 
 def test_fakeclue_is_validated(tmp_path, capsys):

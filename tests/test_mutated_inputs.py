@@ -94,7 +94,7 @@ def analyse_mutated(folder: str, count: int) -> None:
 
 @pytest.mark.parametrize("count", [96, pytest.param(1000, marks=pytest.mark.slow)])
 def test_mutated_images_are_analysed_or_named(tmp_path, count):
-    code = f"from tests.test_mutations import analyse_mutated; analyse_mutated({str(tmp_path)!r}, {count})"
+    code = f"from tests.test_mutated_inputs import analyse_mutated; analyse_mutated({str(tmp_path)!r}, {count})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout.splitlines()[-1])

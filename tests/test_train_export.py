@@ -74,7 +74,7 @@ def test_the_final_folder_is_the_trained_model(trained, data, kept, tmp_path, sa
         _, model, _, context = load_pretrained_model(final, device="cpu", merge_lora=merge_lora)
         assert torch.allclose(logits(model), expected, atol=1e-5, rtol=1e-5)
         assert model.config.cpm_tokens is not None and context == 2048
-    assert sorted(path.name for path in final.parent.iterdir()) == ["final", "log.json", "run.json"]
+    assert sorted(path.name for path in final.parent.iterdir()) == ["data.json", "final", "log.json", "run.json"]
 
 
 def test_the_published_layout_has_the_authors_files_and_names(kept, tmp_path):
@@ -201,7 +201,7 @@ def test_a_disk_that_takes_no_more_is_one_line(trained, data, tmp_path, save_lay
     assert os.WEXITSTATUS(os.waitpid(process, 0)[1]) == 1
     message = (tmp_path / "stderr").read_text()
     assert named in message and message.count("could not be written") == 1 and "Traceback" not in message, message
-    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"run.json"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"data.json", "run.json"}
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_before_weights_are_read(trained, data, tmp_path, monkeypatch, capsys):
@@ -225,7 +225,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_earlier_ones(trained, data, 
     assert main(options(tmp_path / "run", trained, data, **LORA, **saving_often)) == 1
     message = capsys.readouterr().err
     assert "checkpoint-4 could not be written" in message and "Traceback" not in message
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-2", "run.json"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-2", "data.json", "run.json"]
 
 
 # --- validation

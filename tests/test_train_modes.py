@@ -262,7 +262,8 @@ def test_kept_features_train_like_images(trained, data, tmp_path, monkeypatch, g
 @pytest.mark.parametrize("cut", ["state.json", "clip.npy", "done.npy"])
 @pytest.mark.parametrize("kept_bytes", [0, 30])
 def test_damaged_features_are_made_again(trained, data, tmp_path, cut, kept_bytes):
-    run = {**LORA, "cache_features": tmp_path / "cache"}
+    # Copies of one image are called real and fake.
+    run = {**LORA, "cache_features": tmp_path / "cache", "allow_contradictions": True}
     first = train_here(tmp_path / "first", trained, data, **run)
     os.truncate(tmp_path / "cache" / cut, kept_bytes)
     second = train_here(tmp_path / "second", trained, data, **run)
@@ -272,19 +273,21 @@ def test_damaged_features_are_made_again(trained, data, tmp_path, cut, kept_byte
 def test_features_of_other_images_are_not_taken(trained, data, tmp_path):
     own = tmp_path / "own"
     shutil.copytree(data.parent, own)
-    run = {**LORA, "cache_features": tmp_path / "cache"}
+    # Copies of one image are called real and fake.
+    run = {**LORA, "cache_features": tmp_path / "cache", "allow_contradictions": True}
     first = train_here(tmp_path / "first", trained, own / "train.json", **run)
     (own / "images" / "0.png").write_bytes((own / "images" / "1.png").read_bytes())
     for number in range(2, 10):
         (own / "images" / f"{number}.png").write_bytes((own / "images" / "1.png").read_bytes())
     second = train_here(tmp_path / "second", trained, own / "train.json", **run)
-    exact = train_here(tmp_path / "exact", trained, own / "train.json", **LORA)
+    exact = train_here(tmp_path / "exact", trained, own / "train.json", **LORA, allow_contradictions=True)
     assert not np.allclose(steps(first, "loss"), steps(second, "loss"), atol=1e-4)
     assert np.allclose(steps(exact, "loss"), steps(second, "loss"), atol=2e-3)
 
 
 def test_records_without_images_train_beside_others(trained, tmp_path):
     given = {"data_path": GOLDENS / "train_mixed.json", "image_folder": GOLDENS / "images", "drop_invalid": True}
+    given["allow_contradictions"] = True
     for grouped in (True, False):
         final = train_here(
             tmp_path / str(grouped), trained, **given, **LORA, group_by_modality_length=grouped, max_steps=6

@@ -132,6 +132,7 @@ def test_every_kind_of_fault_is_dropped_and_counted(name, folder, check, caplog)
         row("b.png", cot(caption="I'm sorry, but I can't help with that.")),
         row("b.png", f"{'long ' * 3000}{REAL}"),
         row("b.png", f"{REAL}</s>"),
+        {**row("b.png", REAL), "cate": "deepfake", "label": 0},
         row("b.png", REAL),
         row("c.png", FAKE, "no mark"),
     ]
