@@ -92,7 +92,10 @@ def test_what_was_trained_is_written(trained, data, in_memory, tmp_path, way, la
     checkpoint = load_file(final.parent / "checkpoint-1" / "trainable.safetensors")
     assert set(checkpoint) == set(learnt) and all(torch.equal(checkpoint[name], learnt[name]) for name in learnt)
     kept_apart = (final / "adapter_config.json").is_file()
-    where = {} if layout != "published" else TOWERS | ({"model_base": GOLDENS / "base"} if kept_apart else {})
+    # Towers that are named are taken from there; trained ones stand in the folder itself.
+    named = layout == "published" and "unfreeze_towers" not in WAYS[way]
+    where = TOWERS if named else {}
+    where = where | {"model_base": GOLDENS / "base"} if layout == "published" and kept_apart else where
     written = load_pretrained_model(final, device="cpu", dtype="float32", merge_lora=False, **where)[1].state_dict()
     bare = {name.removeprefix("base_model.model."): tensor.float() for name, tensor in learnt.items()}
     adapters = {name for name in bare if "lora_" in name}
