@@ -202,6 +202,12 @@ def test_own_normalisation_changes_nothing_that_is_measured():
         assert torch.equal(mine, theirs)
 
 
+def test_its_operations_can_be_counted_without_pixels():
+    built = tower().to("meta")
+    seen = built(torch.zeros(2, 3, 64, 64, device="meta"), with_attention=True)
+    assert seen.features.shape == (2, 16, 24) and seen.attention.shape == (2, 3, 17, 17)
+
+
 def test_gradients_reach_every_parameter():
     built = tower().train()
     (built(shared(levels(2))).features * torch.randn(16, 24)).sum().backward()

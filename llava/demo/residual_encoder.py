@@ -181,6 +181,9 @@ class ResidualVisionTower(VisionTower):
     @torch.no_grad()
     def _measure(self, pixels: Tensor) -> Measured:
         """Measures the tower's own pixels in float32, whatever dtype its weights have."""
+        if pixels.is_meta:  # where only matrix products are counted, there are no levels to measure
+            tiles_BTF = pixels.new_zeros(len(pixels), self.num_patches, self.tile_mean.numel(), dtype=torch.float32)
+            return Measured(tiles_BTF, tiles_BTF.new_zeros(len(pixels), self.picture_mean.numel()))
         with torch.autocast(pixels.device.type, enabled=False):
             exact = pixels.float()
             mean, std = (
