@@ -20,6 +20,7 @@ from llava.errors import DataError, ImageReadError, OptionError
 from llava.images import load_image
 from llava.mm_utils import process_images
 from llava.model.configuration import LlavaConfig
+from llava.model.multimodal_encoder.base import PixelFormat
 from llava.systems.base import AnswerFormat
 
 ExtraInputs = Callable[[Record], Mapping[str, Tensor]]
@@ -114,8 +115,7 @@ class SupervisedDataset(Dataset[Sample]):
             DataError: It cannot be read.
         """
         if record.image is None:
-            side = self.model_config.pixel_format()["size"]
-            return torch.zeros(3, side, side)
+            return torch.zeros(PixelFormat(**self.model_config.pixel_format()).shape)
         try:
             image = load_image(self.image_folder / record.image)
         except ImageReadError as error:
