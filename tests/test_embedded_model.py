@@ -153,8 +153,6 @@ def test_samples_come_again_from_their_command(tmp_path):
     write_showcase(tmp_path / "again")
     again = json.loads((tmp_path / "again" / LIST).read_text(encoding="utf-8"))["samples"]
     assert again == [entry for entry in SAMPLES if "credit" not in entry]
-        e for e in SAMPLES if "credit" not in e
-    ]
     for entry in RENDERED:
         with (
             Image.open(assets.SAMPLES / entry["image"]) as kept,
