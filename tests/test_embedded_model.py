@@ -136,7 +136,7 @@ def test_samples_are_of_every_kind_with_their_truth():
     assert {entry["label"] for entry in PHOTOGRAPHS} == set(LABELS) and all("CC" in e["credit"] for e in PHOTOGRAPHS)
     for entry in RENDERED + PHOTOGRAPHS:
         assert (entry["generator"] is None) == (entry["label"] == "real")
-        assert entry["generator"] is None or entry["role"] == METHODS[entry["generator"]].role
+        assert entry["generator"] is None or entry["role"] == {**GENERATORS, **METHODS}[entry["generator"]].role
         assert entry["attributes"] and set(entry["attributes"]) <= set(ATTRIBUTES[entry["label"]])
         with Image.open(assets.SAMPLES / entry["image"]) as image:
             size = image.size
