@@ -213,6 +213,12 @@ def test_a_tower_built_in_half_precision_measures_the_same(dtype):
         assert mine.dtype == torch.float32 and torch.equal(mine, theirs)
 
 
+def test_its_operations_can_be_counted_without_pixels():
+    built = tower().to("meta")
+    seen = built(torch.zeros(2, *SHARED.shape, device="meta"), with_attention=True)
+    assert seen.features.shape == (2, 16, 24) and seen.attention.shape == (2, 3, 21, 21)
+
+
 def test_gradients_reach_every_parameter():
     built = tower().train()
     (built(shared(levels(2))).features * torch.randn(16, 24)).sum().backward()

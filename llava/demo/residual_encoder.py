@@ -205,6 +205,11 @@ class ResidualVisionTower(VisionTower):
     @torch.no_grad()
     def _measure(self, pixels_BK3SS: Tensor) -> Measures:
         """Measures crops in float32, whatever dtype the weights have."""
+        if pixels_BK3SS.is_meta:  # where only shapes and matrix products are counted, there are no levels to measure
+            count = len(pixels_BK3SS)
+            tiles_BPF = pixels_BK3SS.new_zeros(count, self.num_patches, self.tile_mean.numel(), dtype=torch.float32)
+            crops_BKF = pixels_BK3SS.new_zeros(count, self.crops.count, self.crop_mean.numel(), dtype=torch.float32)
+            return Measures(tiles_BPF, crops_BKF)
         with torch.autocast(pixels_BK3SS.device.type, enabled=False):
             exact = pixels_BK3SS.flatten(0, 1).float()
             mean, std = (exact.new_tensor(values).view(1, 3, 1, 1) for values in (self.shared.mean, self.shared.std))
