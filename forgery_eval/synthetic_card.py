@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from forgery_eval.demo.card import calibration_metrics, card, card_metrics, read_rows
+from forgery_eval.demo.card import calibration_metrics, card, card_metrics, read_rows, robustness_metrics
 from llava.cli import OptionParser, run_cli
 from llava.errors import DataError, OptionError
 from llava.files import atomic_write, file_errors, read_json, write_json
@@ -25,8 +25,28 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--about", type=Path, help="Markdown that stands before the results")
     parser.add_argument("--sample_dataset", type=Path, help="a small data set, whose metrics go into the JSON as well")
     parser.add_argument("--sample_results", type=Path, help="what eval.py wrote of that")
+    parser.add_argument(
+        "--robustness",
+        type=named_results,
+        action="append",
+        default=[],
+        metavar="TITLE=FOLDER",
+        help="what eval.py --perturb wrote with a rule of abstention; several",
+    )
     parser.add_argument("--out", type=Path, required=True, help="the card; the JSON stands beside it")
     return parser
+
+
+def named_results(text: str) -> tuple[str, Path]:
+    """Reads ``TITLE=FOLDER``.
+
+    Raises:
+        argparse.ArgumentTypeError: It is not of that form.
+    """
+    title, found, folder = text.partition("=")
+    if not (title and found and folder):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form TITLE=FOLDER")
+    return title, Path(folder)
 
 
 def write_card(options: argparse.Namespace) -> None:
@@ -43,6 +63,10 @@ def write_card(options: argparse.Namespace) -> None:
         found["calibration"] = calibration_metrics(read_json(file))
     except (KeyError, TypeError, AttributeError):
         raise DataError(f"{file} is not what eval.py writes now; run eval.py --rescore, or evaluate again") from None
+    found["robustness"] = {
+        title: robustness_metrics(folder / "metrics.json", read_json(folder / "metrics.json"))
+        for title, folder in options.robustness
+    }
     about = "# Model card"
     if options.about:
         with file_errors(options.about, "read"):

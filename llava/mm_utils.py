@@ -12,6 +12,7 @@ from PIL import Image
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.errors import DataError
 from llava.images import to_rgb
+from llava.native_crops import NativeCrops
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,6 +21,8 @@ IMAGE_PLACEHOLDER: Mapping[str, int] = {DEFAULT_IMAGE_TOKEN: IMAGE_TOKEN_INDEX}
 """What stands for an image in a prompt's text, and its id."""
 LONGEST_SIDE = 8192
 """Larger images are first shrunk by a whole factor: padding them to a square would take gigabytes."""
+STRETCH = "stretch"
+"""Value of ``image_aspect_ratio`` of a model whose processor makes a square of any image, whatever its shape."""
 MOST_OBLONG = 100
 """Ratio of sides up to which an image that is not padded can be resized by its shorter side."""
 
@@ -42,23 +45,33 @@ def process_images(images: list[Image.Image], image_processor: Any, model_cfg: A
         images: Images of any mode and size.
         image_processor: The model's.
         model_cfg: The model's config; ``image_aspect_ratio`` ``pad`` pads with the processor's mean colour, anything
-            else lets the processor resize and crop.
+            else lets the processor resize and crop (``stretch`` says that it resizes to a square). With
+            ``mm_native_crops``, crops of the images as they are come with them.
 
     Returns:
-        ``[N, 3, S, S]``.
+        ``[N, 3, S, S]``, or with crops ``[N, 3, S + rows, S]``, see ``NativeCrops.pack``.
 
     Raises:
         DataError: There are no images, or one is too oblong for a model that crops.
     """
     if not images:
         raise DataError("there are no images to process")
-    images = [_limited(to_rgb(image)) for image in images]
-    if getattr(model_cfg, "image_aspect_ratio", None) == "pad":
+    originals = [to_rgb(image) for image in images]
+    images = [_limited(image) for image in originals]
+    aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
+    if aspect_ratio == "pad":
         red, green, blue = (int(value * 255) for value in image_processor.image_mean)
         images = [expand2square(image, (red, green, blue)) for image in images]
-    else:
+    elif aspect_ratio != STRETCH:
         _check_oblong(images)
-    return image_processor.preprocess(images, return_tensors="pt")["pixel_values"]
+    pixels = image_processor.preprocess(images, return_tensors="pt")["pixel_values"]
+    crops = NativeCrops.from_config(getattr(model_cfg, "mm_native_crops", None))
+    if crops is None:
+        return pixels
+    mean, std = (torch.tensor(values) for values in (image_processor.image_mean, image_processor.image_std))
+    return torch.stack(
+        [crops.pack(whole, crops.cut(image), mean, std) for whole, image in zip(pixels, originals, strict=True)]
+    )
 
 
 def _limited(image: Image.Image) -> Image.Image:
@@ -81,8 +94,8 @@ def grid_over_image(grid: np.ndarray, size: tuple[int, int], image_aspect_ratio:
     Args:
         grid: ``[rows, columns]`` over the square that the model saw.
         size: Width and height of the image.
-        image_aspect_ratio: The model's; ``pad``: the square is the image with padding, which is cut off; else it is
-            the image's middle, and what the model did not see is 0.
+        image_aspect_ratio: The model's; ``pad``: the square is the image with padding, which is cut off;
+            ``stretch``: it is the image; else it is the image's middle, and what the model did not see is 0.
 
     Returns:
         ``[height, width]``, float32, bilinear between patches.
@@ -95,6 +108,8 @@ def grid_over_image(grid: np.ndarray, size: tuple[int, int], image_aspect_ratio:
         left, top = (side - width) // 2 / side, (side - height) // 2 / side
         box = (left * columns, top * rows, (left + width / side) * columns, (top + height / side) * rows)
         return np.asarray(square.resize(size, Image.Resampling.BILINEAR, box=box))
+    if image_aspect_ratio == STRETCH:
+        return np.asarray(square.resize(size, Image.Resampling.BILINEAR))
     side = min(width, height)
     seen = np.zeros((height, width), dtype=np.float32)
     left, top = (width - side) // 2, (height - side) // 2

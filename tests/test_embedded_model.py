@@ -17,12 +17,15 @@ from llava import ForgeryDetector, assets
 from llava.errors import CheckpointError, UserError
 from llava.labels import LABELS
 from llava.systems.fakereasoning.answer import ATTRIBUTES
+from mmfr_generation.forge.sample import METHODS
 from mmfr_generation.synthetic.generators import GENERATORS
 from mmfr_generation.synthetic.showcase import LIST, write_showcase
 from tests.trained import NOTICE, change_config, picture
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = json.loads((assets.SAMPLES / LIST).read_text(encoding="utf-8"))["samples"]
+PHOTOGRAPHS = [entry for entry in SAMPLES if "credit" in entry]
+RENDERED = [entry for entry in SAMPLES if entry["label"] and "credit" not in entry]
 
 
 @pytest.fixture
@@ -149,18 +152,21 @@ def test_all_of_it_is_in_an_installed_package():
 
 
 def test_samples_are_of_every_kind_with_their_truth():
-    assert {entry["label"] for entry in SAMPLES} == set(LABELS)
-    assert {entry["role"] for entry in SAMPLES} == {None, *(generator.role for generator in GENERATORS.values())}
-    assert 8 <= len(SAMPLES) <= 12 and sum(entry["mask"] is not None for entry in SAMPLES) >= 3
-    for entry in SAMPLES:
+    assert {entry["label"] for entry in SAMPLES} == {*LABELS, None}
+    assert {entry["role"] for entry in RENDERED} == {None, *(generator.role for generator in GENERATORS.values())}
+    assert len(SAMPLES) <= 18 and sum(entry["mask"] is not None for entry in SAMPLES) >= 3
+    assert {entry["label"] for entry in RENDERED if entry["delivery"]} == set(LABELS)
+    assert {entry["label"] for entry in PHOTOGRAPHS} == set(LABELS) and all("CC" in e["credit"] for e in PHOTOGRAPHS)
+    for entry in RENDERED + PHOTOGRAPHS:
         assert (entry["generator"] is None) == (entry["label"] == "real")
-        assert entry["generator"] is None or entry["role"] == GENERATORS[entry["generator"]].role
+        assert entry["generator"] is None or entry["role"] == {**GENERATORS, **METHODS}[entry["generator"]].role
         assert entry["attributes"] and set(entry["attributes"]) <= set(ATTRIBUTES[entry["label"]])
         with Image.open(assets.SAMPLES / entry["image"]) as image:
-            assert image.size == (112, 112)
+            size = image.size
+        assert entry in PHOTOGRAPHS or entry["delivery"] or size == (112, 112)
         if entry["mask"]:
             with Image.open(assets.SAMPLES / entry["mask"]) as mask:
-                assert mask.size == (112, 112) and 0 < np.asarray(mask).mean() < 0.5
+                assert mask.size == size and 0 < np.asarray(mask).mean() < 0.5
     named = {name for entry in SAMPLES for name in (entry["image"], entry["mask"]) if name}
     assert {file.name for file in assets.SAMPLES.iterdir()} == {LIST, *named}
     assert sum(file.stat().st_size for file in assets.SAMPLES.iterdir()) < 150_000
@@ -168,8 +174,9 @@ def test_samples_are_of_every_kind_with_their_truth():
 
 def test_samples_come_again_from_their_command(tmp_path):
     write_showcase(tmp_path / "again")
-    assert json.loads((tmp_path / "again" / LIST).read_text(encoding="utf-8"))["samples"] == SAMPLES
-    for entry in SAMPLES:
+    again = json.loads((tmp_path / "again" / LIST).read_text(encoding="utf-8"))["samples"]
+    assert again == [entry for entry in SAMPLES if "credit" not in entry]
+    for entry in RENDERED:
         with (
             Image.open(assets.SAMPLES / entry["image"]) as kept,
             Image.open(tmp_path / "again" / entry["image"]) as again,

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from llava.demo import residual_features
 from llava.demo.residual_encoder import ResidualVisionTower
@@ -10,16 +11,17 @@ from llava.demo.residual_features import Residuals, log_power, measure, residual
 from llava.errors import CheckpointError
 from llava.model.multimodal_encoder.base import PixelFormat
 from llava.model.multimodal_encoder.builder import build_vision_tower, read_vision_tower
+from llava.native_crops import NativeCrops
 from tests.small_models import CLIP_CONFIG, small_config, small_model
 
-SHARED = PixelFormat(64, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
+CROPS = NativeCrops(size=48, per_side=2)
+SHARED = PixelFormat(64, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), CROPS)
 RESIDUAL_CONFIG = {
     "type": "residual",
     "hidden_size": 24,
     "num_hidden_layers": 2,
     "num_attention_heads": 3,
     "mlp_ratio": 2,
-    "patch_size": 16,
     "tile_size": 24,
 }
 
@@ -28,9 +30,13 @@ def levels(count: int = 3, size: int = 64, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(seed)).float()
 
 
-def shared(values: torch.Tensor) -> torch.Tensor:
-    mean, std = (torch.tensor(part).view(1, 3, 1, 1) for part in (SHARED.mean, SHARED.std))
-    return (values / 255 - mean) / std
+def shared(values: torch.Tensor, pixel_format: PixelFormat = SHARED) -> torch.Tensor:
+    """Shared pixels of images: the whole image in grey, since this tower must not look at it, and its crops."""
+    mean, std = (torch.tensor(part) for part in (pixel_format.mean, pixel_format.std))
+    whole = torch.zeros(3, pixel_format.size, pixel_format.size)
+    images = [Image.fromarray(value.permute(1, 2, 0).numpy().astype(np.uint8)) for value in values]
+    crops = pixel_format.crops
+    return torch.stack([crops.pack(whole, crops.cut(image), mean, std) for image in images])
 
 
 def tower(seed: int = 0, **changes) -> ResidualVisionTower:
@@ -71,16 +77,16 @@ def test_residuals_and_their_moments_are_those_of_a_plain_loop():
     assert np.allclose(moments[24:, 1, 0].reshape(7, 3)[3, 0], (np.abs(cell) < 4).mean(), atol=1e-6)
 
 
-def test_the_spectrum_of_a_tile_is_that_of_the_pixels_around_its_patch():
-    image = levels(2)
-    spectra = residual_features.tile_spectra(residual_features.planes(image), 24, 16)
-    assert spectra.shape == (2, 16, 3 * 24 * 13)
+def test_the_spectrum_of_a_tile_is_that_of_its_pixels():
+    image = levels(2, 72)
+    spectra = residual_features.tile_spectra(residual_features.planes(image), 24)
+    assert spectra.shape == (2, 9, 3 * 24 * 13)
     window = np.hanning(24)[:, None] * np.hanning(24)
-    for row, column in ((1, 2), (0, 3)):
-        padded = np.pad(numpy_planes(image[1].double().numpy())[1], 4, mode="reflect")
-        tile = padded[row * 16 : row * 16 + 24, column * 16 : column * 16 + 24]
+    for row, column in ((1, 2), (0, 1)):
+        plane = numpy_planes(image[1].double().numpy())[1]
+        tile = plane[row * 24 : row * 24 + 24, column * 24 : column * 24 + 24]
         power = np.abs(np.fft.rfft2((tile - tile.mean()) * window)) ** 2 / (window**2).sum()
-        found = spectra[1, row * 4 + column].reshape(3, 24, 13)[1]
+        found = spectra[1, row * 3 + column].reshape(3, 24, 13)[1]
         assert np.allclose(found, np.log(power + 1 / 12), atol=1e-3)
 
 
@@ -123,18 +129,20 @@ def test_the_lags_are_circular_correlations():
         assert torch.allclose(value, moved, atol=1e-4)
 
 
-@pytest.mark.parametrize(("size", "patch", "tile", "grid"), [(64, 16, 24, 4), (112, 16, 32, 7), (70, 10, 15, 7)])
-def test_shapes_at_several_sizes(size, patch, tile, grid):
-    format_ = PixelFormat(size, SHARED.mean, SHARED.std)
-    config = {**RESIDUAL_CONFIG, "patch_size": patch, "tile_size": tile}
-    built = build_vision_tower(config, format_).eval()
-    seen = built(shared(levels(2, size)), with_attention=True)
-    tokens = grid * grid + 1
-    assert built.grid == (grid, grid) and (built.num_patches, built.num_prefix_tokens) == (tokens - 1, 1)
-    assert seen.features.shape == (2, tokens - 1, 24) and seen.attention.shape == (2, 3, tokens, tokens)
+@pytest.mark.parametrize(("size", "crop", "per_side", "tile"), [(64, 48, 2, 24), (112, 64, 3, 32), (30, 32, 1, 16)])
+def test_shapes_at_several_sizes(size, crop, per_side, tile):
+    format_ = PixelFormat(40, SHARED.mean, SHARED.std, NativeCrops(crop, per_side))
+    built = build_vision_tower({**RESIDUAL_CONFIG, "tile_size": tile}, format_).eval()
+    pixels = shared(levels(2, size), format_)
+    assert pixels.shape[1:] == format_.shape
+    seen = built(pixels, with_attention=True)
+    side, prefix = per_side * crop // tile, 1 + per_side**2
+    tokens = side * side + prefix
+    assert built.grid == (side, side) and (built.num_patches, built.num_prefix_tokens) == (side * side, prefix)
+    assert seen.features.shape == (2, side * side, 24) and seen.attention.shape == (2, 3, tokens, tokens)
     assert torch.allclose(seen.attention.sum(-1), torch.ones(2, 3, tokens), atol=1e-5)
-    assert torch.equal(built(shared(levels(2, size))).features, seen.features)
-    assert built(shared(levels(2, size))).attention is None
+    assert torch.equal(built(pixels).features, seen.features)
+    assert built(pixels).attention is None
 
 
 def test_an_image_is_seen_alike_in_any_batch():
@@ -147,21 +155,30 @@ def test_an_image_is_seen_alike_in_any_batch():
     assert not torch.allclose(together.features[0], together.features[1], atol=1e-2)
 
 
-def test_features_stay_with_their_patch():
+def test_features_stay_with_their_place():
     built = tower(num_hidden_layers=1)
     with torch.no_grad():
         built.blocks[0].attention.out.weight.zero_()
-        changed = levels(1)
-        changed[..., 40:, 40:] = 128
-        difference = (built(shared(levels(1))).features - built(shared(changed)).features)[0].abs().amax(-1)
-    assert difference.view(4, 4)[3, 3] > 1e-2 and difference.view(4, 4)[:1, :1].max() < 1e-5
+        changed = levels(1, 96)
+        changed[..., 72:, 24:48] = 128
+        difference = (built(shared(levels(1, 96))).features - built(shared(changed)).features)[0].abs().amax(-1)
+    grid = difference.view(4, 4)
+    # A residual at a tile's edge looks at its neighbours, but never beyond the crop.
+    assert grid[3, 1] == grid.max() > 1e-2 and max(grid[:2].max(), grid[2:, 2:].max()) < 1e-5
+
+
+def test_the_tower_looks_at_the_crops_alone():
+    built, pixels = tower(), shared(levels(2))
+    other = pixels.clone()
+    other[:, :, : SHARED.size] += 1
+    assert torch.equal(built(pixels).features, built(other).features)
 
 
 def test_calibration_brings_every_measure_to_one_scale():
     built, pixels = tower(), shared(levels(16, seed=9))
-    measured = built._measure(pixels)
-    for name, values in (("tile", measured.tiles.flatten(0, 1)), ("picture", measured.image)):
-        standard = (values - getattr(built, f"{name}_mean")) / getattr(built, f"{name}_spread")
+    measured = built._measure(built.own_pixels(pixels))
+    for name, values in zip(("tile", "crop"), measured, strict=True):
+        standard = (values.flatten(0, 1) - getattr(built, f"{name}_mean")) / getattr(built, f"{name}_spread")
         assert standard.mean(0).abs().max() < 1e-3 and standard.std(0, correction=0).max() < 1.0001
     once = {name: value.clone() for name, value in built.state_dict().items() if "mean" in name or "spread" in name}
     built.calibrate(pixels)
@@ -171,18 +188,19 @@ def test_calibration_brings_every_measure_to_one_scale():
 def test_half_precision_sees_the_same_pixels_and_nothing_overflows():
     built = tower()
     pixels = shared(levels(2))
-    exact = built._measure(pixels)
-    for part, half in zip(exact, built._measure(pixels.half()), strict=True):
+    exact = built._measure(built.own_pixels(pixels))
+    for part, half in zip(exact, built._measure(built.own_pixels(pixels.half())), strict=True):
         assert torch.equal(part, half)
     seen = built.half()(pixels.half(), with_attention=True)
     assert seen.features.dtype == torch.float16 and seen.features.isfinite().all()
-    for extreme in (torch.zeros(1, 3, 64, 64), torch.full((1, 3, 64, 64), 255.0)):
+    for extreme in (torch.zeros(1, 3, 64, 64), torch.full((1, 3, 20, 5), 255.0)):
         assert tower()(shared(extreme)).features.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_tower_built_in_half_precision_measures_the_same(dtype):
     pixels = shared(levels(2))
+    pixels = CROPS.unpack(pixels)
     wanted = tower()._measure(pixels)
     torch.set_default_dtype(dtype)
     try:
@@ -195,17 +213,10 @@ def test_a_tower_built_in_half_precision_measures_the_same(dtype):
         assert mine.dtype == torch.float32 and torch.equal(mine, theirs)
 
 
-def test_own_normalisation_changes_nothing_that_is_measured():
-    own = build_vision_tower({**RESIDUAL_CONFIG, "pixel_mean": [0.5, 0.4, 0.3], "pixel_std": [0.2, 0.3, 0.4]}, SHARED)
-    pixels = shared(levels(2))
-    for mine, theirs in zip(own._measure(own.own_pixels(pixels)), tower()._measure(pixels), strict=True):
-        assert torch.equal(mine, theirs)
-
-
 def test_its_operations_can_be_counted_without_pixels():
     built = tower().to("meta")
-    seen = built(torch.zeros(2, 3, 64, 64, device="meta"), with_attention=True)
-    assert seen.features.shape == (2, 16, 24) and seen.attention.shape == (2, 3, 17, 17)
+    seen = built(torch.zeros(2, *SHARED.shape, device="meta"), with_attention=True)
+    assert seen.features.shape == (2, 16, 24) and seen.attention.shape == (2, 3, 21, 21)
 
 
 def test_gradients_reach_every_parameter():
@@ -219,7 +230,7 @@ def test_a_saved_tower_opens_through_the_registry(tmp_path):
     built = tower()
     built.save_pretrained(tmp_path)
     source = read_vision_tower(str(tmp_path))
-    assert source.config == {**RESIDUAL_CONFIG, "image_size": 64}
+    assert source.config == RESIDUAL_CONFIG
     again = build_vision_tower(source.config, SHARED).eval()
     again.load_state_dict({name: tensor[...] for name, tensor in source.tensors.items()})
     pixels = shared(levels(2))
@@ -233,6 +244,7 @@ def test_the_forgery_aware_fusion_takes_its_attention(tmp_path):
         vision_tower_config={**CLIP_CONFIG, "image_size": 64, "patch_size": 16},
         dino_tower_config=RESIDUAL_CONFIG,
         mm_image_processor=processor,
+        mm_native_crops={"size": 48, "per_side": 2},
     )
     output = model.encode_images(shared(levels(2)), return_attention=True)
     assert output.tokens.shape == (2, 16, 32) and output.attention.shape == (2, 4, 16, 16)
@@ -245,13 +257,18 @@ def test_the_forgery_aware_fusion_takes_its_attention(tmp_path):
     ("changes", "message"),
     [
         ({"num_attention_heads": 5}, "no multiple of 5 heads"),
-        ({"tile_size": 8}, "tile_size 8 must be from patch_size 16"),
-        ({"tile_size": 80}, "to the image's 64"),
+        ({"tile_size": 20}, "crops of 48 pixels cannot be cut into tiles of 20"),
+        ({"tile_size": 96}, "cannot be cut into tiles of 96"),
     ],
 )
 def test_sizes_that_do_not_fit_are_explained(changes, message):
     with pytest.raises(ValueError, match=message):
         build_vision_tower({**RESIDUAL_CONFIG, **changes}, SHARED)
+
+
+def test_a_tower_without_crops_is_explained():
+    with pytest.raises(ValueError, match="has no mm_native_crops"):
+        build_vision_tower(RESIDUAL_CONFIG, PixelFormat(64, SHARED.mean, SHARED.std))
 
 
 def test_a_config_without_its_sizes_is_explained():
@@ -268,5 +285,5 @@ def test_another_model_is_no_residual_tower(tmp_path):
 
 def test_measures_are_the_same_each_time():
     image = levels(2)
-    for one, other in zip(measure(image, 24, 16), measure(image.clone(), 24, 16), strict=True):
+    for one, other in zip(measure(image, 32), measure(image.clone(), 32), strict=True):
         assert torch.equal(one, other)

@@ -9,23 +9,27 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava.demo import towers
 from llava.demo.outliers import make_outliers
 from llava.demo.residual_encoder import ResidualVisionTower
 from llava.demo.tower_data import read_examples
 from llava.demo.tower_targets import TargetNames
+from llava.mm_utils import process_images
 from llava.model.multimodal_encoder.base import PixelFormat, VisionTower
 from llava.model.multimodal_encoder.builder import build_vision_tower, read_vision_tower
+from llava.native_crops import NativeCrops
 from llava.systems.fakereasoning import answer as words
 from tests.small_models import CLIP_CONFIG, small_config
 from tests.test_residual_encoder import RESIDUAL_CONFIG
 from tests.trained import picture
 
+CROPS = {"size": 48, "per_side": 2}
+SHARED = PixelFormat(64, (0.5,) * 3, (0.5,) * 3, NativeCrops(**CROPS))
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "vision_tower/model.safetensors", "dino_tower/model.safetensors", towers.HEADS
 
@@ -49,6 +53,7 @@ def world(tmp_path_factory) -> Path:
     config = small_config(
         vision_tower_config={**CLIP_CONFIG, "image_size": 64, "patch_size": 16},
         dino_tower_config=RESIDUAL_CONFIG,
+        mm_native_crops=CROPS,
         mm_vision_select_layer=-1,
     )
     processor = {**config.mm_image_processor, "size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
@@ -87,7 +92,7 @@ def test_the_towers_learn_and_open_through_the_registry(world, tmp_path):
     clip, residual = (read_vision_tower(str(tmp_path / name)) for name in towers.TOWERS)
     assert (clip.config["type"], residual.config["type"]) == ("clip", "residual")
     assert clip.image_processor["crop_size"]["height"] == 64
-    tower = build_vision_tower(residual.config, PixelFormat(64, (0.5,) * 3, (0.5,) * 3))
+    tower = build_vision_tower(residual.config, SHARED)
     tower.load_state_dict({name: tensor[...] for name, tensor in residual.tensors.items()})
     with safe_open(tmp_path / towers.HEADS, "pt") as file:
         names = json.loads(file.metadata()["targets"])
@@ -222,17 +227,17 @@ def test_outliers_change_the_second_tower_alone_and_are_called_fake(world, tmp_p
 def fake_probability_of_outliers(trained: Path) -> float:
     """What a trained tower's head says of outliers, on average."""
     source = read_vision_tower(str(trained / "dino_tower"))
-    shared = PixelFormat(64, (0.5,) * 3, (0.5,) * 3)
-    tower = build_vision_tower(source.config, shared)
+    tower = build_vision_tower(source.config, SHARED)
     tower.load_state_dict({name: tensor[...] for name, tensor in source.tensors.items()})
     with safe_open(trained / towers.HEADS, "pt") as file:
         weight, bias = (file.get_tensor(f"dino_tower.{name}")[0] for name in ("weight", "bias"))
-    levels = torch.stack([torch.from_numpy(np.array(picture(index, (64, 64)))) for index in range(0, 40, 2)])
-    measured = tower.measure((levels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5)
-    everyone = torch.ones(len(levels), dtype=torch.bool)
+    processor = CLIPImageProcessorPil(crop_size=64, size=64, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    pictures = [picture(index, (64, 64)) for index in range(0, 40, 2)]
+    measures = tower.measure(process_images(pictures, processor, small_config(mm_native_crops=CROPS)))
+    everyone = torch.ones(len(pictures), dtype=torch.bool)
     torch.manual_seed(0)
     with torch.no_grad():
-        features = tower.encode_measured(make_outliers(measured, everyone, everyone)).features.mean(1)
+        features = tower.encode_measures(make_outliers(measures, everyone, everyone)).features.mean(1)
     return (features @ weight + bias).sigmoid().mean().item()
 
 

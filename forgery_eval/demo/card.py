@@ -26,6 +26,8 @@ ROLES = {
 }
 READINGS = ("text", "score")
 """The two verdicts on an image: that of the answer, and that of P(fake)."""
+GIVEN = ("images", "coverage", "error_among_given", "balanced_accuracy_of_given", "reals_called_fake", "ece_of_given")
+"""Measures of the verdicts that are given, beside the number of images."""
 Array = np.ndarray
 _THRESHOLD = 0.5
 _DATA = "evaluation_sets/"
@@ -164,6 +166,22 @@ def calibration_metrics(metrics: Mapping[str, Any]) -> dict[str, dict[str, float
         "answer": of(answer.get("metrics"), answer.get("calibration")),
     }
     return {name: values for name, values in found.items() if values}
+
+
+def robustness_metrics(file: Path, metrics: Any) -> list[dict[str, Any]]:
+    """Returns what verdicts are given on clean images and under each perturbation, from ``metrics.json``.
+
+    Raises:
+        DataError: No rule of abstention was applied, or there were no perturbations.
+    """
+    try:
+        clean, conditions = metrics["abstention"]["all"], metrics["robustness"]["conditions"]
+        named = [("clean", clean), *((f"{c['step']} {c['strength']}".strip(), c["abstention"]) for c in conditions)]
+        return [{"condition": name, **{key: values[key] for key in GIVEN}} for name, values in named]
+    except (KeyError, TypeError):
+        raise DataError(
+            f"{file} holds no verdicts under perturbations; run eval.py --perturb on a model with a calibration.json"
+        ) from None
 
 
 def card(found: Mapping[str, Any], about: str) -> str:

@@ -29,7 +29,7 @@ class Truth:
     """What is known of a sample.
 
     Attributes:
-        label: ``real`` or ``fake``.
+        label: ``real`` or ``fake``; None for an image that is neither, and gets no verdict from a good model.
         generator: What made a fake; None for a real image.
         trace: What the generator does, one sentence.
         role: Whether training saw the generator, see ``_ROLES``.
@@ -37,9 +37,11 @@ class Truth:
         caption: What the image shows.
         attributes: Sentence of each attribute that it has.
         mask: File with 255 where something is wrong in one part only, or None.
+        delivery: Steps that it went through after it was made, or None.
+        credit: Whose photograph it is a crop of, or None.
     """
 
-    label: str
+    label: str | None
     generator: str | None
     trace: str | None
     role: str | None
@@ -47,20 +49,29 @@ class Truth:
     caption: str
     attributes: Mapping[str, str]
     mask: Path | None
+    delivery: str | None = None
+    credit: str | None = None
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any], folder: Path) -> "Truth":
         """Reads an entry of ``samples.json``, whose files lie in ``folder``."""
-        plain = {name: entry[name] for name in cls.__dataclass_fields__ if name != "mask"}
+        plain = {name: entry.get(name) for name in cls.__dataclass_fields__ if name != "mask"}
         return cls(**plain, mask=folder / entry["mask"] if entry["mask"] else None)
+
+    def met_by(self, report: ForgeryReport) -> bool:
+        """Whether a report says the truth; of an image that is neither, by giving no verdict."""
+        return report.abstained if self.label is None else report.label == self.label
 
     @property
     def in_words(self) -> str:
         """Label, and for a fake its generator and whether training saw it."""
-        if self.generator is None or self.role is None:
-            return self.label
-        name = self.generator.replace("_", " ")
-        return f"{self.label}, by {name} at strength {self.strength:.2f} ({_ROLES[self.role]})"
+        if self.label is None:
+            return "neither a photograph nor a rendered scene"
+        words = self.label
+        if self.generator is not None and self.role is not None:
+            strength = "" if self.strength is None else f" at strength {self.strength:.2f}"
+            words += f", by {self.generator.replace('_', ' ')}{strength} ({_ROLES[self.role]})"
+        return f"{words}; sent on: {self.delivery}" if self.delivery else words
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,8 @@ def demo_page(shown: Sequence[Shown], notice: str) -> str:
         notice=notice,
         own=[_card(item, constant) for item in shown if item.truth is None],
         samples=[_card(item, constant) for item in known],
-        right=sum(1 for item in known if item.truth and item.report.label == item.truth.label),
+        right=sum(1 for item in known if item.truth and item.truth.met_by(item.report)),
+        withheld=sum(1 for item in known if item.truth and item.truth.label and item.report.abstained),
     )
 
 
@@ -108,6 +120,7 @@ def _card(item: Shown, constant: set[str]) -> dict[str, Any]:
     if report.error:
         return {"name": item.file.name, "error": report.error}
     trace = {"trace": truth.trace} if truth and truth.trace else {}
+    credit = {"photograph": truth.credit} if truth and truth.credit else {}
     return {
         "name": item.file.name,
         "error": "",
@@ -116,7 +129,7 @@ def _card(item: Shown, constant: set[str]) -> dict[str, Any]:
         "source": SCORE_SOURCES[report.score_source] if report.score_source else "",
         "stages": {stage.lower(): text for stage, text in report.stages.items() if text and stage not in constant},
         "truth": truth,
-        "facts": {"caption": truth.caption, **truth.attributes, **trace} if truth else {},
+        "facts": {"caption": truth.caption, **truth.attributes, **trace, **credit} if truth else {},
     }
 
 

@@ -21,6 +21,7 @@ from llava.errors import DataError, ImageReadError, OptionError
 from llava.images import load_image
 from llava.mm_utils import IMAGE_PLACEHOLDER, process_images
 from llava.model.configuration import LlavaConfig
+from llava.model.multimodal_encoder.base import PixelFormat
 from llava.systems.base import AnswerFormat
 
 ExtraInputs = Callable[[Record], Mapping[str, Tensor]]
@@ -132,10 +133,9 @@ class SupervisedDataset(Dataset[Sample]):
             raise DataError(f"{record.origin}: {error}") from error
 
     def pixels(self, image: Image.Image | None) -> Tensor:
-        """Returns an image as shared pixels ``[3, S, S]``; zeros without one."""
+        """Returns an image as pixels as towers expect them; zeros without one."""
         if image is None:
-            side = self.model_config.pixel_format()["size"]
-            return torch.zeros(3, side, side)
+            return torch.zeros(PixelFormat(**self.model_config.pixel_format()).shape)
         return process_images([image], self.image_processor, self.model_config)[0]
 
 

@@ -9,8 +9,7 @@ the real images and not only around the known traces (arXiv 1812.04606).
 import torch
 from torch import Tensor
 
-from llava.demo.residual_encoder import MAX_DEVIATION
-from llava.demo.residual_features import Measured
+from llava.demo.residual_encoder import MAX_DEVIATION, Measures
 
 _LEAST, _MOST = 0.5, 1.5
 """Range of the factor by which the difference is multiplied."""
@@ -21,27 +20,28 @@ def choose_outliers(real_B: Tensor, share: float) -> Tensor:
     return real_B & (torch.rand(len(real_B)) < share).to(real_B.device)
 
 
-def make_outliers(measured: Measured, real_B: Tensor, outlier_B: Tensor) -> Measured:
-    """Moves the measures of outliers, all tiles of an image alike.
+def make_outliers(measures: Measures, real_B: Tensor, outlier_B: Tensor) -> Measures:
+    """Moves the measures of outliers, all tiles of an image alike, and all its crops.
 
     The two real images are drawn independently. If they are the same image, the outlier stays where it is and its label
     is wrong; in a batch with R real images this happens to one outlier in R.
 
     Args:
-        measured: Standardised measures of B images.
+        measures: Standardised measures of B images.
         real_B: Which of them are real.
         outlier_B: Which of the real ones become outliers.
     """
     indices = real_B.nonzero().flatten().cpu()
     # Drawn on the CPU, so that a run gives the same outliers on every device.
     first, second = indices[torch.randint(max(len(indices), 1), (2, int(outlier_B.sum())))]
-    factor = (_LEAST + (_MOST - _LEAST) * torch.rand(first.shape)).to(measured.image)
+    factor = (_LEAST + (_MOST - _LEAST) * torch.rand(first.shape)).to(measures.crops)
 
-    def moved(values: Tensor, typical_BF: Tensor) -> Tensor:
+    def moved(values_BTF: Tensor) -> Tensor:
+        typical_BF = values_BTF.mean(1)
+        # One step for the whole image, so that its tiles and crops keep their differences.
         step_OF = factor[:, None] * (typical_BF[first] - typical_BF[second])
-        result = values.clone()
-        # One step for the whole image: the tile axis, if any, is broadcast, so that tiles keep their differences.
-        result[outlier_B] += step_OF.view(-1, *[1] * (values.ndim - 2), step_OF.shape[-1])
+        result = values_BTF.clone()
+        result[outlier_B] += step_OF[:, None]
         return result.clamp(-MAX_DEVIATION, MAX_DEVIATION)
 
-    return Measured(moved(measured.tiles, measured.tiles.mean(1)), moved(measured.image, measured.image))
+    return Measures(moved(measures.tiles), moved(measures.crops))

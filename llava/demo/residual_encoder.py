@@ -1,26 +1,39 @@
-"""A small tower that looks at how an image was made: residuals and spectra of tiles, then a transformer."""
+"""A small tower that looks at how an image was made: residuals and spectra of native crops, then a transformer."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llava.demo.residual_features import Measured, measure
+from llava.demo.residual_features import measure
 from llava.errors import CheckpointError
 from llava.files import make_folder, write_json
 from llava.model.checkpoint_files import read_json, read_tensors, resolve_folder
 from llava.model.multimodal_encoder.base import PixelFormat, TowerOutput, TowerSource, VisionTower
+from llava.native_crops import NativeCrops
 
-_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "patch_size", "tile_size")
+_FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "tile_size")
 _CALIBRATION_BATCH = 64
 _SPREAD_FLOOR = 0.05
 """Added to the spread of a measure, so that one that hardly varies is not blown up."""
 MAX_DEVIATION = 6.0
 """Standard deviations to which measures are clamped."""
+
+
+class Measures(NamedTuple):
+    """The measures of B images.
+
+    Attributes:
+        tiles: Of each tile ``[B, P, F]``.
+        crops: Of each crop ``[B, K, F]``.
+    """
+
+    tiles: Tensor
+    crops: Tensor
 
 
 class SelfAttention(nn.Module):
@@ -60,41 +73,43 @@ class Block(nn.Module):
 
 
 class ResidualVisionTower(VisionTower):
-    """A tower whose tokens are measures of tiles; a prefix token holds those of the whole image.
+    """A tower that looks at crops of an image at its own resolution, and not at the whole image.
 
-    ``residual_features`` defines the measures; ``calibrate`` finds the mean and deviation that standardise them.
-    The measures need pixels exact to one level in 256, so float32 or float16.
+    Its tokens are measures of the crops' tiles, P of them in a square grid. Before them stand those of each crop and of
+    all crops' mean. ``residual_features`` defines the measures; ``calibrate`` finds the mean and deviation that
+    standardise them. The measures need pixels exact to one level in 256, so float32 or float16.
 
-    Config: ``hidden_size``, ``num_hidden_layers``, ``num_attention_heads``, ``mlp_ratio``; ``patch_size``; and
-    ``tile_size``, side of the tiles around each patch whose spectra are taken.
+    Config: ``hidden_size``, ``num_hidden_layers``, ``num_attention_heads``, ``mlp_ratio``; and ``tile_size``, side of
+    the tiles that a crop is cut into.
+
+    Suffixes: B images, K crops, T tiles of a crop, P = K T tiles of an image, F measures, C channels.
 
     Raises:
-        CheckpointError: Sizes are missing or do not fit each other.
+        CheckpointError: Sizes are missing or do not fit each other, or the shared pixels hold no crops.
     """
 
     tower_type: ClassVar[str] = "residual"
 
     tile_mean: Tensor
     tile_spread: Tensor
-    picture_mean: Tensor
-    picture_spread: Tensor
+    crop_mean: Tensor
+    crop_spread: Tensor
 
     def __init__(self, config: Mapping[str, Any], shared: PixelFormat) -> None:
         super().__init__(config, shared)
-        _check_sizes(config, self.image_size)
+        self.crops = _checked_crops(config, shared)
         width, heads = config["hidden_size"], config["num_attention_heads"]
-        self.patch_size, self.tile_size = config["patch_size"], config["tile_size"]
-        self.image_size -= self.image_size % self.patch_size
+        self.tile_size: int = config["tile_size"]
+        self.image_size = self.crops.size
         with torch.device("cpu"):
-            levels = torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.float32)
-            blank = measure(levels, self.tile_size, self.patch_size)
-        # The names of tensors, "picture" too, are those of saved checkpoints.
-        for name, count in (("tile", blank.tiles.shape[-1]), ("picture", blank.image.shape[-1])):
+            blank = measure(torch.zeros(1, 3, self.crops.size, self.crops.size, dtype=torch.float32), self.tile_size)
+        for name, count in (("tile", blank.tiles.shape[-1]), ("crop", blank.image.shape[-1])):
             self.register_buffer(f"{name}_mean", torch.zeros(count))
             self.register_buffer(f"{name}_spread", torch.ones(count))
-        self.patches = nn.Linear(blank.tiles.shape[-1], width)
-        self.picture = nn.Linear(blank.image.shape[-1], width)
-        self.position_embeddings = nn.Parameter(torch.randn(1, self.num_patches, width) * 0.02)
+        self.tile_layer = nn.Linear(blank.tiles.shape[-1], width)
+        self.crop_layer = nn.Linear(blank.image.shape[-1], width)
+        self.whole_layer = nn.Linear(blank.image.shape[-1], width)
+        self.position_embeddings = nn.Parameter(torch.randn(1, self.num_prefix_tokens + self.num_patches, width) * 0.02)
         inner = int(width * config["mlp_ratio"])
         self.blocks = nn.ModuleList(Block(width, heads, inner) for _ in range(config["num_hidden_layers"]))
         self.norm = nn.LayerNorm(width)
@@ -117,7 +132,7 @@ class ResidualVisionTower(VisionTower):
     def save_pretrained(self, folder: Path) -> None:
         """Writes config and weights into a folder that ``read`` opens."""
         make_folder(folder, "tower")
-        config = {**self.config, "image_size": self.image_size, "model_type": self.tower_type}
+        config = {**self.config, "model_type": self.tower_type}
         del config["type"]
         write_json(folder / "config.json", config, indent=2)
         save_file(self.state_dict(), folder / "model.safetensors", {"format": "pt"})
@@ -134,75 +149,95 @@ class ResidualVisionTower(VisionTower):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        side = self.image_size // self.patch_size
+        """Rows and columns of tiles, those of all crops."""
+        side = self.crops.per_side * (self.crops.size // self.tile_size)
         return side, side
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """The mean of all crops, and each crop."""
+        return 1 + self.crops.count
 
     @property
     def blocks_run(self) -> Sequence[nn.Module]:
         """All blocks."""
         return list(self.blocks)
 
+    def own_pixels(self, shared_pixels: Tensor) -> Tensor:
+        """Returns the crops ``[B, K, 3, S, S]`` of packed pixels, normalised as shared."""
+        return self.crops.unpack(shared_pixels)
+
     @torch.no_grad()
     def calibrate(self, shared_pixels: Tensor) -> None:
         """Takes mean and spread of every measure from typical images."""
         parts = [self._measure(self.own_pixels(part)) for part in shared_pixels.split(_CALIBRATION_BATCH)]
-        for name, values in (
-            ("tile", torch.cat([part.tiles for part in parts]).flatten(0, 1)),
-            ("picture", torch.cat([part.image for part in parts])),
-        ):
-            getattr(self, f"{name}_mean").copy_(values.mean(0))
-            getattr(self, f"{name}_spread").copy_(values.std(0, correction=0) + _SPREAD_FLOOR)
+        for name in ("tile", "crop"):
+            values_NF = torch.cat([getattr(part, f"{name}s") for part in parts]).flatten(0, 1)
+            getattr(self, f"{name}_mean").copy_(values_NF.mean(0))
+            getattr(self, f"{name}_spread").copy_(values_NF.std(0, correction=0) + _SPREAD_FLOOR)
 
-    def measure(self, shared_pixels: Tensor) -> Measured:
+    def measure(self, shared_pixels: Tensor) -> Measures:
         """Measures images, each measure in standard deviations from that of a typical one."""
         return self._standardize(self._measure(self.own_pixels(shared_pixels)))
 
     def encode(self, pixels: Tensor, *, with_attention: bool) -> TowerOutput:
-        """Returns the normed patch tokens, and the last block's attention with the image's token first."""
-        return self.encode_measured(self._standardize(self._measure(pixels)), with_attention=with_attention)
+        """Returns the normed tokens of the tiles, and the last block's attention."""
+        return self.encode_measures(self._standardize(self._measure(pixels)), with_attention=with_attention)
 
-    def encode_measured(self, measured: Measured, *, with_attention: bool = False) -> TowerOutput:
+    def encode_measures(self, measures: Measures, *, with_attention: bool = False) -> TowerOutput:
         """Encodes what ``measure`` returns."""
-        tiles_BPF, image_BF = (part.to(self.position_embeddings.dtype) for part in measured)
-        patches_BPC = self.patches(tiles_BPF) + self.position_embeddings
-        hidden_BNC = torch.cat((self.picture(image_BF)[:, None].to(patches_BPC.dtype), patches_BPC), dim=1)
+        dtype = self.position_embeddings.dtype
+        tiles_BPF, crops_BKF = measures.tiles.to(dtype), measures.crops.to(dtype)
+        whole_B1F = crops_BKF.mean(1, keepdim=True)
+        parts = (self.whole_layer(whole_B1F), self.crop_layer(crops_BKF), self.tile_layer(tiles_BPF))
+        hidden_BNC = torch.cat(parts, dim=1) + self.position_embeddings
         *blocks, last = self.blocks
         for block in blocks:
             hidden_BNC, _ = block(hidden_BNC)
         hidden_BNC, attention = last(hidden_BNC, with_attention=True)
-        return TowerOutput(self.norm(hidden_BNC)[:, 1:], attention if with_attention else None)
+        return TowerOutput(self.norm(hidden_BNC)[:, self.num_prefix_tokens :], attention if with_attention else None)
 
-    def _standardize(self, measured: Measured) -> Measured:
-        tiles = (measured.tiles - self.tile_mean) / self.tile_spread
-        image = (measured.image - self.picture_mean) / self.picture_spread
-        return Measured(tiles.clamp(-MAX_DEVIATION, MAX_DEVIATION), image.clamp(-MAX_DEVIATION, MAX_DEVIATION))
+    def _standardize(self, measures: Measures) -> Measures:
+        tiles = (measures.tiles - self.tile_mean) / self.tile_spread
+        crops = (measures.crops - self.crop_mean) / self.crop_spread
+        return Measures(tiles.clamp(-MAX_DEVIATION, MAX_DEVIATION), crops.clamp(-MAX_DEVIATION, MAX_DEVIATION))
 
     @torch.no_grad()
-    def _measure(self, pixels: Tensor) -> Measured:
-        """Measures the tower's own pixels in float32, whatever dtype its weights have."""
-        if pixels.is_meta:  # where only matrix products are counted, there are no levels to measure
-            tiles_BTF = pixels.new_zeros(len(pixels), self.num_patches, self.tile_mean.numel(), dtype=torch.float32)
-            return Measured(tiles_BTF, tiles_BTF.new_zeros(len(pixels), self.picture_mean.numel()))
-        with torch.autocast(pixels.device.type, enabled=False):
-            exact = pixels.float()
+    def _measure(self, pixels_BK3SS: Tensor) -> Measures:
+        """Measures crops in float32, whatever dtype the weights have."""
+        if pixels_BK3SS.is_meta:  # where only shapes and matrix products are counted, there are no levels to measure
+            count = len(pixels_BK3SS)
+            tiles_BPF = pixels_BK3SS.new_zeros(count, self.num_patches, self.tile_mean.numel(), dtype=torch.float32)
+            crops_BKF = pixels_BK3SS.new_zeros(count, self.crops.count, self.crop_mean.numel(), dtype=torch.float32)
+            return Measures(tiles_BPF, crops_BKF)
+        with torch.autocast(pixels_BK3SS.device.type, enabled=False):
+            exact = pixels_BK3SS.flatten(0, 1).float()
             mean, std = (
                 exact.new_tensor(self.config.get(f"pixel_{name}") or values).view(1, 3, 1, 1)
                 for name, values in (("mean", self.shared.mean), ("std", self.shared.std))
             )
             # Back to the whole levels of the decoded image: residuals near 0 would drown in the error of float16.
             levels = ((exact * std + mean) * 255).round().clamp(0, 255)
-            return measure(levels, self.tile_size, self.patch_size)
+            measured = measure(levels, self.tile_size)
+        return Measures(self._in_grid(measured.tiles), measured.image.unflatten(0, (-1, self.crops.count)))
+
+    def _in_grid(self, tiles_NTF: Tensor) -> Tensor:
+        """Orders the tiles of all crops row by row over the image: ``[B K, T, F]`` to ``[B, P, F]``."""
+        per_side, within = self.crops.per_side, self.crops.size // self.tile_size
+        grid = tiles_NTF.unflatten(0, (-1, per_side, per_side)).unflatten(3, (within, within))
+        return grid.transpose(2, 3).flatten(1, 4)
 
 
-def _check_sizes(config: Mapping[str, Any], image_size: int) -> None:
+def _checked_crops(config: Mapping[str, Any], shared: PixelFormat) -> NativeCrops:
     missing = [name for name in _FIELDS if name not in config]
     if missing:
         raise CheckpointError(f"the config of a residual tower lacks {', '.join(missing)}")
-    patch, tile = config["patch_size"], config["tile_size"]
     if config["hidden_size"] % config["num_attention_heads"]:
         raise CheckpointError(
             f"the width {config['hidden_size']} is no multiple of {config['num_attention_heads']} heads"
         )
-    if not patch <= tile <= image_size:
-        raise CheckpointError(f"tile_size {tile} must be from patch_size {patch} to the image's {image_size}")
+    if shared.crops is None:
+        raise CheckpointError("a residual tower looks at native crops, but the config has no mm_native_crops")
+    if config["tile_size"] < 1 or shared.crops.size % config["tile_size"]:
+        raise CheckpointError(f"crops of {shared.crops.size} pixels cannot be cut into tiles of {config['tile_size']}")
+    return shared.crops

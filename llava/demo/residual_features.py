@@ -1,7 +1,7 @@
 """Forensic statistics of an image: residuals, their correlations, and spectra. Nothing here is learnt.
 
-Everything is computed in float32, of overlapping tiles and of the whole image. Suffixes: B images, C planes, H rows
-and W columns of pixels, T tiles, S side of a tile, F features.
+Everything is computed in float32, of tiles and of the whole image; the tower's images are crops. Suffixes: B images,
+C planes, H rows and W columns of pixels, T tiles, S side of a tile, F features.
 """
 
 from typing import NamedTuple
@@ -45,7 +45,7 @@ class Measured(NamedTuple):
     """The measures of B images, in float32.
 
     Attributes:
-        tiles: Spectra and statistics of each patch ``[B, T, F]``.
+        tiles: Spectra and statistics of each tile ``[B, T, F]``.
         image: Statistics of the whole image ``[B, F]``.
     """
 
@@ -79,11 +79,9 @@ class Residuals(NamedTuple):
         return cls(colour, across, down, both, both[:, :_PLANES].abs())
 
 
-def tiles(maps_BCHW: Tensor, side: int, stride: int) -> Tensor:
-    """Cuts maps into overlapping tiles ``[B, T, C, S, S]``, each centred on a patch of ``stride`` pixels."""
-    margin = (side - stride) // 2
-    padded = F.pad(maps_BCHW, (margin, side - stride - margin) * 2, mode="reflect")
-    cut_BCRQSS = padded.unfold(2, side, stride).unfold(3, side, stride)
+def tiles(maps_BCHW: Tensor, side: int) -> Tensor:
+    """Cuts maps into tiles ``[B, T, C, S, S]``."""
+    cut_BCRQSS = maps_BCHW.unfold(2, side, side).unfold(3, side, side)
     return cut_BCRQSS.flatten(2, 3).transpose(1, 2)
 
 
@@ -99,9 +97,9 @@ def log_power(maps: Tensor) -> Tensor:
     return (power + _QUANTISATION).log()
 
 
-def tile_spectra(planes_BCHW: Tensor, side: int, stride: int) -> Tensor:
+def tile_spectra(planes_BCHW: Tensor, side: int) -> Tensor:
     """Returns the spectra of each tile of each plane ``[B, T, F]``."""
-    return log_power(tiles(planes_BCHW, side, stride)).flatten(2)
+    return log_power(tiles(planes_BCHW, side)).flatten(2)
 
 
 def residual_moments(levels_B3HW: Tensor, residuals: Residuals, cell: int) -> Tensor:
@@ -142,9 +140,8 @@ def moment_statistics(moments_BMN: Tensor) -> Tensor:
 
 
 def tile_statistics(moments_BMRQ: Tensor) -> Tensor:
-    """Returns the statistics of each patch, and those of it and its neighbours, ``[B, T, F]``."""
-    wide = F.avg_pool2d(moments_BMRQ, 3, 1, padding=1, count_include_pad=False)
-    return torch.cat([moment_statistics(part.flatten(2)) for part in (moments_BMRQ, wide)], -1)
+    """Returns the statistics of each tile ``[B, T, F]``."""
+    return moment_statistics(moments_BMRQ.flatten(2))
 
 
 def image_statistics(levels_B3HW: Tensor, residuals: Residuals, moments_BMRQ: Tensor) -> Tensor:
@@ -220,17 +217,16 @@ def _histogram_statistics(levels_B3HW: Tensor) -> Tensor:
     )
 
 
-def measure(levels_B3HW: Tensor, side: int, patch: int) -> Measured:
+def measure(levels_B3HW: Tensor, side: int) -> Measured:
     """Measures images.
 
     Args:
-        levels_B3HW: Colours 0 to 255, float32; H and W are multiples of ``patch``.
-        side: Side S of the tiles whose spectra are taken.
-        patch: Side of a patch, and distance of the tiles.
+        levels_B3HW: Colours 0 to 255, float32; H and W are multiples of ``side``.
+        side: Side S of the tiles.
     """
     residuals = Residuals.of(levels_B3HW)
-    moments = residual_moments(levels_B3HW, residuals, patch)
-    spectra = tile_spectra(torch.cat((residuals.colour, residuals.strength[:, :1]), 1), side, patch)
+    moments = residual_moments(levels_B3HW, residuals, side)
+    spectra = tile_spectra(torch.cat((residuals.colour, residuals.strength[:, :1]), 1), side)
     return Measured(
         torch.cat((spectra, tile_statistics(moments)), -1), image_statistics(levels_B3HW, residuals, moments)
     )

@@ -4,6 +4,7 @@ import argparse
 import math
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from llava.cli import progress
 from llava.demo.outliers import choose_outliers, make_outliers
 from llava.demo.residual_encoder import ResidualVisionTower
-from llava.demo.tower_data import Data, shared_pixels
+from llava.demo.tower_inputs import LEVELS, TowerInputs, measures_of
 from llava.demo.tower_targets import GROUPS, TargetNames
 from llava.errors import CheckpointError, DataError, OptionError
 from llava.files import atomic_file
@@ -62,16 +63,19 @@ class TowerWithHead(nn.Module):
         self.head = nn.Linear(tower.hidden_size, len(weights))
         self.register_buffer("weights", weights, persistent=False)
 
-    def forward(self, shared_pixels: Tensor) -> Tensor:
-        """Returns the logit of every target ``[B, K]``."""
-        return self.head(self.tower(shared_pixels).features.mean(1))
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Returns the logit of every target ``[B, K]``, of what ``TowerInputs.of`` returns."""
+        if isinstance(self.tower, ResidualVisionTower):
+            seen = self.tower.encode_measures(measures_of(inputs))
+        else:
+            seen = self.tower(inputs[LEVELS])
+        return self.head(seen.features.mean(1))
 
-    def with_outliers(self, shared_pixels: Tensor, real_B: Tensor, outlier_B: Tensor) -> Tensor:
+    def with_outliers(self, inputs: Mapping[str, Tensor], real_B: Tensor, outlier_B: Tensor) -> Tensor:
         """Returns the same where some of the real images are made outliers."""
-        tower = self.tower
-        assert isinstance(tower, ResidualVisionTower)
-        measured = make_outliers(tower.measure(shared_pixels), real_B, outlier_B)
-        return self.head(tower.encode_measured(measured).features.mean(1))
+        assert isinstance(self.tower, ResidualVisionTower)
+        measures = make_outliers(measures_of(inputs), real_B, outlier_B)
+        return self.head(self.tower.encode_measures(measures).features.mean(1))
 
     def loss(self, logits: Tensor, targets: Tensor, outlier_B: Tensor | None = None) -> Tensor:
         """Returns the weighted sum of the targets' losses, averaged over the batch.
@@ -85,6 +89,34 @@ class TowerWithHead(nn.Module):
             verdict_alone[:, _VERDICT] = F.softplus(-logits[:, _VERDICT].float())
             each = torch.where(outlier_B[:, None], verdict_alone, each)
         return (each * self.weights).sum(1).mean()
+
+
+@dataclass(frozen=True)
+class Data:
+    """Examples.
+
+    Attributes:
+        inputs: What the towers are fed, by row.
+        targets: Bool ``[N, K]``, by row.
+        rows: Rows that this part of the data holds.
+    """
+
+    inputs: TowerInputs
+    targets: Tensor
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def split(self, last: int) -> "tuple[Data, Data]":
+        """Splits off the last examples."""
+        at = len(self) - last
+        return replace(self, rows=self.rows[:at]), replace(self, rows=self.rows[at:])
+
+    def batch(self, index: Tensor, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+        """Returns inputs and targets of some examples, counted within this part."""
+        rows = self.rows[index]
+        return self.inputs.of(rows, device), self.targets[rows].to(device)
 
 
 def build_towers(
@@ -117,14 +149,11 @@ class Training:
     Args:
         towers: Towers with their heads, by name, on their device.
         data: Training examples.
-        shared: Format of the shared pixels.
         options: The command line's.
     """
 
-    def __init__(
-        self, towers: dict[str, TowerWithHead], data: Data, shared: PixelFormat, options: argparse.Namespace
-    ) -> None:
-        self.towers, self.data, self.shared, self.options = towers, data, shared, options
+    def __init__(self, towers: dict[str, TowerWithHead], data: Data, options: argparse.Namespace) -> None:
+        self.towers, self.data, self.options = towers, data, options
         self.modules = nn.ModuleDict(towers)
         self.device = next(self.modules.parameters()).device
         self.step = 0
@@ -171,8 +200,7 @@ class Training:
     def _train_step(self, index: Tensor) -> dict[str, float]:
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.learning_rate * self._rate()
-        pixels = shared_pixels(self.data.levels[index], self.shared, self.device)
-        targets = self.data.targets[index].to(self.device)
+        inputs, targets = self.data.batch(index, self.device)
         losses = {}
         self.optimizer.zero_grad()
         for name, tower in self.towers.items():
@@ -180,7 +208,7 @@ class Training:
             if name == "dino_tower" and self.options.outliers:
                 outlier = choose_outliers(real, self.options.outliers)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
-                logits = tower(pixels) if outlier is None else tower.with_outliers(pixels, real, outlier)
+                logits = tower(inputs) if outlier is None else tower.with_outliers(inputs, real, outlier)
             loss = tower.loss(logits, targets, outlier)
             loss.backward()
             nn.utils.clip_grad_norm_(tower.parameters(), self.options.max_grad_norm)
@@ -239,9 +267,7 @@ def run_identity(options: argparse.Namespace, towers: Mapping[str, TowerWithHead
 
 
 @torch.no_grad()
-def evaluate(
-    tower: TowerWithHead, data: Data, shared: PixelFormat, names: TargetNames, batch_size: int
-) -> dict[str, Any]:
+def evaluate(tower: TowerWithHead, data: Data, names: TargetNames, batch_size: int) -> dict[str, Any]:
     """Returns how well a head tells the targets of held-out examples.
 
     Returns:
@@ -250,8 +276,9 @@ def evaluate(
     """
     tower.eval()
     device = next(tower.parameters()).device
-    logits = [tower(shared_pixels(levels, shared, device)).cpu() for levels in data.levels.split(batch_size)]
-    predicted, targets = torch.cat(logits) > 0, data.targets
+    batches = [data.batch(index, device) for index in torch.arange(len(data)).split(batch_size)]
+    predicted = torch.cat([tower(inputs).cpu() for inputs, _ in batches]) > 0
+    targets = data.targets[data.rows]
     hits = (predicted & targets).sum(0) / targets.sum(0)
     rejections = (~predicted & ~targets).sum(0) / (~targets).sum(0)
     balanced = (hits + rejections) / 2  # not finite where all examples have a target, or none has

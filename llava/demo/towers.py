@@ -26,18 +26,19 @@ from safetensors.torch import save_file
 
 from llava.cli import OptionParser, run_cli
 from llava.demo.residual_encoder import ResidualVisionTower
-from llava.demo.tower_data import RECORDS_FILE, Data, read_examples, read_pixels, shared_pixels
+from llava.demo.tower_data import RECORDS_FILE, read_examples
+from llava.demo.tower_inputs import TowerInputs, read_pixels
 from llava.demo.tower_targets import GROUPS, TargetNames
-from llava.demo.tower_training import TOWERS, TowerWithHead, Training, build_towers, evaluate
+from llava.demo.tower_training import TOWERS, Data, TowerWithHead, Training, build_towers, evaluate
 from llava.errors import CheckpointError, OptionError
 from llava.files import atomic_folder, file_errors, make_folder, write_json
 from llava.model.checkpoint_files import read_json
 from llava.model.checkpoint_layout import memory_names
 from llava.model.configuration import LlavaConfig
-from llava.model.multimodal_encoder.base import PixelFormat, VisionTower
+from llava.model.multimodal_encoder.base import VisionTower
 from llava.model.multimodal_encoder.builder import read_vision_tower
 
-CHECKPOINT, HEADS, METRICS = "checkpoint.pt", "heads.safetensors", "metrics.json"
+CHECKPOINT, HEADS, METRICS, INPUTS = "checkpoint.pt", "heads.safetensors", "metrics.json", "inputs"
 _CALIBRATION_IMAGES = 1024
 
 
@@ -176,29 +177,30 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     # Everything is written once before hours of training, so that nothing is lost to a tower that cannot be saved.
     with TemporaryDirectory(dir=options.output_dir, prefix=".trial_") as folder:
         write_result(Path(folder), towers, config, names, {})
-    levels = read_pixels([example.image for example in examples], config, options.workers)
-    data = Data(levels, torch.stack([names.targets(answer) for answer in answers]))
-    training_data, validation_data = data.split(held_out)
-    shared, device = PixelFormat(**config.pixel_format()), _device(options.device)
-    for tower in towers.values():
-        tower.to(device)
-    training = Training(towers, training_data, shared, options)
+    device = _device(options.device)
+    images = [example.image for example in examples]
     checkpoint = options.output_dir / CHECKPOINT
+    # Calibrated in a resumed run too: the inputs that were kept are known by it.
+    sample = torch.cat([read_pixels([image], config) for image in images[:_CALIBRATION_IMAGES]])
+    for name, tower in towers.items():
+        if options.start:
+            load_tower(tower.tower, options.start / name)
+        else:
+            tower.tower.calibrate(sample)
+        tower.to(device)
+    inputs = TowerInputs(
+        images, config, [tower.tower for tower in towers.values()], options.output_dir / INPUTS, options.workers
+    )
+    targets = torch.stack([names.targets(answer) for answer in answers])
+    training_data, validation_data = Data(inputs, targets, torch.arange(len(examples))).split(held_out)
+    training = Training(towers, training_data, options)
     if options.resume == "auto" and checkpoint.is_file():
         training.resume(checkpoint)
         print(f"resumed from {checkpoint} at step {training.step} of {training.total_steps}")
-    else:
-        sample = shared_pixels(training_data.levels[:_CALIBRATION_IMAGES], shared, device)
-        for name, tower in towers.items():
-            if options.start:
-                load_tower(tower.tower, options.start / name)
-            else:
-                tower.tower.calibrate(sample)
-        training.save(checkpoint)
     training.run(checkpoint)
     training.save(checkpoint)
     accuracy = {
-        name: evaluate(tower, validation_data, shared, names, options.batch_size) if held_out else {}
+        name: evaluate(tower, validation_data, names, options.batch_size) if held_out else {}
         for name, tower in towers.items()
     }
     metrics = {"steps": training.step, "examples": len(training_data), "held_out": held_out, "towers": accuracy}

@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
 from llava.errors import CheckpointError
+from llava.native_crops import NativeCrops
 
 CPM_SEARCHES = ("labels", "predictions")
 """Where a probability mapper may look for the verdict in training."""
@@ -25,6 +26,8 @@ class LlavaConfig(LlamaConfig):
         token_source_configs: What is spliced into a prompt beside the images, by name; see ``model.token_sources``.
         mm_dino_tower: Where the second tower's weights came from: path or hub id, as ``mm_vision_tower`` for the first.
         mm_image_processor: Settings of the image processor that makes the pixels which the towers share.
+        mm_native_crops: Crops at the image's own resolution beside the shared pixels, for towers that want them, as
+            ``{"size": 64, "per_side": 3}``; see ``llava.native_crops``.
         mm_fusion_type: Name in the registry of fusions.
         mm_fusion_config: The fusion's own settings.
         cpm_search: Where the probability mapper looks for the verdict in training. A config file without this field
@@ -60,6 +63,7 @@ class LlavaConfig(LlamaConfig):
     extra_tower_configs: dict[str, Any] | None = None
     token_source_configs: dict[str, Any] | None = None
     mm_image_processor: dict[str, Any] | None = None
+    mm_native_crops: dict[str, Any] | None = None
     mm_fusion_type: str = "forgery_aware"
     mm_fusion_config: dict[str, Any] | None = None
     cpm_search: str = "labels"
@@ -92,10 +96,10 @@ class LlavaConfig(LlamaConfig):
         return {branch: config for branch, config in known.items() if config is not None}
 
     def pixel_format(self) -> dict[str, Any]:
-        """Returns side, mean and standard deviation of the shared pixels.
+        """Returns side, mean and standard deviation of the shared pixels, and the crops beside them.
 
         Raises:
-            CheckpointError: The config has towers but no image processor.
+            CheckpointError: The config has towers but no image processor, or its crops make no sense.
         """
         if self.mm_image_processor is None:
             raise CheckpointError("the config has a vision tower but no mm_image_processor")
@@ -107,4 +111,5 @@ class LlavaConfig(LlamaConfig):
             "size": size["height"],
             "mean": tuple(processor["image_mean"]),
             "std": tuple(processor["image_std"]),
+            "crops": NativeCrops.from_config(self.mm_native_crops),
         }

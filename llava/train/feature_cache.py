@@ -25,6 +25,7 @@ _READERS = 4
 _STATE_FILE = "state.json"
 _SETTINGS = (
     "mm_image_processor",
+    "mm_native_crops",
     "image_aspect_ratio",
     "vision_tower_config",
     "dino_tower_config",

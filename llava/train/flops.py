@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from llava.model.branches import projector_name
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.llava_arch import LlavaMetaModel
+from llava.model.multimodal_encoder.base import PixelFormat
 
 _TOKENS = 8
 """Length of the rows that are counted; a second row of twice the length tells what grows with the square."""
@@ -194,8 +195,7 @@ def _vision_costs(model: LlavaMetaModel, checkpointed: Sequence[nn.Module]) -> d
     """The passes of one image in towers, projectors and fusion."""
     if model.vision_tower is None:
         return {part: Passes() for part in ("towers", "projectors", "fusion")}
-    side = model.config.pixel_format()["size"]
-    pixels = torch.zeros(1, 3, side, side, device="meta")
+    pixels = torch.zeros(1, *PixelFormat(**model.config.pixel_format()).shape, device="meta")
     towers = _count(model.run_towers, pixels, repeated=checkpointed)
     outputs = {
         name: part.detach().requires_grad_(part.requires_grad) for name, part in model.run_towers(pixels).items()

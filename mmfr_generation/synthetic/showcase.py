@@ -1,7 +1,9 @@
 """A handful of images of every kind, with their truth: ``python -m mmfr_generation.synthetic.showcase --out D``.
 
 They come from evaluation sets of a seed of their own. Which ones is decided by a rule, before any model sees them: of
-each chosen set the first image whose scene the class has not shown yet, and where a fault is wanted, that has one.
+each chosen set the first image whose scene the class has not shown yet, and where a fault is wanted, that has one; and
+one of each class that was sent on. The last is a chart, which is neither real nor fake.
+``mmfr_generation.forge.showcase`` adds crops of a photograph.
 """
 
 import io
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from llava.cli import OptionParser, run_cli
 from llava.errors import FileError
@@ -24,6 +26,7 @@ from mmfr_generation.synthetic.sample import Key, Sample, make_sample
 SEED = 2026
 SIZE = 112
 LIST = "samples.json"
+CHART = "13_chart.png"
 CHOSEN: tuple[tuple[str, int, bool], ...] = (
     ("halo", REAL, False),
     ("pixel_shuffle", REAL, False),
@@ -37,6 +40,8 @@ CHOSEN: tuple[tuple[str, int, bool], ...] = (
     ("channel_shift", FAKE, False),
 )
 """Evaluation set, class, and whether a high-level fault is wanted; four seen generators, three unseen ones."""
+DELIVERED: tuple[tuple[str, int], ...] = (("halo", REAL), ("transposed_convolution", FAKE))
+"""Evaluation set and class of those that were sent on."""
 
 
 def choose() -> Iterator[tuple[Key, Sample]]:
@@ -48,6 +53,13 @@ def choose() -> Iterator[tuple[Key, Sample]]:
             sample = make_sample(key)
             if sample.truth["scene"] not in shown[label] and bool(sample.truth["faults"]) >= faulty:
                 shown[label].add(sample.truth["scene"])
+                yield key, sample
+                break
+    for name, label in DELIVERED:
+        for index in count():
+            key = Key(SEED, SIZE, "evaluation", name, label, index, delivery="mixed")
+            sample = make_sample(key)
+            if sample.truth["delivery"]:
                 yield key, sample
                 break
 
@@ -64,25 +76,51 @@ def write_showcase(out: Path) -> None:
     make_folder(out, "--out")
     if any(out.iterdir()):
         raise FileError(f"{out} is not empty; remove what it holds, or choose another folder")
-    entries = [_write(out, number, key, sample) for number, (key, sample) in enumerate(choose(), start=1)]
+    entries = [write_entry(out, number, key, sample) for number, (key, sample) in enumerate(choose(), start=1)]
+    atomic_write(out / CHART, _png(np.asarray(draw_chart())))
+    entries.append(
+        {
+            **dict.fromkeys(entries[0]),
+            "image": CHART,
+            "faults": [],
+            "caption": "A chart of five bars, which no camera took.",
+            "attributes": {},
+        }
+    )
     about = {
         "about": "Rendered scenes of MMFR-Synthetic, none of them used in training. Chosen by a rule before any model "
-        "saw them. A mask is 255 where something is wrong in one place only.",
+        "saw them. A mask is 255 where something is wrong in one place only. The chart is neither real nor fake.",
         "command": "python -m mmfr_generation.synthetic.showcase --out llava/assets/samples",
         "samples": entries,
     }
     write_json(out / LIST, about)
 
 
-def _write(out: Path, number: int, key: Key, sample: Sample) -> dict[str, Any]:
+def draw_chart() -> Image.Image:
+    """Draws bars over axes."""
+    image = Image.new("RGB", (240, 180), "white")
+    draw = ImageDraw.Draw(image)
+    draw.line([24, 12, 24, 160, 228, 160], fill="black", width=2)
+    for index, (height, colour) in enumerate(
+        zip((60, 110, 35, 140, 85), ("navy", "teal", "gold", "red", "grey"), strict=True)
+    ):
+        draw.rectangle([36 + 38 * index, 159 - height, 60 + 38 * index, 159], fill=colour)
+    return image
+
+
+def write_entry(out: Path, number: int, key: Key, sample: Sample) -> dict[str, Any]:
+    """Writes an image and its mask; returns what ``samples.json`` holds of it."""
     truth = sample.truth
-    stem = f"{number:02}_{LABELS[key.label]}_{truth['generator'] or truth['scene']}"
+    stem = f"{number:02}_{LABELS[key.label]}_{truth['generator'] or truth.get('scene', 'photograph')}"
+    if truth.get("delivery"):
+        stem += "_sent_on"
     atomic_write(out / f"{stem}{sample.suffix}", sample.data)
     mask = None
     if sample.masks:
         mask = f"{stem}_mask.png"
         atomic_write(out / mask, _png(np.logical_or.reduce(list(sample.masks.values()))))
     generator = GENERATORS.get(truth["generator"] or "")
+    delivery = truth.get("delivery")
     return {
         "image": f"{stem}{sample.suffix}",
         "label": truth["label"],
@@ -90,7 +128,8 @@ def _write(out: Path, number: int, key: Key, sample: Sample) -> dict[str, Any]:
         "trace": generator.description if generator else None,
         "role": truth["split_role"] if generator else None,
         "strength": truth["strength"],
-        "faults": truth["faults"],
+        "delivery": " ".join(step["step"] for step in delivery) if delivery else None,
+        "faults": truth.get("faults", []),
         "mask": mask,
         "caption": truth["caption"],
         "attributes": {name: sentence for name, sentence in truth["attributes"].items() if sentence},

@@ -13,7 +13,7 @@ from forgery_eval.benchmarks import open_benchmark
 from llava.errors import DataError, MissingFileError
 from llava.labels import FAKE, REAL
 from mmfr_generation import validate
-from mmfr_generation.forge import manipulations, photographs
+from mmfr_generation.forge import manipulations, photographs, showcase
 from mmfr_generation.forge.__main__ import main
 from mmfr_generation.forge.job import ForgeJob
 from mmfr_generation.forge.manipulations import MANIPULATIONS, draw_region, manipulate, membrane
@@ -322,3 +322,16 @@ def test_wrong_options_are_named(folder, tmp_path, capsys, given, message):
     with pytest.raises(SystemExit) as ended:
         main(["--images", str(folder), "--out", str(tmp_path / "o"), *given])
     assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_crops_of_a_photograph_are_added_to_the_samples_and_only_once(folder, tmp_path):
+    listed = {"about": "Here.", "samples": [{"image": "01_real.png"}]}
+    (tmp_path / "samples.json").write_text(json.dumps(listed))
+    for _ in range(2):
+        assert showcase.main(["--images", str(folder), "--credit", "The test, CC0", "--out", str(tmp_path)]) == 0
+    first, *added = json.loads((tmp_path / "samples.json").read_text())["samples"]
+    assert first == listed["samples"][0] and [entry["label"] for entry in added] == ["real", "fake", "fake"]
+    for entry in added:
+        assert entry["credit"] == "The test, CC0" and (tmp_path / entry["image"]).is_file()
+    assert added[2]["generator"] == "splice_hard" and (tmp_path / added[2]["mask"]).is_file()
+    assert added[1]["trace"] and added[0]["trace"] is None

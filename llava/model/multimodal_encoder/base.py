@@ -17,15 +17,30 @@ from transformers import PreTrainedModel
 
 from llava.errors import CheckpointError
 from llava.model.checkpoint_files import TensorLike
+from llava.native_crops import NativeCrops
 
 
 @dataclass(frozen=True)
 class PixelFormat:
-    """How the shared pixels are made: side length in pixels, and mean and standard deviation of each channel."""
+    """How the shared pixels are made.
+
+    Attributes:
+        size: Side S of the whole image in pixels.
+        mean: Of each channel, of values from 0 to 1.
+        std: Standard deviation of each channel.
+        crops: Crops at the image's own resolution that lie below the whole image; None if there are none.
+    """
 
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    crops: NativeCrops | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of one image's shared pixels: ``[3, S, S]``, or ``[3, S + rows, S]`` with crops."""
+        rows = self.crops.rows(self.size) if self.crops else 0
+        return 3, self.size + rows, self.size
 
 
 @dataclass(frozen=True)
@@ -161,7 +176,7 @@ class VisionTower(nn.Module, ABC):
         """Encodes the tower's own pixels."""
 
     def forward(self, shared_pixels: Tensor, *, with_attention: bool = False) -> TowerOutput:
-        """Encodes shared pixels ``[B, 3, S, S]``."""
+        """Encodes shared pixels ``[B, 3, S, S]``, with the crops of ``PixelFormat`` below if there are any."""
         parameter = next(self.parameters())
         pixels = self.own_pixels(shared_pixels).to(parameter.dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and parameter.requires_grad):
@@ -172,8 +187,8 @@ class VisionTower(nn.Module, ABC):
         return super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
 
     def own_pixels(self, shared_pixels: Tensor) -> Tensor:
-        """Turns shared pixels into the tower's size and normalisation."""
-        pixels = shared_pixels
+        """Turns the whole image of shared pixels into the tower's size and normalisation."""
+        pixels = shared_pixels[..., : self.shared.size, :]
         if self.config.get("pixel_mean") is not None:
             mean, std = self.config["pixel_mean"], self.config["pixel_std"]
             pixels = (pixels * _per_channel(pixels, self.shared.std) + _per_channel(pixels, self.shared.mean)).sub(
