@@ -3,7 +3,7 @@
 A calibration file may hold such a rule under ``abstention``; the statistics of known images lie in a safetensors file
 beside it. ``forgery eval --calibrate`` fits it; the detector applies it. Imports no torch.
 
-Shape suffixes: N images, D features, K directions.
+Shape suffixes: N images, M known images, D features, K directions.
 """
 
 import math
@@ -40,36 +40,47 @@ LIGHT_DELIVERIES: tuple[Step, ...] = (
 )
 """Light steps that an image may go through without losing its verdict; the first K are used."""
 _AGREEING_SHARE = 0.8
+NEAREST = 3
+"""Which of the nearest known images an image's distance is measured to; single odd ones among them count little."""
+_STORED = {"mean": "mean_D", "spread": "spread_D", "directions": "directions_KD", "points": "points_MK"}
 
 
 @dataclass(frozen=True)
 class KnownImages:
-    """Statistics of the features of known images.
+    """Known images, as points in a small space; how far an image is from its nearest ones says whether it is known.
 
-    The squared Mahalanobis distance under the covariance ``U diag(variances) U^T + rest (I - U U^T)``, where the rows
-    of ``directions`` are the columns of U: the largest principal components, and one variance for all that is left.
+    Features are standardised and laid along the principal directions; what is left of them outside of these is one
+    coordinate more, its length. No shape of the known images is assumed: those of several kinds form several clouds,
+    and an ellipsoid around all (a Mahalanobis distance) holds much that lies between them.
 
     Attributes:
-        mean_D: Mean.
-        directions_KD: Orthonormal.
-        variances_K: Along the directions, above 0.
-        rest: Of every other direction, above 0.
+        mean_D: Mean of the features.
+        spread_D: Their deviations, above 0.
+        directions_KD: Orthonormal directions of the standardised features.
+        points_MK: Known images, coordinates along the directions, and the length of what is left: ``[M, K + 1]``.
         limit: Largest distance of an image that counts as known.
     """
 
     mean_D: np.ndarray
+    spread_D: np.ndarray
     directions_KD: np.ndarray
-    variances_K: np.ndarray
-    rest: float
+    points_MK: np.ndarray
     limit: float
 
+    def coordinates(self, features_ND: np.ndarray) -> np.ndarray:
+        """Returns each image's place among the known images, ``[N, K + 1]``."""
+        standard_ND = (np.asarray(features_ND, np.float64) - self.mean_D) / self.spread_D
+        along_NK = standard_ND @ self.directions_KD.astype(np.float64).T
+        left_N = np.sqrt(np.maximum((standard_ND**2).sum(axis=1) - (along_NK**2).sum(axis=1), 0))
+        return np.column_stack([along_NK, left_N])
+
     def distances(self, features_ND: np.ndarray) -> np.ndarray:
-        """Returns each image's distance, shape (N,); NaN where a feature is."""
-        centred = np.asarray(features_ND, np.float64) - self.mean_D.astype(np.float64)
-        along_NK = centred @ self.directions_KD.astype(np.float64).T
-        left = np.maximum((centred**2).sum(axis=1) - (along_NK**2).sum(axis=1), 0)
-        squared: np.ndarray = (along_NK**2 / self.variances_K.astype(np.float64)).sum(axis=1) + left / self.rest
-        return np.sqrt(squared)
+        """Returns each image's distance to its NEAREST-th nearest known image, shape (N,); NaN where a feature is."""
+        places_NK = self.coordinates(features_ND)
+        points_MK = self.points_MK.astype(np.float64)
+        nearest = min(NEAREST, len(points_MK)) - 1
+        squared = [np.partition(((points_MK - place) ** 2).sum(axis=1), nearest)[nearest] for place in places_NK]
+        return np.sqrt(np.array(squared, np.float64))
 
 
 @dataclass(frozen=True)
@@ -214,26 +225,26 @@ def _optional(value: Any) -> float | None:
 
 
 def _pack(known: KnownImages) -> bytes:
-    tensors: dict[str, np.ndarray] = {
-        "mean": known.mean_D.astype(np.float32),
-        "directions": np.ascontiguousarray(known.directions_KD, np.float32),
-        "variances": known.variances_K.astype(np.float32),
-        "rest": np.array([known.rest], np.float64),
-    }
-    return save(tensors)
+    arrays = {name: getattr(known, field) for name, field in _STORED.items()}
+    return save({name: np.ascontiguousarray(values, np.float32) for name, values in arrays.items()})
 
 
 def _unpack(path: Path, limit: float) -> KnownImages:
     with file_errors(path, "read"):
         data = path.read_bytes()
         tensors: Mapping[str, np.ndarray] = load(data)
-    try:
-        known = KnownImages(
-            tensors["mean"], tensors["directions"], tensors["variances"], float(tensors["rest"][0]), limit
-        )
-        shapes = known.directions_KD.shape == (len(known.variances_K), len(known.mean_D))
-    except (KeyError, IndexError, TypeError):
-        shapes = False
-    if not shapes or not (known.variances_K > 0).all() or not known.rest > 0:
+    known = None
+    if tensors.keys() >= _STORED.keys():
+        known = KnownImages(**{field: tensors[name] for name, field in _STORED.items()}, limit=limit)
+    if known is None or not _fits(known):
         raise DataError(f"{path} holds no statistics of known images")
     return known
+
+
+def _fits(known: KnownImages) -> bool:
+    width = known.mean_D.shape
+    if len(width) != 1 or known.spread_D.shape != width or known.directions_KD.shape[1:] != width:
+        return False
+    if known.points_MK.ndim != 2 or not len(known.points_MK):
+        return False
+    return known.points_MK.shape[1] == len(known.directions_KD) + 1 and bool((known.spread_D > 0).all())

@@ -287,3 +287,15 @@ def test_measures_are_the_same_each_time():
     image = levels(2)
     for one, other in zip(measure(image, 32), measure(image.clone(), 32), strict=True):
         assert torch.equal(one, other)
+
+
+def test_it_describes_an_image_by_its_measures():
+    """By what no training changes, so that images of another world are not taken for known ones."""
+    built = tower()
+    pixels = shared(levels(3))
+    before = built.describe(pixels)
+    assert torch.equal(before, built.measure(pixels).crops.mean(1))
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.add_(0.1)
+    assert torch.equal(built.describe(pixels), before)

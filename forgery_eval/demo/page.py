@@ -55,7 +55,7 @@ class Truth:
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any], folder: Path) -> "Truth":
         """Reads an entry of ``samples.json``, whose files lie in ``folder``."""
-        plain = {name: entry.get(name) for name in cls.__dataclass_fields__ if name != "mask"}
+        plain: dict[str, Any] = {name: entry.get(name) for name in cls.__dataclass_fields__ if name != "mask"}
         return cls(**plain, mask=folder / entry["mask"] if entry["mask"] else None)
 
     def met_by(self, report: ForgeryReport) -> bool:

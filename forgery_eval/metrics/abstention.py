@@ -16,6 +16,7 @@ The least strict threshold that passes both is taken.
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,11 @@ from llava.labels import FAKE, REAL
 Array = np.ndarray
 
 CONFIDENCE = 0.9
-DIRECTIONS = 64
+DIRECTIONS = 8
 LEAST_KNOWN = 40
 """Fewest images whose features say what is known."""
+MOST_KNOWN = 4096
+"""Most of them that are kept as points."""
 STEPS = 20
 """Thresholds of the sequence on each side."""
 SUREST = 0.3
@@ -87,9 +90,9 @@ def _least_strict(sureness: Array, wrong: Array, others: int, level: float) -> f
 def fit_known(features_ND: Array, ids: Sequence[str], share: float) -> KnownImages | None:
     """Describes the features of known images.
 
-    Half of the images, by the hash of their ids, give mean and covariance; the others give the limit, the smallest
-    distance that keeps the share of them with the conformal correction for their number. So a new image of their
-    kind is let through with at least that probability.
+    Half of the images, by the hash of their ids, are kept as points; the others give the limit, the smallest distance
+    that keeps the share of them with the conformal correction for their number. So a new image of their kind is let
+    through with at least that probability.
 
     Args:
         features_ND: Features; rows with NaN are left out.
@@ -100,39 +103,30 @@ def fit_known(features_ND: Array, ids: Sequence[str], share: float) -> KnownImag
         The statistics; None if there are fewer than ``LEAST_KNOWN`` images, or too few for the share.
     """
     usable = np.isfinite(features_ND).all(axis=1)
-    features = np.asarray(features_ND, np.float64)[usable]
-    for_shape = np.array([_falls_first(name) for name, good in zip(ids, usable, strict=True) if good], bool)
-    shaped, limiting = features[for_shape], features[~for_shape]
+    named = [(_digest(name), name, row) for row, name in enumerate(ids) if usable[row]]
+    features = np.asarray(features_ND, np.float64)[[row for _, _, row in sorted(named)]]
+    kept, limiting = features[: len(features) // 2], features[len(features) // 2 :]
     rank = int(np.ceil((len(limiting) + 1) * share))
-    if min(len(shaped), len(limiting)) < LEAST_KNOWN // 2 or rank > len(limiting):
+    if len(features) < LEAST_KNOWN or rank > len(limiting):
         return None
-    mean, directions, variances, rest = _principal(shaped)
-    known = KnownImages(mean, directions, variances, rest, np.inf)
-    limit = float(np.sort(known.distances(limiting))[rank - 1])
-    return KnownImages(mean, directions, variances, rest, limit)
+    known = _points(kept[:MOST_KNOWN])
+    return replace(known, limit=float(np.sort(known.distances(limiting))[rank - 1]))
 
 
-def _falls_first(name: str) -> bool:
-    return hashlib.sha256(f"known {name}".encode()).digest()[0] % 2 == 0
+def _digest(name: str) -> bytes:
+    return hashlib.sha256(f"known {name}".encode()).digest()
 
 
-def _principal(features_ND: Array) -> tuple[Array, Array, Array, float]:
-    """Mean, largest principal directions and variances, and the mean variance of all other directions.
-
-    Directions are half as many as images at most, and variances are shrunk towards their mean, since the largest of
-    a small sample are too large and the smallest too small.
-    """
+def _points(features_ND: Array) -> KnownImages:
+    """Lays images along their principal directions, half as many as images at most; in the precision of the file."""
+    mean, spread = features_ND.mean(axis=0), features_ND.std(axis=0)
+    spread = np.maximum(spread, 1e-6 + 1e-4 * np.abs(mean))  # rounding must not count where a feature never varies
+    _, _, directions = np.linalg.svd((features_ND - mean) / spread, full_matrices=False)
     count, width = features_ND.shape
-    mean = features_ND.mean(axis=0)
-    _, singular, directions = np.linalg.svd(features_ND - mean, full_matrices=False)
-    variances = singular**2 / max(1, count - 1)
-    total = float(variances.sum())
     kept = max(1, min(DIRECTIONS, count // 2, width))
-    floor = max(total / width, 1e-12)
-    shrinkage = min(1.0, kept / count)
-    shrunk = (1 - shrinkage) * variances[:kept] + shrinkage * floor
-    rest = max((total - float(variances[:kept].sum())) / max(1, width - kept), 1e-3 * floor)
-    return mean, directions[:kept], shrunk, rest
+    mean, spread, directions = mean.astype(np.float32), spread.astype(np.float32), directions[:kept].astype(np.float32)
+    shape = KnownImages(mean, spread, directions, np.empty((0, kept + 1)), np.inf)
+    return replace(shape, points_MK=shape.coordinates(features_ND).astype(np.float32))
 
 
 def fit_rule(

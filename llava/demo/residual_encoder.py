@@ -180,6 +180,10 @@ class ResidualVisionTower(VisionTower):
         """Measures images, each measure in standard deviations from that of a typical one."""
         return self._standardize(self._measure(self.own_pixels(shared_pixels)))
 
+    def describe(self, shared_pixels: Tensor) -> Tensor:
+        """Returns the crops' mean measures; features were trained to forget all of an image but its traces."""
+        return self.measure(shared_pixels).crops.mean(1)
+
     def encode(self, pixels: Tensor, *, with_attention: bool) -> TowerOutput:
         """Returns the normed tokens of the tiles, and the last block's attention."""
         return self.encode_measures(self._standardize(self._measure(pixels)), with_attention=with_attention)

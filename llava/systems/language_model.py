@@ -174,14 +174,10 @@ class LanguageModelSystem(ABC):
 
     @torch.no_grad()
     def image_features(self, prepared: Sequence[PreparedImage]) -> np.ndarray:
-        """Returns mean and deviation over the patches of each tower's output, one tower after the other."""
+        """Returns what each tower says of the images, one tower after the other."""
         core = self.model.get_model()
-        pixels_B3SS = torch.stack([item.pixels for item in prepared]).to(self.model.device, self.model.dtype)
-        outputs = core.run_towers(pixels_B3SS)
-        parts = []
-        for branch in core.fusion.branches:
-            patches_BPD = outputs[branch].float()
-            parts += [patches_BPD.mean(dim=1), patches_BPD.std(dim=1, correction=0)]
+        pixels_B3HW = torch.stack([item.pixels for item in prepared]).to(self.model.device, self.model.dtype)
+        parts = [core.tower(branch).describe(pixels_B3HW) for branch in core.fusion.branches]
         features: np.ndarray = torch.cat(parts, dim=1).cpu().numpy()
         return features
 

@@ -182,6 +182,11 @@ class VisionTower(nn.Module, ABC):
         with torch.set_grad_enabled(torch.is_grad_enabled() and parameter.requires_grad):
             return self.encode(pixels, with_attention=with_attention)
 
+    def describe(self, shared_pixels: Tensor) -> Tensor:
+        """Returns what tells known images from others, ``[B, D]``: by default mean and deviation over the patches."""
+        patches_BPC = self(shared_pixels).features.float()
+        return torch.cat([patches_BPC.mean(dim=1), patches_BPC.std(dim=1, correction=0)], dim=1)
+
     def train(self, mode: bool = True) -> "VisionTower":
         """Sets the mode of a tower that is trained; a frozen one stays as it is used, without dropout."""
         return super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
