@@ -72,9 +72,10 @@ training_data() {
         render rendered_160 $((images / 3)) 1 160 $((seed + 11)) mixed
         folders="rendered_112 rendered_160"
     fi
-    # The language model learns to read the towers from half of the images that these learn from.
+    # The language model learns from one half of the images, and last from the other, which it has not learnt by heart.
     (cd "$out" && PYTHONPATH=$root "$python" -m llava.demo.join $folders --out records.json --seed "$seed") # words apart
-    (cd "$out" && PYTHONPATH=$root "$python" -m llava.demo.join $folders --out half.json --share 0.5 --seed "$seed")
+    (cd "$out" && PYTHONPATH=$root "$python" -m llava.demo.join $folders --out half.json --share 0.5 --rest rest.json \
+        --seed "$seed")
     echo "$folders" > "$out/folders"
 }
 
@@ -113,27 +114,26 @@ towers() {
     rm -rf "$out/towers/inputs"
 }
 
-# train FOLDER OPTION…: trains fusion and language model on the answers, into a folder of its own.
+# train FOLDER RECORDS OPTION…: trains fusion and language model on the answers, into a folder of its own.
 train() {
-    "$python" -m llava.train.train --output_dir "$out/$1" "${@:2}" \
-        --data_path "$out/half.json" --image_folder "$out" --cache_features "$out/features" \
-        --verdict_only_share 0.3 --model_max_length 256 --per_device_train_batch_size 16 --lr_scheduler_type cosine \
-        --warmup_steps 0.03 --bf16 True --use_cpu "$cpu" --save_steps 500 --save_total_limit 1 --logging_steps 100 \
-        --seed "$seed" --resume auto
+    "$python" -m llava.train.train --output_dir "$out/$1" --data_path "$out/$2.json" --image_folder "$out" \
+        --cache_features "$out/features_$2" "${@:3}" --model_max_length 256 --per_device_train_batch_size 16 \
+        --lr_scheduler_type cosine --warmup_steps 0.03 --bf16 True --use_cpu "$cpu" --save_steps 500 \
+        --save_total_limit 1 --logging_steps 100 --seed "$seed" --resume auto
 }
 
 language_model() {
-    train run --model_config scripts/demo_model.json --tokenizer "$out/tokenizer" \
-        --vision_tower "$out/towers/vision_tower" --dino_weights "$out/towers/dino_tower" \
+    train run half --model_config scripts/demo_model.json --tokenizer "$out/tokenizer" \
+        --vision_tower "$out/towers/vision_tower" --dino_weights "$out/towers/dino_tower" --verdict_only_share 0.3 \
         --group_by_modality_length True --group_by_length True --learning_rate 1.5e-3 --num_train_epochs 2
 }
 
-# Batches of like length weigh the words of short answers more; random order corrects that.
+# On images that were not learnt by heart, and in random order: batches of like length weigh short answers' words more.
 random_order() {
     local notice
     notice=$("$python" -c 'import json; print(json.load(open("scripts/demo_model.json"))["notice"])')
-    train run_random --model_name_or_path "$out/run/final" --notice "$notice" --learning_rate 4e-4 \
-        --num_train_epochs 1 --save_dtype float16
+    train run_random rest --model_name_or_path "$out/run/final" --notice "$notice" --verdict_only_share 0.5 \
+        --learning_rate 5e-4 --num_train_epochs 1 --save_dtype float16
 }
 
 evaluate() {

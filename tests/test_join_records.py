@@ -42,6 +42,15 @@ def test_a_share_is_taken_of_each_set_and_a_seed_repeats_it(sets, tmp_path):
     assert sorted(record["id"][:8] for record in joined(first)) == ["photogra"] * 5 + ["rendered"] * 10
 
 
+def test_the_rest_is_what_was_not_taken(sets, tmp_path):
+    first, rest, whole = (tmp_path / f"{name}.json" for name in ("first", "rest", "whole"))
+    assert join.main([*map(str, sets), "--out", str(first), "--share", "0.25", "--rest", str(rest)]) == 0
+    join.join(sets, whole, 1.0, 0)
+    ids = [[record["id"] for record in joined(file)] for file in (first, rest, whole)]
+    assert len(ids[0]) == 15 and len(ids[1]) == 45 and sorted(ids[0] + ids[1]) == sorted(ids[2])
+    assert all((tmp_path / record["image"]).is_file() for record in joined(rest))
+
+
 @pytest.mark.parametrize("content", ['{"a": 1}', "[", "[1]"])
 def test_what_is_no_list_of_records_is_named(tmp_path, capsys, content):
     (tmp_path / RECORDS_FILE).write_text(content)

@@ -36,8 +36,8 @@ MOST_KNOWN = 4096
 """Most of them that are kept as points."""
 STEPS = 20
 """Thresholds of the sequence on each side."""
-SUREST = 0.3
-"""Share of a side's verdicts that the sequence begins with; more if so few could not pass."""
+SUREST = 0.1
+"""Share of a side's verdicts that the sequence begins with; more if so few could hardly pass."""
 
 
 def fit_band(scores: Sequence[float], labels: Sequence[int], level: float) -> tuple[float | None, float | None]:
@@ -74,7 +74,7 @@ def _least_strict(sureness: Array, wrong: Array, others: int, level: float) -> f
     if count < least:
         return None
     ordered = np.sort(sureness)[::-1]
-    ranks = np.linspace(min(count, max(least, SUREST * count)), count, STEPS).round().astype(int)
+    ranks = np.linspace(min(count, max(2 * least, SUREST * count)), count, STEPS).round().astype(int)
     passed: float | None = None
     for rank in np.unique(ranks):
         threshold = 0.5 if rank == count else float(ordered[rank - 1])

@@ -16,29 +16,34 @@ from llava.errors import DataError, OptionError
 from llava.files import read_json, write_json
 
 
-def join(folders: Sequence[Path], out: Path, share: float, seed: int) -> int:
-    """Writes the records of some data sets, shuffled; returns how many.
+def join(folders: Sequence[Path], out: Path, share: float, seed: int, rest: Path | None = None) -> int:
+    """Writes the records of some data sets, shuffled; returns how many are in ``out``.
 
     Args:
         folders: Data sets; each holds ``RECORDS_FILE``.
         out: The file; their images must lie below its folder or beside it.
         share: Share of each data set's records that are taken.
         seed: Decides which, and their order.
+        rest: File of the records that are not taken.
 
     Raises:
         DataError: A data set holds no list of records.
     """
-    draw, joined = random.Random(seed), []
+    draw = random.Random(seed)
+    taken: list[tuple[Path, dict[str, Any]]] = []
+    left: list[tuple[Path, dict[str, Any]]] = []
     for folder in folders:
         records = read_json(folder / RECORDS_FILE)
         if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
             raise DataError(f"{folder / RECORDS_FILE} holds no list of records")
-        below = Path(os.path.relpath(folder, out.parent))
-        taken: list[dict[str, Any]] = draw.sample(records, round(share * len(records)))
-        joined += [_moved(record, below) for record in taken]
-    draw.shuffle(joined)
-    write_json(out, joined)
-    return len(joined)
+        chosen = set(draw.sample(range(len(records)), round(share * len(records))))
+        for index, record in enumerate(records):
+            (taken if index in chosen else left).append((folder, record))
+    for file, part in ((out, taken), (rest, left)):
+        if file is not None:
+            draw.shuffle(part)
+            write_json(file, [_moved(record, Path(os.path.relpath(folder, file.parent))) for folder, record in part])
+    return len(taken)
 
 
 def _moved(record: dict[str, Any], below: Path) -> dict[str, Any]:
@@ -51,13 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help=f"data sets that hold {RECORDS_FILE}")
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     parser.add_argument("--share", type=float, default=1.0, help="share of each set's records, 0..1 (default 1)")
+    parser.add_argument("--rest", type=Path, metavar="FILE", help="also write the records that are not taken")
     parser.add_argument("--seed", type=int, default=0, help="decides which records, and their order (default 0)")
     options = parser.parse_args(argv)
 
     def run() -> None:
         if not 0 < options.share <= 1:
             raise OptionError(f"--share must be above 0 and at most 1, not {options.share}")
-        print(f"{join(options.folders, options.out, options.share, options.seed):,} records in {options.out}")
+        count = join(options.folders, options.out, options.share, options.seed, options.rest)
+        print(f"{count:,} records in {options.out}")
 
     return run_cli(run)
 
