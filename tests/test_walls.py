@@ -15,7 +15,7 @@ GROUND = {
     *(f"llava.{name}" for name in ("labels", "errors", "cli", "files", "images", "tables", "sources", "provenance")),
     *(f"llava.{name}" for name in ("image_operations", "fetching", "frames", "tampered", "screening", "interrupts")),
 }
-VOCABULARY = {f"llava.{name}" for name in ("constants", "conversation", "mm_utils")}
+VOCABULARY = {f"llava.{name}" for name in ("constants", "conversation", "mm_utils", "native_crops")}
 ASK = {"llava.systems", "llava.systems.base", "llava.systems.registry"}
 BELOW = GROUND | {"llava.report", "llava.assets", "llava.abstention", "llava.calibration", "llava.model_options"}
 ALLOWED: dict[str, set[str]] = {
@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "llava.constants": set(),
     "llava.conversation": GROUND,
     "llava.mm_utils": GROUND | VOCABULARY,
+    "llava.native_crops": GROUND,
     "llava.report": GROUND,
     "llava.calibration": GROUND | {"llava.report"},
     "llava.model_options": GROUND | {"llava.assets", "llava"},

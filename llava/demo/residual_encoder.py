@@ -77,7 +77,7 @@ class ResidualVisionTower(VisionTower):
 
     Its tokens are measures of the crops' tiles, P of them in a square grid. Before them stand those of each crop and of
     all crops' mean. ``residual_features`` defines the measures; ``calibrate`` finds the mean and deviation that
-    standardise them. The measures need pixels exact to one level in 256, so float32 or float16.
+    standardise them. The measures need pixels exact to one level in 256: float32 or float16, whatever the weights have.
 
     Config: ``hidden_size``, ``num_hidden_layers``, ``num_attention_heads``, ``mlp_ratio``; and ``tile_size``, side of
     the tiles that a crop is cut into.
@@ -89,6 +89,7 @@ class ResidualVisionTower(VisionTower):
     """
 
     tower_type: ClassVar[str] = "residual"
+    exact_pixels: ClassVar[bool] = True
 
     tile_mean: Tensor
     tile_spread: Tensor

@@ -153,7 +153,7 @@ class LanguageModelSystem(ABC):
         if options.attention and self.looks_by_attention and not self.has_attention:
             fusion = self.model.config.mm_fusion_type
             raise OptionError(f"the fusion {fusion!r} has no attention, so it cannot say where the model looked")
-        pixels = torch.stack([item.pixels for item in prepared]).to(self.model.device, self.model.dtype)
+        pixels = torch.stack([item.pixels for item in prepared]).to(self.model.device)  # each tower casts its own
         extras = {
             name: torch.stack([item.extras[name] for item in prepared]).to(self.model.device, self.model.dtype)
             for name in prepared[0].extras
@@ -176,7 +176,7 @@ class LanguageModelSystem(ABC):
     def image_features(self, prepared: Sequence[PreparedImage]) -> np.ndarray:
         """Returns what each tower says of the images, one tower after the other."""
         core = self.model.get_model()
-        pixels_B3HW = torch.stack([item.pixels for item in prepared]).to(self.model.device, self.model.dtype)
+        pixels_B3HW = torch.stack([item.pixels for item in prepared]).to(self.model.device)
         parts = [core.tower(branch).describe(pixels_B3HW) for branch in core.fusion.branches]
         features: np.ndarray = torch.cat(parts, dim=1).cpu().numpy()
         return features

@@ -84,6 +84,8 @@ class VisionTower(nn.Module, ABC):
     """
 
     tower_type: ClassVar[str]
+    exact_pixels: ClassVar[bool] = False
+    """Whether it gets its pixels in the precision that they come in, not in that of its weights."""
     vision_tower: Any
 
     def __init__(self, config: Mapping[str, Any], shared: PixelFormat) -> None:
@@ -178,7 +180,8 @@ class VisionTower(nn.Module, ABC):
     def forward(self, shared_pixels: Tensor, *, with_attention: bool = False) -> TowerOutput:
         """Encodes shared pixels ``[B, 3, S, S]``, with the crops of ``PixelFormat`` below if there are any."""
         parameter = next(self.parameters())
-        pixels = self.own_pixels(shared_pixels).to(parameter.dtype)
+        pixels = self.own_pixels(shared_pixels)
+        pixels = pixels if self.exact_pixels else pixels.to(parameter.dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and parameter.requires_grad):
             return self.encode(pixels, with_attention=with_attention)
 
