@@ -91,9 +91,12 @@ def _add_metrics(parser: argparse.ArgumentParser) -> None:
     )
     scores = metrics.add_mutually_exclusive_group()
     scores.add_argument(
-        "--calibrate", action="store_true", help="fit temperature and bias on a fifth of the ids, report on the rest"
+        "--calibrate", action="store_true", help="fit temperature and bias on some of the ids, report on the rest"
     )
     scores.add_argument("--calibration", type=Path, metavar="FILE", help="apply what --calibrate has saved")
+    metrics.add_argument(
+        "--calibration-share", type=share, help="with --calibrate: share of the ids that is fitted on (default: 0.2)"
+    )
 
 
 def _add_reliability(parser: argparse.ArgumentParser) -> None:
@@ -139,6 +142,8 @@ def _check_reliability(parser: argparse.ArgumentParser, parsed: argparse.Namespa
         if getattr(parsed, name) not in (None, False) and not fits:
             option = f"--{name.replace('_', '-')}"
             parser.error(f"{option} says how a rule of abstention is fitted; it needs --calibrate without --no-abstain")
+    if parsed.calibration_share and not parsed.calibrate:
+        parser.error("--calibration-share needs --calibrate")
     if parsed.calibrate_perturbed and parsed.perturb is None:
         parser.error("--calibrate-perturbed needs --perturb")
     if parsed.perturbed_images and (parsed.perturb is None or parsed.rescore):
@@ -182,6 +187,7 @@ def main(arguments: argparse.Namespace) -> int:
         UserError: Nothing could be done: wrong options, data, model or files.
     """
     results = _results()
+    from forgery_eval.metrics.calibration import SHARE
     from forgery_eval.verdicts import Evidence, FitSettings, Judgement
 
     # Opened first, so that what is wrong with them is known before hours of analysis.
@@ -197,10 +203,11 @@ def main(arguments: argparse.Namespace) -> int:
     )
     found = read_predicted(arguments, plan) if arguments.rescore else predict(arguments, plan)
     fits = arguments.calibrate and not arguments.no_abstain
+    fit_share = arguments.calibration_share or SHARE
     fit = None
     if fits:
         level, share = arguments.error_level or 0.1, arguments.known_share or 0.95
-        fit = FitSettings(level, share, arguments.stability or 0, arguments.calibrate_perturbed)
+        fit = FitSettings(level, share, arguments.stability or 0, fit_share, arguments.calibrate_perturbed)
     results.write_results(
         arguments.result_folder,
         found.samples,
@@ -209,7 +216,7 @@ def main(arguments: argparse.Namespace) -> int:
         found.answers,
         similarity=similarity,
         calibration=calibration,
-        fit_calibration=arguments.calibrate,
+        fit_share=fit_share if arguments.calibrate else 0.0,
         protocol=_protocol(found.answers) if arguments.paper_protocol else None,
         masks=found.folder,
         judgement=Judgement(rule, fit, Evidence(found.evidence.features, found.evidence.delivered)),

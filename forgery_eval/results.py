@@ -57,7 +57,7 @@ def write_results(
     *,
     similarity: Similarity | None = None,
     calibration: Calibration | None = None,
-    fit_calibration: bool = False,
+    fit_share: float = 0.0,
     protocol: EvaluationProtocol | None = None,
     masks: Path | None = None,
     judgement: Judgement | None = None,
@@ -73,7 +73,7 @@ def write_results(
         answers: What the answers of the predictions' system can have.
         similarity: Compares texts by CLIP.
         calibration: Applied to the scores.
-        fit_calibration: Fit the calibration on the ids of its split, save it, and report on the rest.
+        fit_share: Share of the ids that the calibration is fitted on and saved; the rest is reported. 0 to fit none.
         protocol: Also compute the authors' metrics.
         masks: Folder that the predictions' masks are named from.
         judgement: By which rule verdicts are given.
@@ -88,10 +88,10 @@ def write_results(
     _check_score(judgement.rule, predictions)
     reported = list(zip(samples, predictions, strict=True))
     for_fitting: list[tuple[Sample, Prediction]] = []
-    if fit_calibration:
-        for_fitting = [pair for pair in reported if is_for_fitting(pair[0].id)]
+    if fit_share:
+        for_fitting = [pair for pair in reported if is_for_fitting(pair[0].id, fit_share)]
         calibration = _fit(for_fitting, "fake_probability", _score_read(predictions))
-        reported = [pair for pair in reported if not is_for_fitting(pair[0].id)]
+        reported = [pair for pair in reported if not is_for_fitting(pair[0].id, fit_share)]
         if not reported:
             raise DataError("every id falls in the calibration split, so there is nothing to report on")
         judgement = judgement.fitted(samples, predictions, _score_read(predictions), list((perturbed or {}).values()))
@@ -101,7 +101,7 @@ def write_results(
     metrics: dict[str, Any] = {"protocol": PROTOCOLS[protocol is not None], **about, "calibration": None}
     if calibration:
         before = scoring.overall(with_scores(rows, [p.fake_probability for p in kept_predictions]))
-        metrics["calibration"] = {**asdict(calibration), "fitted_here": fit_calibration, "before": before}
+        metrics["calibration"] = {**asdict(calibration), "fitted_here": bool(fit_share), "before": before}
     if protocol:
         metrics["paper"] = protocol_metrics(kept, kept_predictions, protocol, similarity)
     metrics |= scoring.all_metrics(rows)
@@ -113,7 +113,7 @@ def write_results(
     if any(p.answer_probability is not None for p in kept_predictions):
         own = _fit(for_fitting, "answer_probability", "answer") if for_fitting else None
         metrics["answer_score"] = _answer_score(rows, scoring, own)
-    reporting = [k for k, sample in enumerate(samples) if not (fit_calibration and is_for_fitting(sample.id))]
+    reporting = [k for k, sample in enumerate(samples) if not is_for_fitting(sample.id, fit_share)]
     if judgement.rule:
         metrics["abstention"] = judgement.measured(rows, reporting)
     if perturbed:
@@ -121,7 +121,7 @@ def write_results(
         under = {cell: score(kept, run.predictions, answers, calibration=calibration) for cell, run in runs.items()}
         metrics["robustness"] = _robustness(rows, under, runs, scoring, judgement.rule)
     page = report_page(metrics, rows, published=registry.component(answers.system, "protocol"), masks=masks)
-    if calibration and fit_calibration:
+    if calibration and fit_share:
         calibration.save(folder / CALIBRATION)
         if judgement.rule:
             judgement.rule.save(folder / CALIBRATION)

@@ -9,7 +9,7 @@ import numpy as np
 
 from forgery_eval.benchmarks import Sample
 from forgery_eval.metrics.abstention import about_rule, abstention_metrics, agreements, decide_all, fit_rule
-from forgery_eval.metrics.calibration import is_for_fitting
+from forgery_eval.metrics.calibration import SHARE, is_for_fitting
 from forgery_eval.metrics.scoring import Scored
 from forgery_eval.store import Prediction
 from llava.abstention import AbstentionRule
@@ -45,12 +45,14 @@ class FitSettings:
         level: Error among given verdicts that is permitted.
         share: Share of known images that are let through.
         deliveries: Light deliveries of each image.
+        split: Share of the ids that it is fitted on.
         perturbed: Whether each image is taken under one of the conditions, drawn from its id, instead of clean.
     """
 
     level: float
     share: float
     deliveries: int
+    split: float = SHARE
     perturbed: bool = False
 
 
@@ -87,7 +89,7 @@ class Judgement:
             return self
         conditions = [Evidence(self.evidence.features, predictions=predictions)]
         conditions += perturbed if self.fit.perturbed else []
-        indices = [index for index, sample in enumerate(samples) if is_for_fitting(sample.id)]
+        indices = [index for index, sample in enumerate(samples) if is_for_fitting(sample.id, self.fit.split)]
         drawn = [conditions[_draw(samples[index].id, len(conditions))] for index in indices]
         chosen = [condition.predictions[index] for condition, index in zip(drawn, indices, strict=True)]
         features = None

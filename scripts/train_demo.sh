@@ -141,10 +141,10 @@ evaluate() {
         --result_folder "$out/results/$1" "${@:2}"
 }
 
-# The rule is fitted on a fifth of these images; what it is worth is measured on others. A model at chance gets none.
+# The rule is fitted on four fifths of these images; what it is worth is measured on others. A model at chance gets none.
 rule() {
     rm -f "$out/run_random/final"/calibration.*
-    evaluate calibration --score-only --calibrate --error-level 0.05 || return 0
+    evaluate calibration --score-only --calibrate --calibration-share 0.8 --error-level 0.06 || return 0
     cp "$out/results/calibration"/calibration.* "$out/run_random/final"
 }
 

@@ -156,6 +156,15 @@ def test_a_fifth_of_the_ids_is_for_fitting():
     assert sum(is_for_fitting(f"flux/0_real/{number}.png") for number in range(5000)) == pytest.approx(1000, rel=0.1)
 
 
+def test_a_larger_share_for_fitting_holds_the_smaller():
+    ids = [f"flux/0_real/{number}.png" for number in range(5000)]
+    splits = {share: {name for name in ids if is_for_fitting(name, share)} for share in (0.05, 0.2, 0.33, 0.8, 1.0)}
+    for share, split in splits.items():
+        assert len(split) == pytest.approx(share * 5000, rel=0.1)
+    assert splits[0.05] < splits[0.2] < splits[0.33] < splits[0.8] < splits[1.0] and len(splits[1.0]) == 5000
+    assert splits[0.2] == {name for name in ids if is_for_fitting(name)} and not is_for_fitting(ids[0], 0.0)
+
+
 @pytest.mark.parametrize(
     "content",
     [
