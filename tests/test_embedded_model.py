@@ -185,3 +185,13 @@ def test_samples_come_again_from_their_command(tmp_path):
         assert gap.mean() < 0.5
     with pytest.raises(UserError, match="is not empty"):
         write_showcase(tmp_path / "again")
+
+
+def test_an_analysis_waits_for_no_library_of_adapters():
+    """They take seconds to import, and only adapters and training need them."""
+    code = (
+        "import sys, llava; llava.ForgeryDetector.from_pretrained(device='cpu'); "
+        "found = {'peft', 'bitsandbytes', 'deepspeed', 'datasets'} & {name.split('.')[0] for name in sys.modules}; "
+        "assert not found, found"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -5,14 +5,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
+from typing import TYPE_CHECKING, Any
 
 from llava.errors import CheckpointError
 from llava.model.checkpoint_files import read_json
+
+if TYPE_CHECKING:
+    from peft import LoraConfig  # slow to import, and needed for adapters only
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -89,15 +88,15 @@ class AdapterConfig:
     has_magnitudes: bool
     modules_to_save: tuple[str, ...]
     bias: str
-    targets: LoraConfig
+    targets: "LoraConfig"
 
     def rank_of(self, path: str) -> int:
         """Returns the rank of a module."""
-        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), path), self.rank)
+        return self.rank_pattern.get(_pattern(self.rank_pattern, path), self.rank)
 
     def alpha_of(self, path: str) -> float:
         """Returns the alpha of a module."""
-        return self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), path), self.alpha)
+        return self.alpha_pattern.get(_pattern(self.alpha_pattern, path), self.alpha)
 
     def scale_of(self, path: str) -> float:
         """Returns what a module's update ``B A`` is multiplied by."""
@@ -110,8 +109,10 @@ class AdapterConfig:
         parts = name.split(".")
         return any(".".join(parts[:count]).endswith(ends) for count in range(1, len(parts)))
 
-    def for_modules(self, paths: Mapping[str, str]) -> LoraConfig:
+    def for_modules(self, paths: Mapping[str, str]) -> "LoraConfig":
         """Returns PEFT's config of an adapter on these modules: native paths by those in the adapter's file."""
+        from peft import LoraConfig
+
         ranks = {native: self.rank_of(path) for path, native in paths.items()}
         alphas = {native: self.alpha_of(path) for path, native in paths.items()}
         return LoraConfig(
@@ -131,6 +132,8 @@ class AdapterConfig:
         Raises:
             CheckpointError: A field that says which ones cannot be read.
         """
+        from peft.tuners.tuners_utils import check_target_module_exists
+
         if self.targets.target_modules is None:
             return []
         try:
@@ -184,7 +187,16 @@ def _check_unsupported(values: Mapping[str, Any], file: Path) -> None:
         )
 
 
-def _targets(values: Mapping[str, Any], file: Path) -> LoraConfig:
+def _pattern(patterns: Mapping[str, Any], path: str) -> str:
+    from peft.utils.other import get_pattern_key
+
+    found: str = get_pattern_key(list(patterns), path)
+    return found
+
+
+def _targets(values: Mapping[str, Any], file: Path) -> "LoraConfig":
+    from peft import LoraConfig
+
     names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
     try:
         return LoraConfig(**{name: values[name] for name in names if values.get(name) is not None})

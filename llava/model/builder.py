@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
 from transformers import AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from llava.cli import without_bars
@@ -135,6 +134,8 @@ def apply_lora(model: LlavaLlamaForCausalLM, adapter: Adapter, key_map: KeyMap) 
     Raises:
         CheckpointError: It is on something that is no module of its own here, so that it can only be merged.
     """
+    from peft import PeftModel, set_peft_model_state_dict  # slow to import, and needed for adapters only
+
     in_memory = memory_names(model)
     paths = {
         path: in_memory.get(f"{native}.weight", f"{native}.weight").removesuffix(".weight")
