@@ -177,7 +177,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     """Images by the names that the pages use, in the current folder."""
     (tmp_path / "photos").mkdir()
     for name in ("photo.jpg", "other.jpg", "photos/a.jpg"):
-        shutil.copy(SAMPLES / "02_real_people.jpg", tmp_path / name)
+        shutil.copy(SAMPLES / "04_fake_transposed_convolution.jpg", tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

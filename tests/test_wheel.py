@@ -83,7 +83,7 @@ def test_it_is_the_one_that_is_imported(environment, tmp_path):
 
 
 def test_an_image_is_analysed_from_another_folder(environment, tmp_path):
-    shutil.copy(SAMPLES / "02_real_people.jpg", tmp_path / "photo.jpg")
+    shutil.copy(SAMPLES / "04_fake_transposed_convolution.jpg", tmp_path / "photo.jpg")
     done = run(environment, tmp_path, "forgery", "detect", "photo.jpg", "--json", "out.jsonl")
     assert done.returncode == 0, done.stderr
     (record,) = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
