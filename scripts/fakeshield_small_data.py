@@ -3,14 +3,15 @@
     python scripts/fakeshield_small_data.py train FOLDER [--small_faults 0.01]
     python scripts/fakeshield_small_data.py fresh FOLDER --count 100 --seed 1001
 
-FOLDER/data is a tree of ``python -m mmfr_generation.synthetic``. Only fakes with a local fault count, that is with a
-mask, and as many real images. ``train`` writes ``domains.jsonl`` for the tagger, ``explainer.json`` and
-``segmenter.jsonl``; ``fresh`` renders images that no training saw and writes ``fresh.jsonl``.
+FOLDER/data is a tree of ``python -m mmfr_generation.synthetic``. Only its fakes with a local fault count, that is with
+a mask; fakes with a small region are rendered beside them, and as many real images taken. ``train`` writes
+``domains.jsonl`` for the tagger, ``explainer.json`` and ``segmenter.jsonl``; ``fresh`` renders images that no training
+saw and writes ``fresh.jsonl``.
 """
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,13 @@ from llava.files import file_errors, read_jsonl, write_json, write_jsonl
 from llava.labels import FAKE, LABELS, REAL
 from llava.systems.fakeshield.answer import DOMAINS, QUESTION, tag_sentence, write_training
 from llava.tampered import manifest_masks, read_changed
-from mmfr_generation.synthetic.generators import SEEN
+from mmfr_generation.synthetic import wording
+from mmfr_generation.synthetic.camera import Camera, photograph
+from mmfr_generation.synthetic.faults import draw_scene
+from mmfr_generation.synthetic.generators import GENERATORS, SEEN
 from mmfr_generation.synthetic.layout import MANIFEST
-from mmfr_generation.synthetic.sample import Key, Sample, make_sample
+from mmfr_generation.synthetic.sample import JPEG_QUALITY, Key, Sample, make_sample, save_first
+from mmfr_generation.synthetic.scenes import SCENES
 
 SCENE_DOMAINS = {
     "people": "deepfake",
@@ -41,8 +46,10 @@ LEAST_AREA = 0.02
 """Smallest share of a fresh image that is changed."""
 AREAS = ((0.05, "2 to 5 %"), (0.15, "5 to 15 %"), (1.01, "15 % and more"))
 """Groups of fresh fakes by the share of the image that is changed."""
-REGION = "inpainting"
-"""The generator that changes one region; faults of a scene are the other local changes."""
+REGION, SMALL, SCENE = "inpainting", "small inpainting", "scene"
+"""Kinds of local faults: a region that a generator painted over, a small one, and a fault of the scene."""
+WINDOW = (0.4, 0.7)
+"""Side of the window in which a small region is painted, as a share of the image's: 2 to 15 % of it are changed."""
 
 
 def build_parser() -> OptionParser:
@@ -51,9 +58,10 @@ def build_parser() -> OptionParser:
     parser.add_argument("what", choices=("train", "fresh"), help="which data to write")
     parser.add_argument("folder", type=Path, help="folder with data, and of what is written")
     parser.add_argument("--small_faults", type=float, default=0.01, help="least area of a fault that is trained on")
-    parser.add_argument("--count", type=positive_int, default=100, help="fresh fakes of each of two kinds")
-    parser.add_argument("--size", type=positive_int, default=112, help="side of fresh images in pixels")
-    parser.add_argument("--seed", type=int, default=1001, help="decides every fresh image")
+    parser.add_argument("--count", type=positive_int, default=100, help="fresh fakes of each of three kinds")
+    parser.add_argument("--regions", type=positive_int, default=1600, help="fakes with a small region to train on")
+    parser.add_argument("--size", type=positive_int, default=112, help="side of the images rendered here, in pixels")
+    parser.add_argument("--seed", type=int, default=1001, help="decides every image rendered here")
     return parser
 
 
@@ -83,44 +91,90 @@ def save_mask(changed_HW: np.ndarray, file: Path) -> None:
     Image.fromarray(changed_HW.astype(np.uint8) * 255).save(file)
 
 
-def write_train(folder: Path, least_area: float) -> None:
+def small_region(seed: int, index: int, size: int, strength: float | None = None) -> Sample:
+    """Renders a photograph in which a small region was painted over.
+
+    Args:
+        seed: Of the run; with the index and whether a strength is given it decides the image.
+        index: Its number.
+        size: Its side in pixels.
+        strength: Of the trace; by default drawn from 0.3 to 1.
+    """
+    rng = np.random.default_rng([seed, index, size, int(strength is None)])
+    scene = draw_scene(SCENES[int(rng.integers(len(SCENES)))], int(rng.integers(1 << 62)), size)
+    before_CHW = photograph(scene.linear_CHW, Camera.draw(rng), rng)
+    drawn = float(rng.uniform(0.3, 1.0))
+    strength = drawn if strength is None else strength
+    side = int(rng.uniform(*WINDOW) * size)
+    top, left = (int(rng.integers(size - side + 1)) for _ in range(2))
+    after_CHW = before_CHW.copy()
+    window = (slice(None), slice(top, top + side), slice(left, left + side))
+    after_CHW[window] = GENERATORS[REGION].apply(before_CHW[window], strength, rng)
+    mask_HW = (after_CHW != before_CHW).any(axis=0)
+    pixels_HWC = np.rint(np.clip(after_CHW, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
+    data, suffix, pixels_HWC = save_first(pixels_HWC, int(rng.integers(*JPEG_QUALITY)), rng)
+    text = wording.trace(scene, GENERATORS[REGION].mechanism, strength, rng, mask_HW)
+    truth = {"label": LABELS[FAKE], "scene": scene.kind.name, "attributes": {GENERATORS[REGION].attribute: text}}
+    return Sample(f"small_{index}", suffix, data, pixels_HWC, {SMALL: mask_HW}, truth)
+
+
+def write_train(folder: Path, least_area: float, regions: int, size: int, seed: int) -> None:
     """Writes what the three parts are trained on.
 
     Raises:
-        DataError: The tree has no image with a local fault, or none without.
+        DataError: The tree has no image with a local fault, or no real one.
     """
     tree = folder / "data"
     records = [record for _, record in read_jsonl(tree / MANIFEST) if record["split"] == "train"]
     local = [record for record in records if record["masks"]]
-    real = [record for record in records if record["label"] == LABELS[REAL]][: len(local)]
+    real = [record for record in records if record["label"] == LABELS[REAL]]
     if not local or not real:
         raise DataError(f"{tree} has {len(local)} images with a local fault and {len(real)} real ones; render more")
+    changes = chain(tree_changes(tree, local), small_changes(folder, regions, size, seed))
+    originals = ((f"data/{record['image']}", record) for record in real[: len(local) + regions])
     conversations, domains, masked = [], [], []
-    for record in (record for pair in zip(local, real, strict=False) for record in pair):
-        name = f"data/{record['image']}"
-        row = {"image": name, "label": record["label"], "domain": domain_of(record)}
+    for name, record, changed_HW in chain(changes, ((name, record, None) for name, record in originals)):
         conversations.append(conversation(name, record))
-        domains.append(row)
-        if record["label"] == LABELS[REAL]:
-            continue
-        changed_HW = read_changed(manifest_masks(tree, record))
-        if changed_HW.mean() >= least_area:
-            mask = f"joined/{Path(record['image']).stem}.png"
+        domains.append({"image": name, "label": domain_of(record)})
+        if changed_HW is not None and changed_HW.mean() >= least_area:
+            mask, described = f"joined/{Path(name).stem}.png", conversations[-1]["conversations"][1]["value"]
             save_mask(changed_HW, folder / mask)
-            described = {"description": conversations[-1]["conversations"][1]["value"]}
-            masked.append({**row, "mask": mask, **described})
+            masked.append({"image": name, "label": record["label"], "mask": mask, "description": described})
     write_json(folder / "explainer.json", conversations)
     write_jsonl(folder / "domains.jsonl", domains)
     write_jsonl(folder / "segmenter.jsonl", masked)
-    print(f"{len(conversations)} conversations, {len(masked)} of them of images with masks, in {folder}")
+    print(f"{len(conversations)} conversations, and {len(masked)} images with masks, in {folder}")
+
+
+Change = tuple[str, Mapping[str, Any], np.ndarray]
+"""Name of a fake, what is true of it, and where it was changed, ``[height, width]`` bool."""
+
+
+def tree_changes(tree: Path, records: Sequence[Mapping[str, Any]]) -> Iterator[Change]:
+    """Reads the fakes of a tree."""
+    for record in records:
+        yield f"data/{record['image']}", record, read_changed(manifest_masks(tree, record))
+
+
+def small_changes(folder: Path, number: int, size: int, seed: int) -> Iterator[Change]:
+    """Renders fakes with a small region."""
+    (folder / "small").mkdir(exist_ok=True)
+    for index in range(number):
+        sample = small_region(seed, index, size)
+        name = f"small/{sample.stem}{sample.suffix}"
+        (folder / name).write_bytes(sample.data)
+        yield name, sample.truth, changed(sample)
 
 
 def fresh_fakes(kind: str, seed: int, size: int) -> Iterator[Sample]:
-    """Renders fakes at full strength, one after the other: with an inpainted region, or with a fault of the scene."""
+    """Renders fakes of a kind at full strength, one after the other."""
     others = [name for name in SEEN if name != REGION]
     for index in count():
-        generator = REGION if kind == REGION else others[index % len(others)]
-        sample = make_sample(Key(seed, size, "evaluation", generator, FAKE, index), strength=1.0)
+        if kind == SMALL:
+            sample = small_region(seed, index, size, strength=1.0)
+        else:
+            generator = REGION if kind == REGION else others[index % len(others)]
+            sample = make_sample(Key(seed, size, "evaluation", generator, FAKE, index), strength=1.0)
         if sample.masks and changed(sample).mean() >= LEAST_AREA:
             yield sample
 
@@ -135,7 +189,7 @@ def write_fresh(folder: Path, number: int, size: int, seed: int) -> None:
     images = folder / "fresh"
     images.mkdir(exist_ok=True)
     rows = []
-    for place, kind in enumerate((REGION, "scene")):
+    for place, kind in enumerate((REGION, SMALL, SCENE)):
         fakes = fresh_fakes(kind, seed, size)
         for index in range(number):
             real = make_sample(Key(seed, size, "evaluation", REGION, REAL, place * number + index))
@@ -164,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with file_errors(arguments.folder, "written"):
         arguments.folder.mkdir(parents=True, exist_ok=True)
         if arguments.what == "train":
-            write_train(arguments.folder, arguments.small_faults)
+            write_train(arguments.folder, arguments.small_faults, arguments.regions, arguments.size, arguments.seed)
         else:
             write_fresh(arguments.folder, arguments.count, arguments.size, arguments.seed)
     return 0

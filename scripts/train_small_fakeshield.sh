@@ -6,8 +6,8 @@
 #     bash scripts/train_small_fakeshield.sh [FOLDER]
 #
 # FOLDER (default: small_fakeshield) takes everything; the system is FOLDER/system. IMAGES=24000 rendered images, of
-# which those with a local fault and as many real ones are taken; EVAL=100 fresh fakes of each of two kinds;
-# TAGGER_STEPS=100, STEPS=2000 of the segmenter, SEED=1, PYTHON=.venv/bin/python.
+# which those with a local fault are taken, REGIONS=1600 with a small region beside them, and as many real ones; EVAL=100
+# fresh fakes of each of three kinds; TAGGER_STEPS=100, STEPS=2000 of the segmenter, SEED=1, PYTHON=.venv/bin/python.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -17,7 +17,7 @@ if [ "${1:-}" = "--help" ]; then
 fi
 mkdir -p "${1:-small_fakeshield}"
 out=$(cd "${1:-small_fakeshield}" && pwd)
-images=${IMAGES:-24000} eval=${EVAL:-100} seed=${SEED:-1}
+images=${IMAGES:-24000} regions=${REGIONS:-1600} eval=${EVAL:-100} seed=${SEED:-1}
 tagger_steps=${TAGGER_STEPS:-100} steps=${STEPS:-2000}
 cd "$root"
 python=${PYTHON:-$root/.venv/bin/python}
@@ -36,7 +36,7 @@ step() {
 render() {
     "$python" -m mmfr_generation.synthetic --out "$out/data" --train "$images" --eval 1 --size 112 --seed "$seed" \
         --delivery none
-    "$python" scripts/fakeshield_small_data.py train "$out"
+    "$python" scripts/fakeshield_small_data.py train "$out" --regions "$regions" --seed "$seed"
     "$python" scripts/fakeshield_small_data.py fresh "$out" --count "$eval" --seed "$((seed + 1000))"
 }
 
