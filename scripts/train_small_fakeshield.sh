@@ -66,7 +66,7 @@ explainer() {
     "$python" -m llava.train.train --recipe fakeshield_dte_fdm --output_dir "$out/explainer" --lora_enable False \
         --save_layout merged --model_config scripts/fakeshield_small_explainer.json --tokenizer "$out/tokenizer" \
         --vision_tower "$out/tower/vision_tower" --unfreeze_towers False --cache_features "$out/features" \
-        --data_path "$out/explainer.json" --image_folder "$out" --model_max_length 512 --verdict_only_share 0.7 \
+        --data_path "$out/explainer.json" --image_folder "$out" --model_max_length 512 --verdict_only_share 0.3 \
         --learning_rate 1.5e-3 --mm_projector_lr 1.5e-3 --num_train_epochs 0.8 --per_device_train_batch_size 16 \
         --use_cpu True --bf16 True --tf32 False --gradient_checkpointing False --dataloader_num_workers 0 \
         --save_dtype float32 --logging_steps 20 --save_steps 100 --resume auto

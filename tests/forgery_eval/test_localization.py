@@ -260,7 +260,7 @@ def test_an_evaluation_compares_masks(pairs, tmp_path):
     assert ["localization", "set", "iou"] in [row[:3] for row in rows]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Where it was changed" in page and page.count("no mask</i>") == 1 and "IoU 0.000" in page
-    assert page.index("IoU 0.000") < page.index("IoU 0.500") and "predicted mask</figcaption>" in page
+    assert page.index("IoU 0.000") < page.index("IoU 1.000") and "predicted mask</figcaption>" in page
 
 
 def test_of_the_worst_masks_a_quarter_may_be_of_marked_real_images(tmp_path):
