@@ -363,8 +363,8 @@ def describe(
         lines.append("  note        this model was not trained to be asked for the score alone")
     if report.tag:
         lines.append(f"  tag         {report.tag}")
-    if report.mask is not None:
-        lines.append(f"  mask        {100 * float(report.mask.mean()):.1f} % of the image")
+    if report.marked is not None:
+        lines.append(f"  mask        {100 * report.marked:.1f} % of the image")
     shown = {stage: text for stage, text in report.stages.items() if stage not in left_out}
     lines += [f"  {stage.lower():<11} {text}" for stage, text in shown.items() if text]
     if report.text and not report.stages:
@@ -377,7 +377,7 @@ def describe(
 def _verdict(report: "ForgeryReport") -> str:
     if report.abstained:
         return f"no verdict: {report.abstained_because or 'the system declines to give one'}"
-    return report.label or "none: the answer gives no verdict"
+    return report.label or f"none: {'the answer' if report.text else 'this model'} gives no verdict"
 
 
 def save_overlay(file: Item, target: Path, attention: "np.ndarray") -> None:

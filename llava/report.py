@@ -88,6 +88,11 @@ class ForgeryReport:
             return None
         return (self.fake_probability >= 0.5) == (self.said == "fake")
 
+    @property
+    def marked(self) -> float | None:
+        """Share of the image that the mask calls forged, from one half on; None without a mask."""
+        return None if self.mask is None else float((self.mask >= 0.5).mean())
+
     def stage(self, name: str) -> str:
         """Returns the text of the stage of that name, in any case; an empty string if the answer has none."""
         return next((text for stage, text in self.stages.items() if stage.lower() == name.lower()), "")

@@ -310,23 +310,27 @@ def _localization(found: Mapping[str, Any], published: EvaluationProtocol | None
     known: Mapping[str, Mapping[str, float]] = getattr(published, "PUBLISHED_LOCALIZATION", {})
     tables = {"": _metrics_table(parts, _LOCALIZATION, known)}
     tables |= {name: _metrics_table(values, _LOCALIZATION, {}) for name, values in found["groups"].items()}
-    return {"rule": f"{found['rule']}; {found['truth']}.", "tables": tables}
+    rule = found["rule"][0].upper() + found["rule"][1:]
+    return {"rule": f"{rule}; {found['truth']}.", "tables": tables}
 
 
 def _worst_masks(
     found: Mapping[str, Any] | None, rows: Sequence[Scored], masks: Path | None, most: int = WORST
 ) -> list[dict[str, str]]:
-    """Images beside their predicted and their true mask: changed ones, the worst IoU first, then marked real ones."""
+    """Images beside their predicted and their true mask: changed ones, the worst IoU first, then marked real ones.
+
+    The real ones get a quarter of the places, where there are so many.
+    """
     if found is None:
         return []
     by_id = {row.sample.id: row for row in rows}
+    worst = sorted(found["images"], key=lambda one: (one["iou"], one["id"]))
+    changed = [one for one in worst if by_id[one["id"]].sample.masks]
+    marked = [one for one in worst if not by_id[one["id"]].sample.masks and one["iou"] < 1]
+    changed = changed[: most - min(len(marked), most // 4)]
     shown: list[dict[str, str]] = []
-    for entry in sorted(found["images"], key=lambda one: (not by_id[one["id"]].sample.masks, one["iou"], one["id"])):
+    for entry in [*changed, *marked[: most - len(changed)]]:
         row = by_id[entry["id"]]
-        if len(shown) == most:
-            break
-        if entry["iou"] == 1 and not row.sample.masks:
-            continue  # a real image without a mask, as it should be
         image = _thumbnail(row.sample.image)
         predicted = read_mask(masks, row.prediction.mask) if masks and row.prediction.mask else None
         truth = _true_mask(row.sample.masks)

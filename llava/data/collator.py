@@ -22,6 +22,7 @@ class Sample:
         forgery_label: Real = 0, fake = 1, -100 if the answer has no verdict.
         tower_outputs: What the towers give for the image, see ``TowerOutputs``, where that is known already.
         extras: A system's further inputs, by name.
+        question: What the conversation asks first, without the image's mark.
     """
 
     input_ids: Tensor
@@ -30,6 +31,7 @@ class Sample:
     forgery_label: int
     tower_outputs: Mapping[str, Tensor] | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    question: str = ""
 
 
 def collate(samples: Sequence[Sample], pad_token_id: int, max_length: int) -> dict[str, Any]:

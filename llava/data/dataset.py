@@ -106,6 +106,7 @@ class SupervisedDataset(Dataset[Sample]):
             self.pixels(image),
             record.forgery_label(self.answer_format),
             extras={**own, **(self.extra_inputs(record) if self.extra_inputs else {})},
+            question=self.question(record),
         )
 
     @cached_property
@@ -131,6 +132,18 @@ class SupervisedDataset(Dataset[Sample]):
             return load_image(self.image_folder / record.image)
         except ImageReadError as error:
             raise DataError(f"{record.origin}: {error}") from error
+
+    @property
+    def questions(self) -> list[str]:
+        """What each record asks first, see ``question``."""
+        return [self.question(record) for record in self.records]
+
+    def question(self, record: Record) -> str:
+        """Returns what a record asks first, without what stands for its image."""
+        asked = record.turns[0]["value"]
+        for mark in self.placeholders:
+            asked = asked.replace(mark, "")
+        return asked.strip()
 
     def pixels(self, image: Image.Image | None) -> Tensor:
         """Returns an image as pixels as towers expect them; zeros without one."""

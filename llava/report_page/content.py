@@ -54,6 +54,7 @@ def result(
         found["attention"] = data_url(attention_png(report.attention), "png")
     if mask and report.mask is not None:
         found["mask"] = data_url(mask_png(report.mask), "png")
+        found["marked"] = report.marked
     return found
 
 

@@ -113,6 +113,15 @@ class LanguageModelSystem(ABC):
         """
         return report
 
+    def validation_question(self, asked: str) -> str | None:
+        """Returns what a validation image is asked; None for the system's own question.
+
+        Args:
+            asked: What the image's record asks. Where it holds facts of the image beside the question, a model that
+                was trained on them needs them.
+        """
+        return None
+
     def answer_prefix(self, options: Any) -> str:
         """Returns the beginning of the answer that the model is given."""
         return ""

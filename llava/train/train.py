@@ -361,6 +361,7 @@ def _trainer(
         score_only=by_score,
         max_new_tokens=args.validation_new_tokens,
         precision=partial(_precision, args),
+        in_step=() if validation is None or _zero_stage(args) != 3 else validation.questions,
     )
 
     def export(tensors: Mapping[str, Tensor], folder: Path) -> None:

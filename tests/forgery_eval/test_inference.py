@@ -18,7 +18,7 @@ from PIL import Image
 
 from forgery_eval import inference
 from forgery_eval.fingerprints import model_fingerprint
-from forgery_eval.inference import overlay_path, parse_arguments, run, save_overlay
+from forgery_eval.inference import describe, overlay_path, parse_arguments, run, save_overlay
 from forgery_eval.pages import overlay
 from forgery_eval.pages.overlay import draw_overlay
 from forgery_eval.store import AnswersFile
@@ -631,3 +631,14 @@ def test_five_thousand_files_are_counted_and_resumed(trained, tmp_path):
     assert len(found) == len(set(found)) == 5000
     assert sum(bool(entry["error"]) for entry in lines(out)) == 50
     assert out.read_bytes().startswith(before)  # what the killed run had written stands as it was
+
+
+def test_a_model_without_answers_says_so_and_a_soft_mask_is_its_share_from_one_half():
+    soft = np.array([[0.2, 0.4], [0.6, 0.9]])
+    report = ForgeryReport(None, None, None, mask=soft)
+    assert describe("a.png", report).splitlines()[1:] == [
+        "  verdict     none: this model gives no verdict",
+        "  mask        50.0 % of the image",
+    ]
+    spoken = ForgeryReport(None, 0.4, "forced", text="Who knows?")
+    assert "none: the answer gives no verdict" in describe("a.png", spoken)

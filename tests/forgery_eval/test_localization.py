@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from forgery_eval.metrics.localization import (
     pixel_auroc,
     pixel_metrics,
 )
+from forgery_eval.pages.report import _worst_masks
 from forgery_eval.store import Prediction
 from llava.__main__ import main
 from llava.errors import DataError
@@ -258,6 +260,24 @@ def test_an_evaluation_compares_masks(pairs, tmp_path):
     assert ["localization", "set", "iou"] in [row[:3] for row in rows]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Where it was changed" in page and page.count("no mask</i>") == 1 and "IoU 0.000" in page
+    assert page.index("IoU 0.000") < page.index("IoU 1.000") and "predicted mask</figcaption>" in page
+
+
+def test_of_the_worst_masks_a_quarter_may_be_of_marked_real_images(tmp_path):
+    Image.new("L", (4, 4), 255).save(tmp_path / "mask.png")
+    rows, images = [], []
+    for number in range(9):
+        name, iou = f"{number}", (0.1 * number if number < 6 else 0.0 if number < 8 else 1.0)
+        masks = (tmp_path / "mask.png",) if number < 6 else ()
+        sample = SimpleNamespace(id=name, masks=masks, image=tmp_path / "none.png")
+        rows.append(SimpleNamespace(sample=sample, prediction=SimpleNamespace(mask="")))
+        images.append({"id": name, "iou": iou, "f1": iou})
+
+    def shown(most: int) -> list[str]:
+        return [card["id"] for card in _worst_masks({"images": images}, rows, None, most)]
+
+    assert shown(4) == ["0", "1", "2", "6"]
+    assert shown(24) == ["0", "1", "2", "3", "4", "5", "6", "7"]  # 8 is real and unmarked
 
 
 def test_predictions_without_masks_are_not_compared():

@@ -38,6 +38,7 @@ from llava.systems.fakeshield import checkpoint, sam, segmenter, tagger, trainin
 from llava.systems.fakeshield.options import FakeShieldOptions
 from llava.systems.fakeshield.system import FakeShield
 from llava.tampered import read_changed
+from tests.goldens import lay_out
 
 DEFAULT = Path(__file__).parents[1] / "data" / "goldens_fakeshield"
 FOLDER = Path(os.environ.get("REFERENCE_GOLDENS", DEFAULT))
@@ -159,10 +160,8 @@ def whole(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("fakeshield")
     torch.save(dtg_tensors(), folder / "DTG.pth")
     (folder / "DTE-FDM").symlink_to(FOLDER / "DTE-FDM")
-    (folder / "MFLM").mkdir()
-    for file in (FOLDER / "MFLM").iterdir():
-        if file.name != "config.json":
-            (folder / "MFLM" / file.name).symlink_to(file)
+    lay_out(FOLDER / "MFLM", folder / "MFLM")
+    (folder / "MFLM" / "config.json").unlink()
     heads = facts("sizes")["sam"]["dec_heads"]
     config = json.loads((FOLDER / "MFLM" / "config.json").read_text())
     config["sam"] = {"decoder": {"num_attention_heads": heads}}

@@ -91,7 +91,7 @@ def test_masks_and_calibrated_scores_are_given_where_there_are_some(stub):
         found = server.analyze(("a.png", png()), mask="true").json()["results"][0]
         assert found["calibrated_probability"] == pytest.approx(0.75)
         values = np.asarray(opened(found["mask"]))
-        assert values.shape == (30, 40) and values[0, 0] == 255 and values[29, 0] == 0
+        assert values.shape == (30, 40) and values[0, 0] == 255 and values[29, 0] == 0 and found["marked"] == 0.5
         assert "mask" not in server.analyze(("a.png", png())).json()["results"][0]
     with running(ForgeryDetector(stub, calibration=Calibration(2.0, 0.0, "prompt"))) as server:
         assert server.analyze(("a.png", png())).json()["results"][0]["calibrated_probability"] is None

@@ -247,9 +247,11 @@ def test_mask_attention_and_a_calibrated_score_are_shown(browser):
         alpha = "canvas => canvas.getContext('2d').getImageData({x}, 5, 1, 1).data[3]"
         canvas = opened.page.locator("canvas")
         assert canvas.evaluate(alpha.format(x=5)) == 255 and canvas.evaluate(alpha.format(x=35)) == 0
+        assert opened.page.inner_text("figcaption") == "What the model calls forged: 50.0 % of the image"
         opened.page.select_option("select", "attention")
         opened.page.wait_for_timeout(300)
         assert canvas.evaluate(alpha.format(x=5)) < 100 and "landscape" in opened.page.inner_text(".card")
+        assert opened.page.inner_text("figcaption") == "Where the model looked"
         opened.close()
 
 

@@ -1,6 +1,7 @@
 """FakeShield as a user meets it: the folder and its parts, masks, gates, batches, options and faults."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,19 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from llava import ForgeryDetector
+from llava import ForgeryDetector, load_pretrained_model
 from llava.__main__ import main
+from llava.data.collator import Sample
 from llava.errors import CheckpointError, OptionError
+from llava.mm_utils import process_images
+from llava.model.answering import Answering
 from llava.model.checkpoint_files import read_tensors
 from llava.systems import registry
 from llava.systems.fakeshield import answer, checkpoint, tagger
 from llava.systems.fakeshield.options import FakeShieldOptions
 from llava.systems.fakeshield.system import SegmenterPart
+from llava.train.validation import verdict_predictor
+from tests.goldens import lay_out
 
 GOLDENS = Path(__file__).parents[1] / "data" / "goldens_fakeshield"
 IMAGES = [GOLDENS / "images" / f"img{index}.png" for index in range(3)]
@@ -48,10 +54,8 @@ def folder(tmp_path_factory) -> Path:
         head.bias.zero_()
     tagger.save_tagger(net, root / "DTG.pth")
     (root / "DTE-FDM").symlink_to(GOLDENS / "DTE-FDM")
-    (root / "MFLM").mkdir()
-    for file in (GOLDENS / "MFLM").iterdir():
-        if file.name != "config.json":
-            (root / "MFLM" / file.name).symlink_to(file)
+    lay_out(GOLDENS / "MFLM", root / "MFLM")
+    (root / "MFLM" / "config.json").unlink()
     heads = json.loads((GOLDENS / "sizes.json").read_text())["sam"]["dec_heads"]
     config = json.loads((GOLDENS / "MFLM" / "config.json").read_text())
     (root / "MFLM" / "config.json").write_text(
@@ -319,3 +323,42 @@ def test_answers_are_written_and_read_back():
         assert answer.parse_answer(answer.shorten(written)).verdict == label
         assert answer.complete_to_verdict(written).endswith("The picture has")
     assert answer.parse_training(["The picture has been edited.", "It is untouched."]).problem == "its answers disagree"
+
+
+# --- validation in training
+
+
+def asked_in_validation(clip, questions: list[str], monkeypatch, **given) -> list[tuple[str, int]]:
+    """What a validation with these first questions asks, and of how many images at a time."""
+    _, model, processor, length = load_pretrained_model(
+        GOLDENS / "DTE-FDM", system="fakeshield", device="cpu", dtype="float32", vision_tower=clip
+    )
+    asked, scores = [], Answering.prompt_scores
+
+    def listen(own, prompt, embeddings, number):
+        asked.append((prompt.split("<image>\n")[1].removesuffix(" ASSISTANT:"), number))
+        return scores(own, prompt, embeddings, number)
+
+    monkeypatch.setattr(Answering, "prompt_scores", listen)
+    predict = verdict_predictor(
+        model, context_length=length, score_only=True, max_new_tokens=4, precision=nullcontext, **given
+    )
+    pixels = process_images([Image.open(IMAGES[0])], processor, model.config)[0]
+    nothing = torch.zeros(1, dtype=torch.long)
+    verdicts = predict([Sample(nothing, nothing, pixels, 0, question=question) for question in questions])
+    assert len(verdicts) == len(questions) and set(verdicts) <= {0, 1}
+    return asked
+
+
+def test_a_validation_asks_with_the_domains_sentences_of_its_records(clip, monkeypatch):
+    first, last = (answer.tag_sentence(domain) + answer.QUESTION for domain in (0, 2))
+    asked = asked_in_validation(clip, [first, "Is it real?", last, first], monkeypatch)
+    assert asked == [(first, 2), (answer.QUESTION, 1), (last, 1)]
+
+
+def test_in_step_each_image_is_asked_about_alone_only_where_questions_differ(clip, monkeypatch):
+    first, other = (answer.tag_sentence(domain) + answer.QUESTION for domain in (0, 1))
+    alike = asked_in_validation(clip, [first, first], monkeypatch, in_step=[first, first])
+    assert alike == [(first, 2)]
+    monkeypatch.undo()
+    assert asked_in_validation(clip, [first, first], monkeypatch, in_step=[first, other]) == [(first, 1)] * 2

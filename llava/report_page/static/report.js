@@ -23,7 +23,7 @@ const Report = (() => {
     if (report.abstained) return {kind: "none", word: text.verdict_none, why: report.abstained_because || text.declines};
     if (report.label === "real" || report.label === "fake")
       return {kind: report.label, word: text[`verdict_${report.label}`], why: ""};
-    return {kind: "none", word: text.verdict_none, why: text.no_words};
+    return {kind: "none", word: text.verdict_none, why: report.text ? text.no_words : text.no_answer};
   }
 
   // P(fake) as it is shown: calibrated where that can be.
@@ -80,6 +80,12 @@ const Report = (() => {
     image.src = source;
   }
 
+  function marked(share) {
+    if (share === 0) return text.nothing_marked;
+    const percent = share < 0.001 ? "< 0.1" : (100 * share).toFixed(1);
+    return `${text.overlay_mask}: ${percent} % ${text.of_the_image}`;
+  }
+
   function picture(result) {
     if (!result.preview) return null;
     const layers = make("div", {class: "layers"}, make("img", {src: result.preview, alt: text.image}));
@@ -92,7 +98,11 @@ const Report = (() => {
     const strength = () => { canvas.style.opacity = slider.value / 100; };
     slider.addEventListener("input", strength);
     strength();
-    const choose = (name) => paint(canvas, result[name], name === "mask");
+    const caption = make("figcaption");
+    const choose = (name) => {
+      paint(canvas, result[name], name === "mask");
+      caption.textContent = name === "mask" ? marked(result.marked) : text[`overlay_${name}`];
+    };
     choose(overlays[0]);
     const row = make("div", {class: "slider"}, make("label", {}, `${text.overlay_slider} `, slider));
     if (overlays.length > 1) {
@@ -101,7 +111,7 @@ const Report = (() => {
       choice.addEventListener("change", () => choose(choice.value));
       row.prepend(choice);
     }
-    figure.append(make("figcaption", {text: text[`overlay_${overlays[0]}`]}), row);
+    figure.append(caption, row);
     return figure;
   }
 
@@ -170,7 +180,7 @@ const Report = (() => {
       [report.tag, `${text.kind}: ${report.tag}`]];
     const said = make("div", {}, gauge(result),
       ...notes.filter(([is]) => is).map(([, words]) => make("p", {class: "soft", text: words})),
-      report.abstained ? null : reasons(report, result.constant_stages));
+      report.abstained || !(report.text || report.label) ? null : reasons(report, result.constant_stages));
     const image = picture(result);
     article.append(make("div", {class: image ? "columns pictured" : "columns"}, image, said));
     article.append(stability(result, check, atOnce) ?? "", provenance(result));

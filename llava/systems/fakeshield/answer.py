@@ -25,6 +25,11 @@ def tag_sentence(domain: int) -> str:
     return f"This is a picture that is suspected to have been tampered with by {DOMAIN_TITLES[domain]}. "
 
 
+def is_tagged(question: str) -> bool:
+    """Whether the sentence of a domain stands before a question."""
+    return question.startswith(tuple(map(tag_sentence, range(len(DOMAINS)))))
+
+
 # --- what the segmenter is asked, and says
 
 SEG = "[SEG]"

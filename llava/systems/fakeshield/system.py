@@ -30,6 +30,7 @@ from llava.systems.fakeshield.answer import (
     FORMAT,
     QUESTION,
     gate_is_open,
+    is_tagged,
     mask_request,
     parse_answer,
     tag_sentence,
@@ -232,6 +233,10 @@ class FakeShield(LanguageModelSystem):
         """Returns what the explainer is asked, up to where its answer begins, with the sentence of a domain if any."""
         tag = "" if domain is None else tag_sentence(domain)
         return fill_conversation(options.conv_mode, f"{tag}{options.question or QUESTION}")
+
+    def validation_question(self, asked: str) -> str | None:
+        """Returns a question with its domain's sentence, where the record has one: no tagger runs in training."""
+        return asked if is_tagged(asked) else None
 
     def describe(self, options: FakeShieldOptions) -> dict[str, Any]:
         """All that changes an answer beside weights, options and pixels."""
