@@ -124,7 +124,8 @@ def build_towers(
         tower = build_vision_tower({**tower_config, **own}, shared)
         contrast = None
         if weight := of_groups.get(FACL):
-            contrast = TowerContrast(tower.hidden_size, names, ContrastSettings.from_dict(config.contrast), weight)
+            settings = ContrastSettings.from_dict(config.contrast or {})
+            contrast = TowerContrast(tower.hidden_size, names, settings, weight)
         towers[name] = TowerWithHead(tower, names.weights(of_groups), contrast)
     if not towers:
         raise OptionError("no tower has a loss, so there is nothing to train")

@@ -69,7 +69,7 @@ class ContrastSettings:
         Raises:
             CheckpointError: A name is unknown, tau or beta is missing, or a value is out of range.
         """
-        known = {item.name: item.type for item in fields(cls)}
+        known: dict[str, Any] = {item.name: item.type for item in fields(cls)}
         for name in values:
             if name not in known:
                 raise CheckpointError(f"contrast: unknown {name!r}; known: {', '.join(known)}")
