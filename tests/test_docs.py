@@ -54,11 +54,18 @@ PAGES_OF_FLAGS = {
     "docs/adding-a-system.md": [["eval"]],
     "docs/fakeshield.md": [["detect", "--system", "fakeshield"], ["eval"]],
     "docs/architecture.md": [],
+    "docs/contrast.md": [["train"]],
+    "docs/ablations.md": [["train"]],
     "CONTRIBUTING.md": [["eval"]],
     "CHANGELOG.md": [NETWORK, ["train"], ["train", "--recipe", "fakereasoning"], ["merge"], ["eval"], ["detect"]],
 }
 """The verbs whose flags each page names in its text."""
-ELSEWHERE = {"--outliers": "llava.demo.towers", "--strangers": "llava.demo.towers"}
+ELSEWHERE = {
+    "--outliers": "llava.demo.towers",
+    "--strangers": "llava.demo.towers",
+    "--start": "llava.demo.towers",
+    "--on": "scripts.ablation.__main__",
+}
 """Flags of commands that are no verbs."""
 OLD_NAMES = {"--alike-lengths"}
 """Flags that only the changelog names; ``test_old_commands`` reads them."""

@@ -48,7 +48,7 @@ def robustness_charts(found: Mapping[str, Any]) -> list[Markup]:
     for step, conditions in sorted(by_step.items()):
         ordered = sorted(conditions, key=lambda condition: _severity(step, condition["strength"]))
         points = [("clean", found["clean"]), *((condition["strength"], condition) for condition in ordered)]
-        charts.append(_figure(partial(_against_strength, step=step, points=points), f"robustness {step}"))
+        charts.append(figure(partial(_against_strength, step=step, points=points), f"robustness {step}"))
     return charts
 
 
@@ -85,7 +85,7 @@ def risk_coverage_chart(curve: Sequence[Sequence[float]], given: Mapping[str, An
         curve: Points of coverage and error.
         given: Measures of given verdicts.
     """
-    return _figure(partial(_risk_coverage, curve=curve, given=given), "risk coverage")
+    return figure(partial(_risk_coverage, curve=curve, given=given), "risk coverage")
 
 
 def _risk_coverage(axes: Axes, *, curve: Sequence[Sequence[float]], given: Mapping[str, Any]) -> None:
@@ -99,18 +99,19 @@ def _risk_coverage(axes: Axes, *, curve: Sequence[Sequence[float]], given: Mappi
 
 
 def _svg(draw: Draw, labels: np.ndarray, scores: np.ndarray) -> Markup:
-    return _figure(lambda axes: draw(axes, labels, scores), draw.__name__)
+    return figure(lambda axes: draw(axes, labels, scores), draw.__name__)
 
 
-def _figure(draw: Callable[[Axes], None], name: str) -> Markup:
-    figure = Figure(figsize=(4.6, 3.8), layout="constrained")
-    axes = figure.subplots()
+def figure(draw: Callable[[Axes], None], name: str) -> Markup:
+    """Returns what is drawn, as SVG; equal drawings of one name are equal to the byte."""
+    drawn = Figure(figsize=(4.6, 3.8), layout="constrained")
+    axes = drawn.subplots()
     draw(axes)
     axes.grid(alpha=0.25)
     stream = io.StringIO()
     # A fixed salt and no date: equal results give equal pages.
     with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(stream, format="svg", metadata={"Date": None})
+        drawn.savefig(stream, format="svg", metadata={"Date": None})
     text = stream.getvalue()
     return Markup(text[text.index("<svg") :])  # drawn here from numbers and the words of this module alone
 

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from llava.cli import progress
 from llava.demo.outliers import choose_outliers, make_outliers
 from llava.demo.residual_encoder import ResidualVisionTower
+from llava.demo.tower_contrast import FACL, TowerContrast
 from llava.demo.tower_inputs import LEVELS, TowerInputs, measures_of
 from llava.demo.tower_targets import GROUPS, TargetNames
 from llava.errors import CheckpointError, DataError, OptionError
 from llava.files import atomic_file
 from llava.model.configuration import LlavaConfig
+from llava.model.contrast import ContrastSettings
 from llava.model.multimodal_encoder.base import PixelFormat, VisionTower
 from llava.model.multimodal_encoder.builder import build_vision_tower
 
@@ -53,42 +55,51 @@ class TowerWithHead(nn.Module):
     Args:
         tower: The tower.
         weights: Weight of each target's loss ``[K]``.
+        contrast: What contrasts its images with texts, or None.
     """
 
     weights: Tensor
 
-    def __init__(self, tower: VisionTower, weights: Tensor) -> None:
+    def __init__(self, tower: VisionTower, weights: Tensor, contrast: TowerContrast | None = None) -> None:
         super().__init__()
+        self.contrast = contrast
         self.tower = tower
         self.head = nn.Linear(tower.hidden_size, len(weights))
         self.register_buffer("weights", weights, persistent=False)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Returns the logit of every target ``[B, K]``, of what ``TowerInputs.of`` returns."""
+        """Returns what ``read`` does, of what ``TowerInputs.of`` returns."""
         if isinstance(self.tower, ResidualVisionTower):
-            seen = self.tower.encode_measures(measures_of(inputs))
-        else:
-            seen = self.tower(inputs[LEVELS])
-        return self.head(seen.features.mean(1))
+            return self.read(self.tower.encode_measures(measures_of(inputs)).features)
+        return self.read(self.tower(inputs[LEVELS]).features)
+
+    def read(self, features_BPC: Tensor) -> Tensor:
+        """Returns the logit of every target and, with contrast, the images' projection behind them, ``[B, K + E]``."""
+        seen_BC = features_BPC.mean(1)
+        if self.contrast is None:
+            return self.head(seen_BC)
+        return torch.cat((self.head(seen_BC), self.contrast.image(seen_BC)), dim=1)
 
     def with_outliers(self, inputs: Mapping[str, Tensor], real_B: Tensor, outlier_B: Tensor) -> Tensor:
         """Returns the same where some of the real images are made outliers."""
         assert isinstance(self.tower, ResidualVisionTower)
         measures = make_outliers(measures_of(inputs), real_B, outlier_B)
-        return self.head(self.tower.encode_measures(measures).features.mean(1))
+        return self.read(self.tower.encode_measures(measures).features)
 
     def loss(self, logits: Tensor, targets: Tensor, outlier_B: Tensor | None = None) -> Tensor:
-        """Returns the weighted sum of the targets' losses, averaged over the batch.
+        """Returns the weighted sum of the targets' losses, averaged over the batch, and of the contrast.
 
-        An outlier is fake and has no other target.
+        An outlier is fake and has no other target. ``logits`` are what ``read`` returns.
         """
+        logits, projected = logits.split((len(self.weights), logits.shape[1] - len(self.weights)), dim=1)
         each = F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none")
         if outlier_B is not None:
             # softplus(-x) is -log sigmoid(x), the loss of the target 1; an outlier has no attributes and no words.
             verdict_alone = torch.zeros_like(each)
             verdict_alone[:, _VERDICT] = F.softplus(-logits[:, _VERDICT].float())
             each = torch.where(outlier_B[:, None], verdict_alone, each)
-        return (each * self.weights).sum(1).mean()
+        loss = (each * self.weights).sum(1).mean()
+        return loss if self.contrast is None else loss + self.contrast(projected, targets, outlier_B)
 
 
 @dataclass(frozen=True)
@@ -125,8 +136,11 @@ def build_towers(
     """Builds the towers that have a loss, each with its head, with random weights.
 
     Raises:
-        OptionError: The config has no such tower, or no tower has a loss.
+        OptionError: The config has no such tower, or no tower has a loss, or contrast is asked for without settings.
+        CheckpointError: The config's settings of contrast are wrong.
     """
+    if any(of_groups.get(FACL) for of_groups in loss_weights.values()) and config.contrast is None:
+        raise OptionError(f"{FACL} needs the config's field contrast, with temperature and intra_weight at least")
     shared = PixelFormat(**config.pixel_format())
     selection = {"select_layer": config.mm_vision_select_layer, "select_feature": config.mm_vision_select_feature}
     towers = {}
@@ -137,7 +151,12 @@ def build_towers(
                 f"the config has no {TOWERS[name]}; give --{name}_loss none to train the other tower only"
             )
         own = selection if name == "vision_tower" else {}
-        towers[name] = TowerWithHead(build_vision_tower({**tower_config, **own}, shared), names.weights(of_groups))
+        tower = build_vision_tower({**tower_config, **own}, shared)
+        contrast = None
+        if weight := of_groups.get(FACL):
+            settings = ContrastSettings.from_dict(config.contrast or {})
+            contrast = TowerContrast(tower.hidden_size, names, settings, weight)
+        towers[name] = TowerWithHead(tower, names.weights(of_groups), contrast)
     if not towers:
         raise OptionError("no tower has a loss, so there is nothing to train")
     return towers
@@ -160,8 +179,8 @@ class Training:
         self.total_steps = max(1, round(options.epochs * len(data) / options.batch_size))
         if options.max_steps is not None:
             self.total_steps = min(self.total_steps, options.max_steps)
-        decayed = [p for p in self.modules.parameters() if p.ndim > 1]
-        kept = [p for p in self.modules.parameters() if p.ndim <= 1]
+        decayed = [p for p in self.modules.parameters() if p.ndim > 1 and p.requires_grad]
+        kept = [p for p in self.modules.parameters() if p.ndim <= 1 and p.requires_grad]
         groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": kept, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.98))
 
@@ -262,6 +281,7 @@ def run_identity(options: argparse.Namespace, towers: Mapping[str, TowerWithHead
     return {
         **values,
         "towers": {name: dict(tower.tower.config) for name, tower in towers.items()},
+        "contrast": {name: vars(tower.contrast.settings) for name, tower in towers.items() if tower.contrast} or None,
         "examples": examples,
     }
 
@@ -277,8 +297,8 @@ def evaluate(tower: TowerWithHead, data: Data, names: TargetNames, batch_size: i
     tower.eval()
     device = next(tower.parameters()).device
     batches = [data.batch(index, device) for index in torch.arange(len(data)).split(batch_size)]
-    predicted = torch.cat([tower(inputs).cpu() for inputs, _ in batches]) > 0
-    targets = data.targets[data.rows]
+    logits = torch.cat([tower(inputs).cpu() for inputs, _ in batches])
+    predicted, targets = logits[:, : len(tower.weights)] > 0, data.targets[data.rows]
     hits = (predicted & targets).sum(0) / targets.sum(0)
     rejections = (~predicted & ~targets).sum(0) / (~targets).sum(0)
     balanced = (hits + rejections) / 2  # not finite where all examples have a target, or none has

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 
 from llava.cli import OptionParser, run_cli
 from llava.demo.residual_encoder import ResidualVisionTower
+from llava.demo.tower_contrast import FACL
 from llava.demo.tower_data import RECORDS_FILE, read_examples
 from llava.demo.tower_inputs import TowerInputs, read_pixels
 from llava.demo.tower_targets import GROUPS, TargetNames
@@ -86,9 +87,9 @@ def loss_weights(text: str) -> dict[str, float]:
             weights[group.strip()] = float(value)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{part!r} is not of the form group=weight") from None
-    unknown = [group for group in weights if group not in GROUPS]
+    unknown = [group for group in weights if group not in (*GROUPS, FACL)]
     if unknown:
-        raise argparse.ArgumentTypeError(f"unknown target group {unknown[0]!r}; known: {', '.join(GROUPS)}")
+        raise argparse.ArgumentTypeError(f"unknown target group {unknown[0]!r}; known: {', '.join((*GROUPS, FACL))}")
     if any(not 0 <= weight < math.inf for weight in weights.values()):
         raise argparse.ArgumentTypeError("a weight must be 0 or more")
     return {group: weight for group, weight in weights.items() if weight > 0}
@@ -110,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--warmup_ratio", type=float, default=0.03, help="share of the steps that warm up (default 0.03)")
     add("--weight_decay", type=float, default=0.05, help="of matrices (default 0.05)")
     add("--max_grad_norm", type=float, default=1.0, help="each tower's gradient is clipped to this norm (default 1)")
-    groups = ", ".join(GROUPS)
+    groups = f"{', '.join(GROUPS)}; {FACL}: contrast with the texts, by the config's field contrast"
     for name, default in (("vision_tower", "caption=1"), ("dino_tower", "verdict=1,attributes=1,reasoning=1")):
         add(
             f"--{name}_loss",

@@ -35,6 +35,7 @@ class LlavaConfig(LlamaConfig):
         cpm_temperature: tau of the probability mapper.
         cpm_weight: Weight of the mapper's loss.
         cpm_tokens: How the tokenizer spells the verdict, see ``VerdictTokens``.
+        contrast: How images are contrasted with texts in training, see ``ContrastSettings``; None for not at all.
         conv_mode: Prompt template that the model is asked with.
         verdict_only_share: Share of training answers that were only a CONCLUSION, so that asking for the score alone
             is what the model was trained for; 0 for the published weights.
@@ -70,6 +71,7 @@ class LlavaConfig(LlamaConfig):
     cpm_temperature: float = 10.0
     cpm_weight: float = 1.0
     cpm_tokens: dict[str, Any] | None = None
+    contrast: dict[str, Any] | None = None
     conv_mode: str = "llava_v1"
     verdict_only_share: float = 0.0
     default_score: Literal["answer", "prompt"] = "answer"

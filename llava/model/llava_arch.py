@@ -49,12 +49,14 @@ class SplicedBatch:
         attention_mask: ``[B, L]``, True where there is something.
         position_ids: ``[B, L]``, counted from each row's first valid place (0 before it).
         labels: ``[B, L]`` with -100 at spliced and padded places, or None.
+        image_tokens: What the images are to the language model, ``[N, P, D]``, if that is asked for.
     """
 
     inputs_embeds: Tensor
     attention_mask: Tensor
     position_ids: Tensor
     labels: Tensor | None
+    image_tokens: Tensor | None = None
 
 
 class LlavaMetaModel(nn.Module):

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import math
 import os
 import sys
@@ -16,9 +17,10 @@ from transformers import HfArgumentParser
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from llava.cli import unknown_option
-from llava.errors import OptionError
+from llava.errors import CheckpointError, OptionError
 from llava.model.branches import LORA, is_projector, is_tower
 from llava.model.configuration import CPM_SEARCHES
+from llava.model.language_contrast import language_contrast
 from llava.train.export import LAYOUTS
 from llava.train.option_names import current_name, current_names, is_on, read_flags
 from llava.train.recipes import GLOBAL_BATCH, deepspeed_config, describe_recipes, read_recipe, recipe_options
@@ -56,6 +58,11 @@ class ModelArguments:
     cpm_search: str = _option("labels", "where the verdict is looked for in training", choices=list(CPM_SEARCHES))
     cpm_weight: float = _option(1.0, "weight of the mapper's loss")
     cpm_temperature: float | None = _option(None, "tau of the mapper (default: the checkpoint's; published: 10)")
+    contrast: str | None = _option(
+        None,
+        "also contrast images with the sentences of their forgery attributes: settings as JSON, temperature and "
+        "intra_weight at least; none for not at all (default: the model config's)",
+    )
     default_score: Literal["answer", "prompt"] | None = _option(
         None,
         "which P(fake) reports give unless asked otherwise: after the answer, or without one (default: the "
@@ -107,6 +114,7 @@ class ModelArguments:
                 "lora_r must be at least 1, lora_dropout within 0 and 1",
             ),
         )
+        read_contrast(self)
         _check_positive(self, "lora_alpha", "cpm_temperature")
         _check_not_negative(self, "cpm_weight")
         new_parts(self)
@@ -353,6 +361,26 @@ def _recipe_flags(parser: TrainParser, name: str, flags: Mapping[str, Sequence[s
 def _of_kind(kind: Any, parsed: argparse.Namespace) -> Any:
     names = {item.name for item in dataclasses.fields(kind) if item.init}
     return kind(**{name: value for name, value in vars(parsed).items() if name in names})
+
+
+def read_contrast(model: ModelArguments) -> dict[str, Any] | None:
+    """Returns the settings of contrast that the options give; None if they give none or say ``none``.
+
+    Raises:
+        OptionError: They are no JSON object, or no settings.
+    """
+    if model.contrast in (None, "none"):
+        return None
+    try:
+        values = json.loads(str(model.contrast))
+        if not isinstance(values, dict):
+            raise OptionError(f"--contrast must be a JSON object, not {model.contrast}")
+        language_contrast(values)
+    except json.JSONDecodeError as error:
+        raise OptionError(f"--contrast is no JSON object: {error}") from error
+    except CheckpointError as error:
+        raise OptionError(f"--contrast: {str(error).removeprefix('contrast: ')}") from error
+    return dict(values)
 
 
 # --- checks

@@ -29,12 +29,13 @@ from llava.model.checkpoint import PLAIN, check_keys, complete_config, open_chec
 from llava.model.checkpoint_files import TensorLike, read_json
 from llava.model.checkpoint_layout import stored_state_dict
 from llava.model.configuration import LlavaConfig
+from llava.model.language_contrast import language_contrast
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.base import TowerSource
 from llava.model.multimodal_encoder.builder import read_vision_tower
 from llava.systems import registry
 from llava.systems.base import AnswerFormat
-from llava.train.arguments import DataArguments, ModelArguments, new_parts
+from llava.train.arguments import DataArguments, ModelArguments, new_parts, read_contrast
 
 logger = logging.getLogger(__name__)
 
@@ -190,6 +191,10 @@ def _with_options(config: LlavaConfig, model: ModelArguments, data: DataArgument
     config.cpm_weight = model.cpm_weight
     if model.cpm_temperature is not None:
         config.cpm_temperature = model.cpm_temperature
+    if model.contrast is not None:
+        config.contrast = read_contrast(model)
+    if config.contrast is not None:
+        language_contrast(config.contrast)  # said before any weight is read
     config.verdict_only_share = data.verdict_only_share
     config.tokenizer_model_max_length = data.model_max_length or default_length(config.to_dict())
     config.tokenizer_padding_side = "right"

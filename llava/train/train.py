@@ -37,10 +37,11 @@ from llava.errors import DataError, OptionError
 from llava.files import make_folder, read_json, write_json
 from llava.model.branches import is_projector
 from llava.model.builder import resolve_attention
+from llava.model.language_contrast import language_contrast
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.saving import describes_itself
 from llava.systems import registry
-from llava.systems.base import AnswerFormat
+from llava.systems.base import AnswerFormat, TrainingObjective
 from llava.train.arguments import (
     DataArguments,
     ModelArguments,
@@ -50,6 +51,7 @@ from llava.train.arguments import (
     trained_parts,
 )
 from llava.train.checkpointing import RUN_FILE, check_same_run, resume_checkpoint
+from llava.train.contrast import ContrastInputs, ContrastObjective
 from llava.train.export import export_model
 from llava.train.feature_cache import CachedDataset, cache_features
 from llava.train.loading import StartingPoint, answer_format, build_model, load_start
@@ -131,14 +133,15 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: TrainingAr
     model = _build(model_args, args, start)
     core = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(core, LlavaLlamaForCausalLM)
-    options = _dataset_options(data_args, start, core)
+    objective = _objective(core, start, [*records, *validation_records])
+    options = _dataset_options(data_args, start, core, objective)
     train_set = SupervisedDataset(records, **options, verdict_only_share=data_args.verdict_only_share, seed=args.seed)
     if data_args.cache_features and core.get_model().needs_images():
         raise OptionError("--cache_features keeps no pixels, but a detector in this model looks at them; leave it out")
     if data_args.cache_features:
         train_set = _cached(train_set, core, Path(data_args.cache_features), args, options)
     validation = SupervisedDataset(validation_records, **options) if validation_records else None
-    trainer = _trainer(model, core, model_args, data_args, args, start, train_set, validation)
+    trainer = _trainer(model, core, model_args, data_args, args, start, train_set, validation, objective)
     if args.should_save:
         print(trainable_table(model), file=sys.stderr)
     trainer.trial_export()
@@ -299,7 +302,23 @@ def _build(model_args: ModelArguments, args: TrainingArguments, start: StartingP
     return trained
 
 
-def _dataset_options(data_args: DataArguments, start: StartingPoint, model: LlavaLlamaForCausalLM) -> dict[str, Any]:
+def _objective(
+    model: LlavaLlamaForCausalLM, start: StartingPoint, records: Sequence[Record]
+) -> TrainingObjective | None:
+    """What is trained for beside the words: what the system is, and contrast if the config asks for it."""
+    if model.config.contrast is None:
+        return model.objective
+    settings = language_contrast(model.config.contrast)
+    inputs = ContrastInputs(settings, records, answer_format(start.config), start.tokenizer)
+    return ContrastObjective(inputs, model.objective)
+
+
+def _dataset_options(
+    data_args: DataArguments,
+    start: StartingPoint,
+    model: LlavaLlamaForCausalLM,
+    objective: TrainingObjective | None,
+) -> dict[str, Any]:
     return {
         "image_folder": _image_folder(data_args),
         "tokenizer": start.tokenizer,
@@ -310,7 +329,7 @@ def _dataset_options(data_args: DataArguments, start: StartingPoint, model: Llav
         "placeholder_tokens": start.placeholder_tokens,
         "placeholders": start.placeholders,
         "image_inputs": model.get_model().image_inputs,
-        "extra_inputs": None if model.objective is None else model.objective.sample_inputs,
+        "extra_inputs": None if objective is None else objective.sample_inputs,
         "max_length": start.max_length,
     }
 
@@ -346,6 +365,7 @@ def _trainer(
     start: StartingPoint,
     train_set: SupervisedDataset,
     validation: SupervisedDataset | None,
+    objective: TrainingObjective | None,
 ) -> ForgeryTrainer:
     layout_name = args.save_layout
     if layout_name == "auto":
@@ -375,7 +395,7 @@ def _trainer(
         collator=partial(collate, pad_token_id=start.tokenizer.pad_token_id, max_length=start.max_length),
         train_dataset=train_set,
         eval_dataset=validation,
-        objective=core.objective,
+        objective=objective,
         order=_grouped_order(data_args, args) if data_args.group_by_modality_length else None,
         predict=predict,
         export=export,

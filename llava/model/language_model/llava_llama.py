@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -19,10 +19,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava.cli import without_bars
-from llava.constants import IGNORE_INDEX
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.errors import CheckpointError, DataError
 from llava.model.checkpoint_layout import stored_state_dict
 from llava.model.configuration import LlavaConfig
+from llava.model.language_contrast import WORDS, contrast_terms, language_contrast
 from llava.model.llava_arch import LlavaMetaModel, SplicedBatch, TowerOutputs, features_by_row, splice
 from llava.model.multimodal_encoder.base import VisionTower
 from llava.model.multimodal_fusion.base import FusionOutput
@@ -172,7 +173,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
                 raise DataError(f"images must have shape [N, 3, S, S], not {shape}")
             tower_outputs = self.model.run_towers(images.to(self.device))
         embeddings = self.model.placeholder_embeddings(VisionContext(images, tower_outputs, extras or {}))
-        return splice(
+        spliced = splice(
             input_ids,
             self.get_input_embeddings(),
             {index: features_by_row(input_ids, index, list(tokens)) for index, tokens in embeddings.items()},
@@ -181,6 +182,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             max_length=self.config.tokenizer_model_max_length,
             padding_side=padding_side or self.config.tokenizer_padding_side,
         )
+        return replace(spliced, image_tokens=embeddings[IMAGE_TOKEN_INDEX])
 
     def forward(
         self,
@@ -224,6 +226,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             DataError: Placeholders and images do not fit.
             ValueError: Losses are asked for on a part of the logits.
         """
+        own = dict(extras or {}) | ({} if forgery_labels is None else {"forgery_labels": forgery_labels})
+        further: dict[str, LossTerm] = {}
         if input_ids is not None and (images is not None or tower_outputs is not None):
             batch = self.prepare_inputs_labels_for_multimodal(
                 input_ids,
@@ -235,6 +239,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             )
             input_ids, inputs_embeds, labels = None, batch.inputs_embeds, batch.labels
             attention_mask, position_ids = batch.attention_mask, batch.position_ids
+            further = self._contrast(batch, own)
         elif input_ids is not None and past_key_values is None and bool((input_ids < 0).any()):
             raise DataError("the prompt has a place for an image, but no images were given")
         inputs = {
@@ -245,7 +250,6 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
         }
-        own = dict(extras or {}) | ({} if forgery_labels is None else {"forgery_labels": forgery_labels})
         count = kwargs.pop("num_items_in_batch", None)
         inputs |= {**kwargs, "return_dict": True}
         if labels is None and forgery_labels is None:
@@ -254,16 +258,29 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         if not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("losses need the logits of all positions, so logits_to_keep must stay 0")
         if loss_only:
-            return self._sparse_losses(self.model(**inputs).last_hidden_state, labels, own, count)
-        return self._dense_losses(super().forward(**inputs), labels, own, count)
+            return self._sparse_losses(self.model(**inputs).last_hidden_state, labels, own, count, further)
+        return self._dense_losses(super().forward(**inputs), labels, own, count, further)
+
+    def _contrast(self, batch: SplicedBatch, own: Mapping[str, Tensor]) -> dict[str, LossTerm]:
+        """The losses of contrast, in training, where the config asks for them and the batch brings its texts."""
+        if not (self.training and self.config.contrast and WORDS in own):
+            return {}
+        assert batch.image_tokens is not None
+        settings = language_contrast(self.config.contrast)
+        return contrast_terms(settings, batch.image_tokens, self.get_input_embeddings(), own)
 
     def _dense_losses(
-        self, output: CausalLMOutputWithPast, labels_BT: Tensor | None, own: Mapping[str, Tensor], count: Any
+        self,
+        output: CausalLMOutputWithPast,
+        labels_BT: Tensor | None,
+        own: Mapping[str, Tensor],
+        count: Any,
+        further: Mapping[str, LossTerm],
     ) -> LlavaOutput:
         """Losses from the logits of all positions, which are returned as well."""
         logits_BTV = output.logits
         assert logits_BTV is not None
-        terms = {}
+        terms = dict(further)
         if labels_BT is not None:
             lm_loss = self.loss_function(
                 logits=logits_BTV, labels=labels_BT, vocab_size=self.config.vocab_size, num_items_in_batch=count
@@ -280,7 +297,12 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         return self._with_losses(terms, step, **output)
 
     def _sparse_losses(
-        self, hidden_BTD: Tensor, labels_BT: Tensor | None, own: Mapping[str, Tensor], count: Any
+        self,
+        hidden_BTD: Tensor,
+        labels_BT: Tensor | None,
+        own: Mapping[str, Tensor],
+        count: Any,
+        further: Mapping[str, LossTerm],
     ) -> LlavaOutput:
         """The same losses from logits at supervised positions, and where the objective asks for them, alone."""
         if labels_BT is None:
@@ -298,7 +320,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
             logits_at=lambda rows_N, positions_N: self.lm_head(hidden_BTD[rows_N, positions_N]),
             likeliest=lambda: self._likeliest(hidden_BTD),
         )
-        return self._with_losses({LM: LossTerm(total, tokens, 1.0, {})}, step)
+        return self._with_losses({LM: LossTerm(total, tokens, 1.0, {}), **further}, step)
 
     @torch.no_grad()
     def _likeliest(self, hidden_BTD: Tensor) -> Tensor:
