@@ -55,7 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
 def workplace(options: argparse.Namespace) -> Workplace:
     """Returns where everything lies, and keeps the plan."""
     names = ("config", "images", "evaluated", "sampled", "epochs", "tower_epochs", "batch_size", "new_tokens")
-    plan = Plan(**{name: getattr(options, name) for name in names})
+    given = {name: getattr(options, name) for name in names}
+    # Ray's workers have other working folders.
+    plan = Plan(**{**given, "config": str(Path(options.config).absolute())})
     if min(plan.epochs, plan.tower_epochs) <= 0:
         raise OptionError("--epochs and --tower_epochs must be above 0")
     out = options.out.absolute()
