@@ -131,9 +131,9 @@ def write_train(folder: Path, least_area: float, regions: int, size: int, seed: 
     if not local or not real:
         raise DataError(f"{tree} has {len(local)} images with a local fault and {len(real)} real ones; render more")
     changes = chain(tree_changes(tree, local), small_changes(folder, regions, size, seed))
-    originals = ((f"data/{record['image']}", record) for record in real[: len(local) + regions])
+    originals: Iterator[Change] = ((f"data/{record['image']}", record, None) for record in real[: len(local) + regions])
     conversations, domains, masked = [], [], []
-    for name, record, changed_HW in chain(changes, ((name, record, None) for name, record in originals)):
+    for name, record, changed_HW in chain(changes, originals):
         conversations.append(conversation(name, record))
         domains.append({"image": name, "label": domain_of(record)})
         if changed_HW is not None and changed_HW.mean() >= least_area:
@@ -146,8 +146,8 @@ def write_train(folder: Path, least_area: float, regions: int, size: int, seed: 
     print(f"{len(conversations)} conversations, and {len(masked)} images with masks, in {folder}")
 
 
-Change = tuple[str, Mapping[str, Any], np.ndarray]
-"""Name of a fake, what is true of it, and where it was changed, ``[height, width]`` bool."""
+Change = tuple[str, Mapping[str, Any], np.ndarray | None]
+"""Name of an image, what is true of it, and where it was changed, ``[height, width]`` bool; None for a real one."""
 
 
 def tree_changes(tree: Path, records: Sequence[Mapping[str, Any]]) -> Iterator[Change]:
