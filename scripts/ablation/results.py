@@ -306,6 +306,8 @@ def observe_mapper(place: Workplace, found: Mapping[str, Mapping[int, Outcome]])
         for seed, outcome in found.get(name, {}).items():
             log = read_json(place.run(name, seed) / "model" / "log.json")
             steps = [entry for entry in log if "mapper_loss" in entry]
+            if not steps:
+                continue  # too short a run to have logged anything
             last = steps[-max(1, len(steps) // 10) :]
             by_seed.append(
                 {

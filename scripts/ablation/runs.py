@@ -273,7 +273,7 @@ def _train(place: Workplace, variant: Variant, seed: int, folder: Path) -> None:
             "--warmup_steps",
             0.03,
             "--logging_steps",
-            20,
+            2,
             "--dataloader_num_workers",
             0,
         ),
