@@ -100,7 +100,7 @@ class DetectorAlone:
 
     def describe(self, options: AnalyzeOptions) -> dict[str, Any]:
         """Returns the detector's config."""
-        return self.detector.config.to_dict()
+        return {"detector": self.detector.config.to_dict()}
 
     def analyze_batch(
         self, prepared: Sequence[tuple[Tensor, tuple[int, int]]], options: AnalyzeOptions
