@@ -218,7 +218,8 @@ class ForgeryPromptEncoder(PromptEncoder):
     def __init__(self, config: DetectorConfig) -> None:
         super().__init__(config.text, config.prompt_length)
         width = self.prompt_tokens.shape[2]
-        layers = len(self.model["text_model"].encoder.layers)
+        tower: Any = self.model["text_model"]
+        layers = len(tower.encoder.layers)
         self.image_prompt = nn.Sequential(
             nn.Linear(config.vision["hidden_size"], width),
             nn.GELU(),
