@@ -6,7 +6,7 @@
 #     bash scripts/train_m2f2det_small.sh [FOLDER]
 #
 # FOLDER (default: m2f2det_build) takes everything. IMAGES=16000 training images, EVAL=20 of each class and evaluation
-# set, STEPS=1400 of stage 1, SEED=1, PYTHON=.venv/bin/python.
+# set, STEPS=2000 of stage 1, SEED=1, PYTHON=.venv/bin/python.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -16,7 +16,7 @@ if [ "${1:-}" = "--help" ]; then
 fi
 mkdir -p "${1:-m2f2det_build}"
 out=$(cd "${1:-m2f2det_build}" && pwd)
-images=${IMAGES:-16000} eval=${EVAL:-20} steps=${STEPS:-1400} seed=${SEED:-1}
+images=${IMAGES:-16000} eval=${EVAL:-20} steps=${STEPS:-2000} seed=${SEED:-1}
 cd "$root"
 python=${PYTHON:-$root/.venv/bin/python}
 export PYTHONPATH=$root TOKENIZERS_PARALLELISM=false
@@ -32,8 +32,10 @@ step() {
 }
 
 render() {
-    "$python" -m mmfr_generation.synthetic --out "$out/data" --train "$images" --eval 1 --size 112 --seed "$seed"
-    "$python" -m mmfr_generation.synthetic --out "$out/test" --train 0 --eval "$eval" --size 112 --seed $((seed + 1000))
+    "$python" -m mmfr_generation.synthetic --out "$out/data" --train "$images" --eval 1 --size 112 --seed "$seed" \
+        --delivery none
+    "$python" -m mmfr_generation.synthetic --out "$out/test" --train 0 --eval "$eval" --size 112 --seed $((seed + 1000)) \
+        --delivery none
 }
 
 words() {
@@ -54,7 +56,7 @@ settings = json.load(open("scripts/m2f2det_small.json"))
 settings["vision_tower"] = f"{sys.argv[1]}/towers/vision_tower"
 json.dump(settings, open(f"{sys.argv[1]}/detector.json", "w"))
 PYTHON
-    "$python" -m llava.train.networks --recipe m2f2det_stage1 --use_cpu --model_config "$out/detector.json" \
+    "$python" -m llava.train.networks --recipe m2f2det_stage1 --use_cpu --bf16 True --model_config "$out/detector.json" \
         --data_path "$out/data" --validation_share 0.02 --output_dir "$out/stage1" --max_steps "$steps" \
         --per_device_train_batch_size 32 --learning_rate 2e-3 --lr_scheduler_type cosine --lr_scheduler_kwargs '{}' \
         --warmup_steps 0.05 --eval_steps 350 --save_steps 350 --logging_steps 50 --dataloader_num_workers 0 \

@@ -41,7 +41,8 @@ PROJECTOR_FILE = "mm_projector.bin"
 """Projectors alone, as LLaVA's trainer leaves them."""
 _BUFFERS = ("rotary_emb.inv_freq", "position_ids")
 """Stored by old versions of transformers; computed now."""
-
+_TRAINED = {"tune_mm_mlp_adapter", "freeze_mm_mlp_adapter"}
+"""Fields of a config that LLaVA's trainer wrote."""
 _OBJECTS = (
     "vision_tower_config",
     "dino_tower_config",
@@ -222,6 +223,9 @@ def _open_lora(files: CheckpointFiles, model_base: str | os.PathLike[str] | None
     objective = registry.component(name, "objective") if name else None
     parts = {part_of(key) for key in beside} | set(getattr(objective, "trained_whole", ()))
     _check_whole_parts(parts - {LANGUAGE_MODEL}, whole | beside, opened.tensors, folder)
+    left = {part for part in map(part_of, opened.tensors) if is_projector(part)} - set(map(part_of, whole | beside))
+    if left:
+        note_once(f"{folder} brings no {' and no '.join(sorted(left))}: beside the adapter these are the base's")
     tensors = opened.tensors | whole | beside
     return Checkpoint(folder, own_config, tensors, tokenizer_folder, layout, name, adapter)
 
@@ -266,13 +270,21 @@ def _trained_whole(folder: Path, system: str, adapter: Adapter) -> dict[str, Ten
     """What lies beside an adapter; PEFT's own folders have it within the adapter, if there is any.
 
     Raises:
-        CheckpointError: The file is missing, and the system trains parts whole of which the adapter holds none.
+        CheckpointError: The file is missing, though whoever trained the adapter wrote one.
     """
     file = folder / NON_LORA_FILE
-    needs_whole = not system or registry.component(system, "objective") is not None
-    if not file.is_file() and (adapter.whole or not needs_whole):
+    if file.is_file():
+        return strip_lora_prefix(read_tensor_file(file))
+    if adapter.whole:
         return {}
-    return strip_lora_prefix(read_tensor_file(file))
+    own = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    # LLaVA's trainer and this project's note in the config what they trained, and always write the file.
+    if not system or registry.component(system, "objective") is not None or _TRAINED & set(own) or _is_native(own):
+        raise CheckpointError(
+            f"{folder} lacks {NON_LORA_FILE}, which holds what was trained whole beside the adapter, such as the "
+            "projectors; without it those would be the base's: get the file again"
+        )
+    return {}
 
 
 def _check_whole_parts(

@@ -166,6 +166,13 @@ class Reference:
         return M2F2Det.load(str(self.model_folder(BASE)), device="cpu")
 
 
+def imagenet_pixels(pixels: Tensor) -> Tensor:
+    """Pixels with the mean and deviation of ImageNet instead of CLIP's."""
+    clip_mean, clip_std = torch.tensor([0.4815, 0.4578, 0.4082]), torch.tensor([0.2686, 0.2613, 0.2758])
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return ((pixels * clip_std[:, None, None] + clip_mean[:, None, None]) - mean[:, None, None]) / std[:, None, None]
+
+
 def make(tensors: dict[str, Tensor], given: dict[str, Any]) -> M2F2Detector:
     detector = M2F2Detector(infer_config(tensors, given, "the goldens"))
     load_tensors(detector, tensors, "the goldens")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
 from llava import ForgeryDetector
 from llava.__main__ import main
@@ -18,6 +18,7 @@ from llava.errors import CheckpointError, OptionError
 from llava.labels import LABELS
 from llava.model.builder import load_pretrained_model
 from llava.systems.m2f2det.answer import FORMAT, arrange, complete_to_verdict, fill_prompt, parse_answer, write_answer
+from llava.systems.m2f2det.checkpoint import infer_config, read_detector_tensors
 from llava.systems.m2f2det.layout import KEY_MAP
 from llava.systems.m2f2det.token import NAME
 from llava.systems.m2f2det.training import DetectorTraining
@@ -249,6 +250,24 @@ def test_a_merge_that_would_change_nothing_is_refused(reference, merged, tmp_pat
         load_pretrained_model(delta, device="cpu")
 
 
+def test_a_delta_without_its_projectors_is_told(reference, merged, tmp_path, capsys):
+    delta = tmp_path / "lora"
+    shutil.copytree(reference.model_folder("llava-m2f2-stage3-lora"), delta)
+    stored = torch.load(delta / "non_lora_trainables.bin", weights_only=True)
+    kept = {name: value for name, value in stored.items() if "deepfake_projector" not in name}
+    assert 0 < len(kept) < len(stored)
+    torch.save(kept, delta / "non_lora_trainables.bin")
+    load_pretrained_model(delta, merged, device="cpu")
+    assert f"{delta} brings no deepfake_mm_projector: beside the adapter" in capsys.readouterr().err
+    (delta / "non_lora_trainables.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks non_lora_trainables\.bin, which holds what was trained whole"):
+        load_pretrained_model(delta, merged, device="cpu")
+    # An adapter of another trainer's, which says nothing of what it trained, is opened, and told of.
+    (delta / "config.json").unlink()
+    load_pretrained_model(delta, merged, device="cpu")
+    assert f"{delta} brings no deepfake_mm_projector and no mm_projector" in capsys.readouterr().err
+
+
 def changed(merged: Path, folder: Path, **fields) -> Path:
     shutil.copytree(merged, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -324,6 +343,117 @@ def test_what_a_training_cannot_use_is_said(merged, records, photos, tmp_path, c
         words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
         assert train(words) == 1
         assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+# --- the paper's prompt
+
+
+def paper(fusion: str, tower: Path, **fields) -> DetectorTraining:
+    """A new detector with the paper's prompt."""
+    torch.manual_seed(0)
+    own = {"prompt": "paper", "prompt_image_tokens": 2, "prompt_words": 2, "prompt_layer_tokens": 1}
+    detector = {"fusion": fusion, "width": 24, "prompt_length": 3, "cnn": CNN, "vision": VISION, "text": TEXT, **own}
+    if fusion == "bridge":
+        detector |= {"clip_taps": [0, 1, 2], "bridge_dim": 8, "bridge_out": 8, "bridge_inner": 8}
+        detector |= {"bridge_scalar_norm": "none", "clip_tap_slice": "drop_cls", "prompt_in_loss": "map"}
+    values = {"clip": None, "detector": detector | fields} | (
+        {"vision_tower": str(tower)} if fusion == "cosine" else {}
+    )
+    return DetectorTraining.open(None, values)
+
+
+def test_every_part_of_the_papers_prompt_is_read_and_only_what_learns_is_trained(tower):
+    network = paper("cosine", tower).network.eval()
+    encoder, cls = network.detector.clip_text_encoder, torch.randn(2, VISION["hidden_size"])
+    with torch.no_grad():
+        before = encoder(cls)
+        assert before.shape == (2, TEXT["hidden_size"])
+        assert not torch.allclose(before[0], before[1]) and torch.allclose(encoder(cls[:1]), before[:1], atol=1e-6)
+        parts = {
+            "universal": encoder.prompt_tokens,
+            "image": encoder.image_prompt[2].bias,
+            "words": encoder.word_tokens,
+            "layers": encoder.layer_tokens,
+        }
+        for name, part in parts.items():
+            kept = part.clone()
+            part.add_(5 * torch.randn_like(part))
+            assert not torch.allclose(encoder(cls), before, atol=1e-4), name
+            part.copy_(kept)
+    network(torch.randn(2, 3, 84, 84)).sum().backward()
+    learns = {name for name, value in encoder.named_parameters() if value.grad is not None and value.grad.any()}
+    assert learns == {
+        "prompt_tokens",
+        "layer_tokens",
+        *(f"image_prompt.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")),
+    }
+
+
+def test_a_bridges_map_weighs_its_patches_as_the_paper_says(tower):
+    head = paper("bridge", tower).network.detector.map_head
+    tokens, scores = torch.randn(2, 36, 8), torch.rand(2, 36)
+    with torch.no_grad():
+        head.conv.weight.zero_()[torch.arange(8), torch.arange(8), 1, 1] = 1
+        head.conv.bias.zero_()
+        assert torch.allclose(head(tokens, scores), (tokens * scores[..., None]).mean(1), atol=1e-6)
+        # A place in the map is a place in the image: what is at its edge has fewer neighbours.
+        head.conv.weight.fill_(1)
+        one = torch.zeros(2, 1, 36)
+        one[0, 0, 0], one[1, 0, 7] = 1, 1
+        corner, inside = head(torch.ones(2, 36, 8), one[:, 0])[:, 0].tolist()
+    assert inside / corner == pytest.approx(9 / 4)
+
+
+@pytest.mark.parametrize("fusion", ["cosine", "bridge"])
+def test_the_papers_prompt_is_trained_saved_and_opened(fusion, tower, photos, merged, tmp_path):
+    new = paper(fusion, tower)
+    (tmp_path / "detector.json").write_text(json.dumps(new.settings))
+    options = {"recipe": "m2f2det_stage1", "model_config": tmp_path / "detector.json", "data_path": photos}
+    steps = {"max_steps": 2, "lr_scheduler_type": "constant", "per_device_train_batch_size": 4}
+    final = run(networks.main, tmp_path / "run", **options, **steps, eval_strategy="no", learning_rate=1e-2)
+    config = json.loads((final / "config.json").read_text())["detector"]
+    assert config["prompt"] == "paper" and (config["prompt_in_loss"] == "map") == (fusion == "bridge")
+    found = infer_config(read_detector_tensors(final / "model.safetensors"), {}, "x").to_dict()
+    told = ("prompt", "prompt_length", "prompt_image_tokens", "prompt_words", "prompt_layer_tokens", "prompt_in_loss")
+    assert {name: found[name] for name in told} == {name: config[name] for name in told}
+    reports = ForgeryDetector.from_pretrained(final).analyze_many([photos / "real/0.png", photos / "fake/0.png"])
+    first, second = (np.array(report.details["forgery_map"]) for report in reports)
+    assert np.abs(first - second).max() > 0 and not any(report.notice for report in reports)
+    _, model, _, _ = load_pretrained_model(merged, device="cpu", detector=final)
+    source = model.get_model().token_sources[NAME]
+    own, stored = source.tower.state_dict(), load_file(final / "model.safetensors")
+    assert set(own) == set(stored) and all(torch.equal(own[name], stored[name]) for name in own)
+
+
+def test_prompts_that_nothing_would_train_are_refused(tower):
+    for fusion, fields, message in (
+        ("bridge", {"prompt_in_loss": "off"}, "nothing would train the prompt 'paper' of a bridge"),
+        ("bridge", {"clip_tap_slice": "drop_last"}, "needs a bridge at work"),
+        ("cosine", {"prompt_in_loss": "map"}, "a cosine detector has the map in its head anyway"),
+        ("cosine", {"prompt_words": 0}, "at least 1"),
+        ("cosine", {"prompt_words": 9}, "a prompt of 14 tokens does not fit the 8 places"),
+        ("cosine", {"prompt": "universal"}, "has no tokens of images, words or layers"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            paper(fusion, tower, **fields)
+    with pytest.raises(CheckpointError, match="words need the prompt 'paper' and a clip model"):
+        DetectorTraining.open(None, {"clip": None, "words": "forged face"})
+
+
+def test_the_words_of_a_prompt_are_those_of_clips_tokenizer(merged, tmp_path):
+    clip, words = tmp_path / "clip", AutoTokenizer.from_pretrained(merged)
+    CLIPModel(
+        CLIPConfig(text_config={**TEXT, "vocab_size": len(words), "max_position_embeddings": 32}, vision_config=VISION)
+    ).save_pretrained(clip)
+    words.save_pretrained(clip)
+    text = {"prompt": "paper", "prompt_length": 2, "prompt_image_tokens": 1, "prompt_layer_tokens": 1, "cnn": CNN}
+    values = {"clip": str(clip), "vision_tower": str(clip), "detector": {"fusion": "cosine", **text}}
+    encoder = DetectorTraining.open(None, values).network.detector.clip_text_encoder
+    ids = AutoTokenizer.from_pretrained(clip)("forged face", add_special_tokens=False).input_ids
+    known = encoder.model["text_model"].embeddings.token_embedding.weight
+    assert torch.equal(encoder.word_tokens[0], known[ids])
+    other = DetectorTraining.open(None, {**values, "words": "real"}).network.detector.clip_text_encoder
+    assert other.word_tokens.shape[1] < len(ids) or not torch.equal(other.word_tokens, encoder.word_tokens)
 
 
 # --- frames of videos

@@ -23,7 +23,8 @@ MODEL_TYPE = "m2f2det"
 TOWER_FOLDER = "vision_tower"
 """Folder beside a cosine detector with the tower whose features it takes."""
 _HEAD_WIDTH = 64  # of every CLIP model of OpenAI
-_TEXT = "clip_text_encoder.model.text_model."
+_PROMPT = "clip_text_encoder."
+_TEXT = f"{_PROMPT}model.text_model."
 _VISION = "clip_vision_encoder.model.vision_model."
 _CNN = "deepfake_encoder."
 _BUILDERS = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")
@@ -148,6 +149,7 @@ def infer_config(tensors: Mapping[str, TensorLike], given: Mapping[str, Any], wh
         "width": shapes["text_proj.0.weight"][0],
         "vision": {"hidden_size": shapes["vision_proj.0.weight"][1]},
     }
+    fields |= _prompt_fields(shapes)
     if fields["fusion"] == "bridge":
         fields |= _bridge_fields(shapes)
     else:
@@ -161,18 +163,37 @@ def infer_config(tensors: Mapping[str, TensorLike], given: Mapping[str, Any], wh
         raise CheckpointError(f"{where}: its config is none of a detector: {error}") from None
 
 
+def _prompt_fields(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    if f"{_PROMPT}layer_tokens" not in shapes:
+        return {}
+    made, width = shapes[f"{_PROMPT}image_prompt.2.weight"]
+    return {
+        "prompt": "paper",
+        "prompt_image_tokens": made // width,
+        "prompt_words": shapes[f"{_PROMPT}word_tokens"][1],
+        "prompt_layer_tokens": shapes[f"{_PROMPT}layer_tokens"][1],
+    }
+
+
 def _bridge_fields(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     width, _, patch, _ = shapes[f"{_VISION}embeddings.patch_embedding.weight"]
     side = round((shapes[f"{_VISION}embeddings.position_embedding.weight"][0] - 1) ** 0.5)
     head = "bridge_adapter_proj."
     scalar_norm = f"{head}bridge_adapter_proj.2.weight" in shapes
-    inner = {"bridge_inner": shapes["bridge_adapter.0.ffn.0.weight"][0]} if not scalar_norm else {}
+    fields: dict[str, Any] = {} if scalar_norm else {"bridge_inner": shapes["bridge_adapter.0.ffn.0.weight"][0]}
+    if "map_head.conv.weight" in shapes:
+        fields |= {
+            "prompt_in_loss": "map",
+            "clip_tap_slice": "drop_cls",
+            "bridge_out": shapes["map_head.conv.weight"][0],
+        }
+    else:
+        reduction = shapes[f"{head}bridge_adapter_reduction.0.weight"]
+        fields |= {"bridge_tokens": reduction[1], "bridge_out": reduction[0]}
     return {
-        **inner,
+        **fields,
         "vision": {**_clip_fields(shapes, _VISION, width), "image_size": side * patch, "patch_size": patch},
         "bridge_dim": shapes["clip_reduction.weight"][0],
-        "bridge_tokens": shapes[f"{head}bridge_adapter_reduction.0.weight"][1],
-        "bridge_out": shapes[f"{head}bridge_adapter_reduction.0.weight"][0],
         "tap_widths": [shapes[f"linear_{number}.weight"][1] for number in (1, 2, 3)],
         "bridge_scalar_norm": "layer_norm" if scalar_norm else "none",
     }

@@ -63,7 +63,8 @@ class DetectorAlone:
         self.detector = detector.to(device).requires_grad_(False)
         self.device = device
         self.tower = None if tower is None else tower.to(device)
-        self.notice = NOTICE if detector.config.fusion == "bridge" else ""
+        untrained = detector.config.fusion == "bridge" and detector.config.prompt_in_loss == "off"
+        self.notice = NOTICE if untrained else ""
         self.size = detector.image_size
         self.processor = CLIPImageProcessorPil(**image_processor_settings(self.size))
 
@@ -99,7 +100,7 @@ class DetectorAlone:
 
     def describe(self, options: AnalyzeOptions) -> dict[str, Any]:
         """Returns the detector's config."""
-        return self.detector.config.to_dict()
+        return {"detector": self.detector.config.to_dict()}
 
     def analyze_batch(
         self, prepared: Sequence[tuple[Tensor, tuple[int, int]]], options: AnalyzeOptions

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava.errors import CheckpointError
 from llava.labels import LABELS
 from llava.model.checkpoint_files import (
+    WORD_PATTERNS,
     TensorLike,
     list_keys,
     read_json,
@@ -32,7 +34,10 @@ from llava.systems.m2f2det.detector_net import DetectorConfig, M2F2Detector
 PUBLISHED_CLIP = "openai/clip-vit-large-patch14-336"
 AUGMENTATIONS = ("published", "flip", "none")
 _WIDTHS = {"bridge": 1792, "cosine": 1024}
-_SETTINGS = ("detector", "clip", "cnn_weights", "vision_tower", "augmentation")
+_WORDS = "forged face"
+_PAPER_PROMPT = {"prompt_image_tokens": 4, "prompt_words": 2, "prompt_layer_tokens": 4}
+"""Sizes of a new ``paper`` prompt, beside its universal tokens; ours."""
+_SETTINGS = ("detector", "clip", "cnn_weights", "vision_tower", "augmentation", "words")
 
 
 class DetectorNetwork(nn.Module):
@@ -73,7 +78,8 @@ class DetectorTraining:
     Settings of a new one, all optional: ``detector``, fields of ``DetectorConfig`` (``cnn`` may be a name); ``clip``,
     folder or hub id of the CLIP model whose towers it takes, or None for random ones; ``cnn_weights``, a file of
     torchvision's; ``vision_tower``, another tower's weights, which a cosine
-    detector needs; ``augmentation``, ``published``, ``flip`` or ``none``.
+    detector needs; ``augmentation``, ``published``, ``flip`` or ``none``; ``words`` of a ``paper`` prompt, "forged
+    face", read by the CLIP model's tokenizer (random towers get random vectors for them).
     """
 
     classes: tuple[str, ...] = LABELS
@@ -142,14 +148,42 @@ def new_detector(settings: Mapping[str, Any]) -> M2F2Detector:
     given = dict(settings.get("detector", {}))
     clip = settings.get("clip")
     towers = {} if clip is None else _clip_configs(resolve_folder(clip, "clip"))
-    detector = M2F2Detector(complete_config(given, towers))
+    words = _words(settings, given)
+    detector = M2F2Detector(complete_config(given, towers | ({"prompt_words": len(words)} if words else {})))
     if clip is not None:
         _load_clip(detector, resolve_folder(clip, "clip"))
+    if words:
+        encoder: Any = detector.clip_text_encoder
+        encoder.word_tokens.copy_(encoder.model["text_model"].embeddings.token_embedding.weight[words].detach())
     if settings.get("cnn_weights"):
         file = Path(settings["cnn_weights"]).expanduser()
         weights = {n.removeprefix("features."): t for n, t in read_tensor_file(file).items() if "classifier" not in n}
         _load(detector.deepfake_encoder, weights, str(file))
     return detector
+
+
+def _words(settings: Mapping[str, Any], given: Mapping[str, Any]) -> list[int]:
+    """Returns the ids of the words in a prompt; none for a prompt without words, or for random towers.
+
+    Raises:
+        CheckpointError: Words are given that nothing would read, or that the tokenizer makes nothing of.
+    """
+    clip, text = settings.get("clip"), settings.get("words")
+    if given.get("prompt", "universal") != "paper" or clip is None:
+        if text is not None:
+            raise CheckpointError("words need the prompt 'paper' and a clip model, whose tokenizer reads them")
+        return []
+    if "prompt_words" in given:
+        raise CheckpointError("prompt_words follows from the words; leave it out")
+    folder = resolve_folder(clip, "clip", WORD_PATTERNS)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the tokenizer in {folder}, which reads the prompt's words, fails: {error}") from error
+    ids: list[int] = tokenizer(text or _WORDS, add_special_tokens=False).input_ids
+    if not ids:
+        raise CheckpointError(f"words {text!r} are no words to the tokenizer of {clip}")
+    return ids
 
 
 def complete_config(given: Mapping[str, Any], towers: Mapping[str, Any]) -> DetectorConfig:
@@ -168,6 +202,7 @@ def complete_config(given: Mapping[str, Any], towers: Mapping[str, Any]) -> Dete
         "cnn": "efficientnet_b4" if fusion == "bridge" else "densenet121",
         "prompt_length": 7,
         "width": _WIDTHS.get(fusion, 0),
+        **(_PAPER_PROMPT if given.get("prompt") == "paper" else {}),
         **towers,
         **given,
     }
