@@ -1,7 +1,9 @@
 """LOKI's images (arXiv 2410.09732): ``data/image/*.json`` beside ``FakeImage_dataset``.
 
-Every image comes twice, once with a question whether it was made by an AI, once whether it is of the real world. Both
-rows must say the same; an image is one sample, and the system's own question is asked of it.
+LOKI has four types of questions. Judgements come twice an image, once whether it was made by an AI, once whether it is
+of the real world, as yes/no or as a choice of the two. Both rows must say the same; an image is one sample, and the
+system's own question is asked of it. An open question about what is wrong with an image gives the reference text that
+explanations are compared with. Choices between images and of anomalies would each have to be asked: they are named.
 """
 
 from collections.abc import Iterator, Mapping
@@ -34,6 +36,15 @@ class _Image:
     ids: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Explanation:
+    """An open question's answer: what is wrong with an image."""
+
+    kind: str
+    text: str
+    where: str
+
+
 def opens(path: Path) -> bool:
     """Whether it is the data set's folder, or one of its lists."""
     if path.is_file():
@@ -44,21 +55,23 @@ def opens(path: Path) -> bool:
 def read(path: Path) -> Iterator[Sample]:
     """Yields each image once, in the order in which the lists name them; groups are the category and its folder.
 
-    Rows that do not say whether an image is real are named and left out. An image that is not there is yielded too, so
-    that it is counted.
+    ``reference`` is the first explanation of an image. Choices between images and of anomalies, and explanations of
+    images that no row judges, are named and left out. An image that is not there is yielded too, so that it is counted.
 
     Raises:
         UserError: A list cannot be read, or a row is none of the data set's or contradicts another one.
     """
     files = [path] if path.is_file() else sorted((path / _LISTS).glob("*.json"))
     images: dict[str, _Image] = {}
+    explanations: dict[str, _Explanation] = {}
     others: list[str] = []
     for file in files:
         rows = read_json(file)
         if not isinstance(rows, list):
             raise DataError(f"{file} must hold a list of objects, as LOKI's lists do")
         for number, row in enumerate(rows, start=1):
-            _add(row, f"{file}, row {number}", images, others)
+            _add(row, f"{file}, row {number}", images, explanations, others)
+    others += [f"{one.where}: {one.kind}" for name, one in explanations.items() if name not in images]
     if others:
         log(f"{len(others)} questions do not say whether one image is real, and are left out:\n{format_list(others)}")
     root = files[0].parents[2]
@@ -69,11 +82,14 @@ def read(path: Path) -> Iterator[Sample]:
             image=root / _IMAGES / name,
             label=image.label,
             set=NAME,
+            reference=explanations[name].text if name in explanations else None,
             groups={"category": image.category, "folder": "/".join(parts[:-1])},
         )
 
 
-def _add(row: Any, where: str, images: dict[str, _Image], others: list[str]) -> None:
+def _add(
+    row: Any, where: str, images: dict[str, _Image], explanations: dict[str, _Explanation], others: list[str]
+) -> None:
     if not isinstance(row, dict):
         raise DataError(f"{where}: a row must be an object, not {row!r}")
     kind = row.get("question_type")
@@ -81,7 +97,11 @@ def _add(row: Any, where: str, images: dict[str, _Image], others: list[str]) -> 
         raise DataError(f"{where}: question_type must be a text, not {kind!r}")
     asked, _, category = kind.removeprefix(_KIND).partition("_")
     if not kind.startswith(_KIND) or asked not in _ASKS or not category or not isinstance(row.get("image_path"), str):
-        others.append(f"{where}: {kind}")
+        if _is_explanation(row):
+            explanation = _Explanation(kind, row["answer"].strip(), where)
+            explanations.setdefault(_relative(row["image_path"], where), explanation)
+        else:
+            others.append(f"{where}: {kind}")
         return
     name = _relative(row["image_path"], where)
     label = _ASKS[asked] if _says_yes(row, where) else 1 - _ASKS[asked]
@@ -89,6 +109,13 @@ def _add(row: Any, where: str, images: dict[str, _Image], others: list[str]) -> 
     if known.label != label:
         raise DataError(f"{where}: {name} is {LABELS[label]}, but by {known.where} it is {LABELS[known.label]}")
     known.ids.append(str(row.get("id")))
+
+
+def _is_explanation(row: Mapping[str, Any]) -> bool:
+    """Whether it is an open question about one image, with an answer."""
+    answer = row.get("answer")
+    texts = isinstance(row.get("image_path"), str) and isinstance(answer, str) and bool(answer.strip())
+    return texts and not row.get("choices") and not str(row.get("question_type")).startswith(_KIND)
 
 
 def _says_yes(row: Mapping[str, Any], where: str) -> bool:

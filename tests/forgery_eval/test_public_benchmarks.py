@@ -125,6 +125,21 @@ def test_choices_of_loki_are_read_by_their_letter(tmp_path):
         open_benchmark(tree)
 
 
+def test_open_questions_of_loki_give_the_reference_text(tmp_path, capsys):
+    def explain(rows):
+        open_question = {"question_type": "image_abnormal_explanation_animal", "choices": [], "question": "Why?"}
+        lost = {**open_question, "image_path": "a/FakeImage_dataset/animal/fake/none.png", "answer": "Six legs."}
+        found = {**open_question, "image_path": rows[2]["image_path"], "answer": " Its left eye is missing. "}
+        select = {**found, "question_type": "image_abnormal_select_animal", "choices": ["Eye", "Ear"], "answer": "A"}
+        between = {**select, "question_type": "image_select_animal", "image_path": ["a.png", "b.png"]}
+        return [lost, *rows, found, {**found, "answer": "Another text."}, select, between]
+
+    samples = open_benchmark(changed(copied(LOKI, tmp_path), LOKI_LIST, explain))
+    assert [sample.reference for sample in samples] == [None, "Its left eye is missing."]
+    assert "3 questions do not say" in (said := capsys.readouterr().err)
+    assert all(f"row {number}: image_" in said for number in (1, 8, 9))
+
+
 def test_other_questions_of_loki_are_named_and_left_out(tmp_path, capsys):
     other = {"question_type": "image_abnormal_explanation_animal", "image_path": "a/FakeImage_dataset/x.png"}
     tree = changed(copied(LOKI, tmp_path), LOKI_LIST, lambda rows: [*rows, other])

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import subprocess
+import sys
 from pathlib import Path
 from shutil import copytree
 
@@ -21,6 +23,7 @@ from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.saving import save_published
 from llava.systems import registry
 from llava.systems.base import CheckpointFiles
+from llava.systems.fakevlm.answer import QUESTION
 from llava.systems.fakevlm.checkpoint import FORMAT, KEY_MAP
 from llava.systems.fakevlm.system import fill_prompt
 
@@ -120,6 +123,40 @@ def test_transformers_pads_where_the_folder_says_so(tmp_path):
     save_published(loaded[1], tmp_path / "model", loaded[1].config.to_dict(), GOLDENS / "base")
     prompt = "<image>Does the image looks real/fake?"
     assert (transformers_logits(tmp_path / "model", prompt) - own_logits(loaded, prompt)).abs().max() < 1e-5
+
+
+_SERVED = """
+import base64, json, sys
+sys.modules["torchvision"] = None  # so that images are decoded and resized by Pillow, as the reference's are
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+image, question, *folders = sys.argv[1:]
+url = "data:image/png;base64," + base64.b64encode(open(image, "rb").read()).decode()
+turn = [{"role": "user", "content": [{"type": "image", "url": url}, {"type": "text", "text": question}]}]
+found = []
+for folder in folders:
+    processor = AutoProcessor.from_pretrained(folder)
+    given = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = processor.apply_chat_template(turn, **given)
+    ids = LlavaForConditionalGeneration.from_pretrained(folder).generate(**inputs, max_new_tokens=8, do_sample=False)
+    found.append(ids[0, inputs["input_ids"].shape[1] :].tolist())
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_what_a_server_does_with_a_folder_gives_the_authors_ids(tmp_path):
+    """Transformers' server asks a folder's processor, template and model in this way, in either prompt style."""
+    _, model, _, _ = open_base()
+    styles = ("raw", "chat")
+    for style in styles:
+        model.config.conv_mode = style
+        save_published(model, tmp_path / style, model.config.to_dict(), GOLDENS / "base")
+    facts = json.loads((GOLDENS / "goldens.json").read_text())
+    words = [str(GOLDENS / facts["images"][0]["path"]), QUESTION, *(str(tmp_path / style) for style in styles)]
+    served = subprocess.run([sys.executable, "-c", _SERVED, *words], capture_output=True, text=True, check=True)
+    for style, ids in zip(styles, json.loads(served.stdout.splitlines()[-1]), strict=True):
+        expected = facts["prompts"][style]["greedy"][0]["ids"]
+        assert ids == expected[: len(ids)] and ids
 
 
 def test_version_five_names_are_read(written, tmp_path):

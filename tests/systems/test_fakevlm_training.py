@@ -1,5 +1,6 @@
 """FakeVLM trained by its recipes on a CPU, and evaluated on its data sets: what is written, and that it opens."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -10,8 +11,10 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from forgery_eval.eval import run as evaluate
-from llava import load_pretrained_model
+from llava import ForgeryDetector, load_pretrained_model
 from llava.merge import main as merge
+from llava.systems.fakevlm.answer import QUESTION
+from llava.systems.language_model import fill_conversation
 from llava.train.launcher import main as launch
 from llava.train.train import main as train
 from tests.training_runs import LORA, QUICK, steps, write_records
@@ -51,7 +54,7 @@ def test_the_recipe_trains_tower_projector_and_language_model(whole):
 
 def test_what_is_written_opens_here_and_in_transformers(whole):
     tokenizer, model, _, length = load_pretrained_model(whole, device="cpu")
-    assert model.config.system == "fakevlm" and length == 160 and model.config.conv_mode == "raw"
+    assert model.config.system == "fakevlm" and length == 160
     assert tokenizer.convert_tokens_to_ids("<image>") < model.config.vocab_size
     theirs = LlavaForConditionalGeneration.from_pretrained(whole, dtype=torch.float32)
     processor = LlavaProcessor.from_pretrained(whole).image_processor
@@ -59,6 +62,34 @@ def test_what_is_written_opens_here_and_in_transformers(whole):
     ids = torch.tensor([[1, 5, 6, 7]])
     with torch.no_grad():
         assert (theirs(input_ids=ids).logits - model(input_ids=ids).logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("style", ["chat", "v1"])
+def test_a_model_is_asked_as_it_was_trained(whole, tmp_path, style):
+    """The base is asked ``raw``; the recipe trains in ``chat``, and another template is one that may be named."""
+    final = whole
+    if style != "chat":
+        final = tmp_path / "run" / "final"
+        words = options(output_dir=tmp_path / "run", max_steps=1, version=style)
+        assert train([*words, "--recipe", "fakevlm"]) == 0
+    detector = ForgeryDetector.from_pretrained(final, device="cpu")
+    assert detector.system.prompt(detector.options()) == fill_conversation(style, QUESTION)
+    assert detector.system.prompt(detector.options(conv_mode="raw")) == f"<image>{QUESTION}"
+    turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
+    processor = LlavaProcessor.from_pretrained(final)
+    assert processor.apply_chat_template(turn, add_generation_prompt=True) == fill_conversation(style, QUESTION)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_qlora_of_the_recipe_trains_in_four_bits(tmp_path):
+    output = tmp_path / "run"
+    given = options(output_dir=output, **LORA, max_steps=2)
+    assert train([*given, "--recipe", "fakevlm_qlora"]) == 0
+    adapter = load_file(output / "final" / "adapter_model.safetensors")
+    assert all(value.any() for name, value in adapter.items() if "lora_B" in name)
+    assert json.loads((output / "run.json").read_text())
+    model = load_pretrained_model(output / "final", device="cpu", load_4bit=True)[1]
+    assert model.config.system == "fakevlm" and model.config.conv_mode == "chat"
 
 
 def test_lora_of_the_recipe_is_merged_into_transformers_layout(tmp_path):

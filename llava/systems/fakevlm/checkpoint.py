@@ -94,6 +94,7 @@ class _Format:
     """Transformers' LLaVA layout as a ``CheckpointFormat``."""
 
     key_map = KEY_MAP
+    asks_as_trained = True
     tower_types: Mapping[str, str] = {FIRST: "clip"}
     tower_variables: Mapping[str, str] = {}
 

@@ -8,7 +8,7 @@ from llava.model.answering import ImageAnswers
 from llava.report import ForgeryReport
 from llava.systems.base import AnalyzeOptions, AnswerFormat
 from llava.systems.fakevlm.answer import FORMAT, QUESTION, parse_answer
-from llava.systems.fakevlm.options import PROMPT_STYLES, FakeVLMOptions
+from llava.systems.fakevlm.options import FakeVLMOptions
 from llava.systems.language_model import LanguageModelSystem, fill_conversation
 
 
@@ -49,13 +49,11 @@ class FakeVLM(LanguageModelSystem):
 
 
 def fill_prompt(style: str, question: str) -> str:
-    """Returns a question about an image in one of the prompt styles, up to where the answer begins.
+    """Returns a question about an image in a prompt style or template, up to where the answer begins.
 
     Raises:
         OptionError: There is no such style, or the question shows an image itself.
     """
-    if style not in PROMPT_STYLES:
-        raise OptionError(f"unknown conv_mode {style!r}; known: {', '.join(PROMPT_STYLES)}")
     if style != "raw":
         return fill_conversation(style, question)
     if DEFAULT_IMAGE_TOKEN in question:
