@@ -67,7 +67,11 @@ def server(script: list[str], always: str = "good"):
             if step == "no logprobs" and "logprobs" in body:
                 status = 400
             good = json.dumps(completion(step != "no logprobs")).encode()
-            content = good if status == 200 else json.dumps({"error": {"message": "no logprobs here"}}).encode()
+            content = (
+                good
+                if status == 200
+                else json.dumps({"error": {"message": "no" + " logprobs" * (step == "no logprobs")}}).encode()
+            )
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))
