@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from forgery_eval import backends
 from forgery_eval.answers import AnswerKind
 from forgery_eval.benchmarks import Sample, list_passed_over, open_benchmark
 from forgery_eval.conditions import Conditions, Plan, RunEvidence, read_evidence
@@ -56,10 +57,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add_batch_size(data)
     _add_metrics(parser)
     _add_reliability(parser)
+    backends.add_backend_options(parser)
     add_model_options(parser)
     parsed = parse_with_system(parser, arguments)
-    if parsed.answer_format and not parsed.rescore:
+    if parsed.answer_format and not (parsed.rescore or parsed.backend == backends.REPLAY):
         parser.error("--answer-format says how to read predictions that exist already; it needs --rescore")
+    backends.check_backend(parser, parsed)
     _check_reliability(parser, parsed)
     if parsed.paper_protocol:
         settings = dict(_protocol(AnswerKind.of(parsed.options_of)).SETTINGS)
@@ -201,6 +204,8 @@ def main(arguments: argparse.Namespace) -> int:
         deliveries=_deliveries(arguments, rule),
         images=arguments.perturbed_images,
     )
+    if arguments.backend == backends.REPLAY:
+        arguments.rescore = str(_replayed(arguments))
     found = read_predicted(arguments, plan) if arguments.rescore else predict(arguments, plan)
     fits = arguments.calibrate and not arguments.no_abstain
     fit_share = arguments.calibration_share or SHARE
@@ -282,6 +287,14 @@ def read_predicted(arguments: argparse.Namespace, plan: Plan) -> Predicted:
     return Predicted(samples, match(samples, predictions), answers, file.parent, about, evidence, perturbed)
 
 
+def _replayed(arguments: argparse.Namespace) -> Path:
+    """The run's file that another program's predictions become."""
+    samples = open_benchmark(
+        arguments.dataset_path, sets=arguments.sets, max_sample=arguments.max_sample, label_map=arguments.label_map
+    )
+    return backends.replay(arguments, samples, images_digest([s.id for s in samples], [s.image for s in samples]))
+
+
 def _by_sample(
     predictions: Mapping[str, Prediction], samples: Sequence[Sample], file: Path, *, whole: bool
 ) -> dict[str, Prediction]:
@@ -335,6 +348,7 @@ def predict(arguments: argparse.Namespace, plan: Plan) -> Predicted:
         max_sample=arguments.max_sample,
         label_map=arguments.label_map,
     )
+    backends.make_checkpoint(arguments)
     options = analyze_options(arguments, attention=arguments.score_maps)
     if arguments.paper_protocol:
         options = replace(options, color_management="none")
@@ -353,8 +367,10 @@ def predict(arguments: argparse.Namespace, plan: Plan) -> Predicted:
     # Every prediction is kept whole; which verdicts are given is decided afterwards.
     detector = open_detector(arguments, abstain=False)
     settings |= detector.system.describe(options)
+    run = Run(settings, {"sets": arguments.sets, "max_sample": arguments.max_sample}, 0)
+    backends.tune(detector.system, arguments, run)
     size = detector.system.batch_size(options) if arguments.batch_size == "auto" else arguments.batch_size
-    run = Run(settings, {"sets": arguments.sets, "max_sample": arguments.max_sample}, size)
+    run = replace(run, batch_size=size)
     conditions = Conditions(
         detector, samples, options, run, arguments.result_folder / _PREDICTIONS, not arguments.paper_protocol
     )
@@ -362,7 +378,7 @@ def predict(arguments: argparse.Namespace, plan: Plan) -> Predicted:
     if passed_over := list_passed_over(arguments.dataset_path):
         inform(describe_passed_over(passed_over))
     evidence, perturbed = conditions.evidence(path, plan)
-    about = {"run": run.key, "settings": settings}
+    about = {"run": run.key, "settings": settings, **backends.finish(detector.system, arguments)}
     answers = AnswerKind.of(arguments.options_of)
     return Predicted(samples, predictions, answers, path.parent, about, evidence, perturbed)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from forgery_eval.answers import DEFAULT_SYSTEM
+from forgery_eval.backends import SYSTEMS
 from llava.cli import OptionParser, add_options, positive_int, read_options, unknown_option
 from llava.errors import CheckpointError, OptionError
 from llava.model_options import LOCATIONS, add_model_options, add_which_model, loading_options, open_detector
@@ -77,9 +78,12 @@ def _system_at_hand(arguments: Sequence[str]) -> SystemSpec:
     """
     first = OptionParser(add_help=False)
     add_which_model(first)
+    first.add_argument("--backend")
     known, _ = first.parse_known_args(arguments)
     if known.system:
         return registry.spec(known.system)
+    if known.backend in SYSTEMS:
+        return registry.spec(SYSTEMS[known.backend])
     asks_for_help = any(word in ("-h", "--help") for word in arguments)
     if known.model_path and _may_be_there(str(known.model_path), asks_for_help):
         with suppress(CheckpointError):

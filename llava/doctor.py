@@ -29,6 +29,7 @@ EXTRAS = {
     "captions": "BLEU, ROUGE-L and CIDEr as some authors compute them",
     "serve": "the server and its page, and C2PA manifests",
     "cluster": "several processes of the server behind one port",
+    "endpoint": "evaluating models behind OpenAI-compatible endpoints",
     "annotate": "annotation by an API, and the published data set",
     "quant": "models in 8 or 4 bits",
     "flash": "flash attention on CUDA devices",

@@ -26,13 +26,14 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from llava.cli import OptionParser, run_cli
 from llava.errors import DataError
 from llava.files import file_errors
 from llava.images import load_image
+from llava.systems.baseline.cnn import SmallCnn
 
 Array = npt.NDArray[Any]
 STRENGTH_EDGES = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -192,44 +193,6 @@ def score_features(
     return np.asarray(classifier.predict_proba(inputs[1])[:, 1])
 
 
-class Network(nn.Module):
-    """A small network on colour and second differences, both at full resolution."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.PixelUnshuffle(2), _block(36, 48, 1))
-        self.body = nn.Sequential(_block(48, 64, 2), Residual(64), _block(64, 96, 2), Residual(96))
-        self.head = nn.Linear(192, 1)
-
-    def forward(self, rgb_NCHW: Tensor) -> Tensor:
-        """Returns the logit of being fake, shape (N,), of images in [0, 1] with even sides."""
-        x = F.pad(rgb_NCHW, (1, 1, 1, 1), mode="replicate")
-        middle = x[..., 1:-1, 1:-1]
-        across = 2 * middle - x[..., 1:-1, 2:] - x[..., 1:-1, :-2]
-        down = 2 * middle - x[..., 2:, 1:-1] - x[..., :-2, 1:-1]
-        details = torch.clamp(torch.cat([across, down], 1) * 12, -3, 3)
-        maps = self.body(self.stem(torch.cat([rgb_NCHW - 0.5, details], 1)))
-        return self.head(torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1))[:, 0]
-
-
-def _block(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
-    )
-
-
-class Residual(nn.Module):
-    """Two convolutions around which the input is carried."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.inner = nn.Sequential(_block(width, width, 1), _block(width, width, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns maps of the same shape."""
-        return x + self.inner(x)
-
-
 def _batch(images: Images, index: Array) -> Tensor:
     """Returns images in [0, 1], cut to even sides, shape (N, 3, H, W)."""
     picked = images.pixels_NHWC[index]
@@ -241,7 +204,7 @@ def score_network(train: Images, test: Images, epochs: float, seed: int) -> Arra
     """Trains the network; returns P(fake) of the test images."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    network = Network()
+    network = SmallCnn()
     rate, batch = 2e-3, 48
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.02)
     start, steps = time.monotonic(), max(1, round(epochs * len(train.fake) / batch))

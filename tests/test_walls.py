@@ -13,6 +13,7 @@ PACKAGES = ("llava", "forgery_eval", "mmfr_generation", "scripts")
 
 GROUND = {
     *(f"llava.{name}" for name in ("labels", "errors", "cli", "files", "images", "tables", "sources", "provenance")),
+    *(f"llava.{name}" for name in ("endpoints",)),
     *(f"llava.{name}" for name in ("image_operations", "fetching", "frames", "tampered", "screening", "interrupts")),
 }
 VOCABULARY = {f"llava.{name}" for name in ("constants", "conversation", "mm_utils", "native_crops")}
@@ -76,6 +77,9 @@ TORCH_FREE = [
     "llava.systems.fakevlm.answer",
     "llava.systems.fakevlm.options",
     "llava.systems.fakevlm.protocol",
+    "llava.systems.endpoint.answer",
+    "llava.systems.endpoint.scores",
+    "llava.systems.endpoint.system",
     "llava.data.records",
     "llava.data.summary",
     "llava.data.image_check",

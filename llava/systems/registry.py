@@ -20,7 +20,7 @@ GROUP = "llava.systems"
 """Entry points of third parties."""
 DEFAULT = "fakereasoning"
 """The system of records and answers that name none: MMFR data are written in its words."""
-_BUILT_IN = ("fakereasoning", "fakevlm", "m2f2det", "fakeshield")
+_BUILT_IN = ("fakereasoning", "fakevlm", "m2f2det", "fakeshield", "baseline", "endpoint")
 
 
 @cache
