@@ -18,7 +18,7 @@ from typing import Any
 
 from forgery_eval import backends
 from forgery_eval.answers import AnswerKind
-from forgery_eval.benchmarks import Sample, list_passed_over, open_benchmark
+from forgery_eval.benchmarks import Sample, describe_layouts, list_passed_over, open_benchmark
 from forgery_eval.conditions import Conditions, Plan, RunEvidence, read_evidence
 from forgery_eval.fingerprints import images_digest, weight_locations, weights_digest
 from forgery_eval.model_options import (
@@ -54,6 +54,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--sets", nargs="+", metavar="NAME", help="only these evaluation sets (default: all)")
     data.add_argument("--max_sample", type=positive_int, metavar="N", help="the first N of each class and set")
     data.add_argument("--label-map", type=parse_label_map, metavar="WORD=real,…", help=LABEL_MAP_HELP)
+    data.add_argument(
+        "--list-benchmarks", action=_ListBenchmarks, nargs=0, help="say what each data set needs on disk, and end"
+    )
     add_batch_size(data)
     _add_metrics(parser)
     _add_reliability(parser)
@@ -69,6 +72,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**settings)
         parsed = argparse.Namespace(**{**vars(parser.parse_args(arguments)), "options_of": parsed.options_of})
     return parsed
+
+
+class _ListBenchmarks(argparse.Action):
+    """Ends the command as ``--help`` does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: object) -> None:
+        print(describe_layouts())
+        parser.exit()
 
 
 def _add_metrics(parser: argparse.ArgumentParser) -> None:
