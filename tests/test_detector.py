@@ -27,6 +27,7 @@ from llava.systems.fakereasoning.answer import (
     complete_to_verdict,
     parse_answer,
 )
+from llava.systems.fakereasoning.options import FakeReasoningOptions
 from tests.trained import picture
 
 
@@ -150,7 +151,7 @@ def test_the_config_says_which_score_is_reported(detector, pictures, monkeypatch
     report = detector.analyze(pictures[0])
     assert report.score_source == "prompt" and not report.off_distribution
     assert report.to_dict()["answer_probability"] == detector.analyze(pictures[0], score="answer").fake_probability
-    assert source(score="answer") == "verdict"
+    assert source(score="answer") in ("verdict", "forced")
 
 
 @pytest.mark.parametrize(
@@ -181,6 +182,25 @@ def test_an_answer_goes_on_from_a_given_beginning(detector, pictures, prefix):
     assert abs(report.fake_probability - forced_probability(detector, pictures[1], text)) < 1e-4
     if prefix == VERDICT_PREFIX:
         assert report.score_source == "verdict"
+
+
+def test_a_model_of_two_forms_gives_the_whole_answer_that_is_asked_for(detector, pictures, monkeypatch):
+    def begins(**options):
+        return detector.analyze(pictures[1], max_new_tokens=8, **options).text.startswith(FORCED_SUMMARY.strip())
+
+    def key():
+        return "answer_prefix" in detector.system.describe(FakeReasoningOptions())
+
+    free = detector.analyze(pictures[1], max_new_tokens=8).text
+    for share, whole in ((0.3, True), (0.0, False), (1.0, False)):
+        monkeypatch.setattr(detector.system.model.config, "verdict_only_share", share)
+        assert key() == whole
+        assert detector.analyze(pictures[1], max_new_tokens=8).text == free if not whole else begins()
+    monkeypatch.setattr(detector.system.model.config, "verdict_only_share", 0.3)
+    assert detector.analyze(pictures[1], assistant_prefix="<CONCLUSION>", max_new_tokens=8).text.startswith(
+        "<CONCLUSION>"
+    )
+    assert detector.analyze(pictures[1], score_only=True).text == ""
 
 
 def test_the_score_alone(detector, pictures, monkeypatch):

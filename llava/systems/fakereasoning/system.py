@@ -1,11 +1,11 @@
 """FakeReasoning at work: an answer in four stages, and P(fake) at its verdict."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from llava.model.answering import ImageAnswers
 from llava.report import ForgeryReport
 from llava.systems.base import AnalyzeOptions, AnswerFormat
-from llava.systems.fakereasoning.answer import FORMAT, QUESTION, parse_answer
+from llava.systems.fakereasoning.answer import FORCED_SUMMARY, FORMAT, QUESTION, parse_answer
 from llava.systems.fakereasoning.options import FakeReasoningOptions
 from llava.systems.language_model import LanguageModelSystem, fill_conversation
 
@@ -27,8 +27,20 @@ class FakeReasoning(LanguageModelSystem):
         return fill_conversation(options.conv_mode or self.model.config.conv_mode, options.question or QUESTION)
 
     def answer_prefix(self, options: FakeReasoningOptions) -> str:
-        """Returns the beginning of the answer that the model is given."""
-        return options.prefix
+        """Returns the beginning of the answer that the model is given.
+
+        A model that also learnt answers of a CONCLUSION alone would choose between both forms: an answer to the
+        published question is a whole one, and so begins with its constant SUMMARY.
+        """
+        chooses = 0 < self.model.config.verdict_only_share < 1
+        if not chooses or options.prefix or options.score_only or options.question:
+            return options.prefix
+        return FORCED_SUMMARY
+
+    def describe(self, options: FakeReasoningOptions) -> dict[str, Any]:
+        """All that changes an answer beside weights, options and pixels."""
+        described, prefix = super().describe(options), self.answer_prefix(options)
+        return described if prefix == options.prefix else {**described, "answer_prefix": prefix}
 
     def reports_prompt_score(self, options: FakeReasoningOptions) -> bool:
         """Whether P(fake) without an answer is asked for, by the options or by the model's config."""
