@@ -223,7 +223,7 @@ def main(arguments: argparse.Namespace) -> int:
     fit = None
     if fits:
         level, share = arguments.error_level or 0.1, arguments.known_share or 0.95
-        fit = FitSettings(level, share, arguments.stability or 0, fit_share, arguments.calibrate_perturbed)
+        fit = FitSettings(level, share, arguments.stability or 0, arguments.calibrate_perturbed, fit_share)
     results.write_results(
         arguments.result_folder,
         found.samples,
@@ -254,7 +254,7 @@ def _rule(arguments: argparse.Namespace) -> AbstentionRule | None:
         return None
     if arguments.calibration:
         return AbstentionRule.load(arguments.calibration)
-    if not arguments.model_path or arguments.rescore:
+    if not arguments.model_path or arguments.rescore or arguments.backend != backends.MODEL:
         return None
     return AbstentionRule.beside(registry.read_files(arguments.model_path, arguments.model_base).folder)
 

@@ -45,15 +45,15 @@ class FitSettings:
         level: Error among given verdicts that is permitted.
         share: Share of known images that are let through.
         deliveries: Light deliveries of each image.
-        split: Share of the ids that it is fitted on.
         perturbed: Whether each image is taken under one of the conditions, drawn from its id, instead of clean.
+        split: Share of the ids that it is fitted on.
     """
 
     level: float
     share: float
     deliveries: int
-    split: float = SHARE
     perturbed: bool = False
+    split: float = SHARE
 
 
 @dataclass(frozen=True)

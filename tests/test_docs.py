@@ -65,6 +65,7 @@ ELSEWHERE = {
     "--strangers": "llava.demo.towers",
     "--start": "llava.demo.towers",
     "--on": "scripts.ablation.__main__",
+    "--probe": "scripts.ablation.__main__",
 }
 """Flags of commands that are no verbs."""
 OLD_NAMES = {"--alike-lengths"}

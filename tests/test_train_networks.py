@@ -158,8 +158,8 @@ def test_weights_that_are_no_numbers_are_not_written(colours, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"network": "colours:nobody"}, "there is no such network; known: colours:namer"),
-        ({"network": None}, "--network is missing; known: colours:namer"),
+        ({"network": "colours:nobody"}, "there is no such network; known: baseline:cnn, colours:namer"),
+        ({"network": None}, "--network is missing; known: baseline:cnn, colours:namer"),
         ({"data_path": "nowhere"}, "there is no file or folder nowhere"),
         ({"validation_share": None}, "validation needs --eval_data_path"),
         (

@@ -202,12 +202,16 @@ class LanguageModelSystem(ABC):
     def _answer(
         self, embeddings: Mapping[int, Tensor], prepared: Sequence[PreparedImage], options: AnalyzeOptions
     ) -> list[ForgeryReport]:
+        prefix = self.answer_prefix(options)
+        if prefix and self.answering.listener:
+            for row in range(len(prepared)):  # a given beginning is heard too, so that the pieces make up the answer
+                self.answering.listener.heard(row, prefix, 0.0, 0.5)
         answers = self.answering.answer(
             self.prompt(options),
             embeddings,
             [item.digest for item in prepared],
             options,
-            prefix=self.answer_prefix(options),
+            prefix=prefix,
             score_prompt=self.reports_prompt_score(options),
         )
         return [self.report(each, options) for each in answers]

@@ -196,7 +196,8 @@ class VisionTower(nn.Module, ABC):
 
     def own_pixels(self, shared_pixels: Tensor) -> Tensor:
         """Turns the whole image of shared pixels into the tower's size and normalisation."""
-        pixels = shared_pixels[..., : self.shared.size, :]
+        side = self.shared.size
+        pixels = shared_pixels if shared_pixels.shape[-2] == side else shared_pixels[..., :side, :]
         if self.config.get("pixel_mean") is not None:
             mean, std = self.config["pixel_mean"], self.config["pixel_std"]
             pixels = (pixels * _per_channel(pixels, self.shared.std) + _per_channel(pixels, self.shared.mean)).sub(
