@@ -149,6 +149,7 @@ rule() {
 }
 
 evaluation() {
+    local name # that of the step must stay
     # The scores of a model at chance cannot be calibrated; its card then leaves that out.
     evaluate test --calibrate --no-abstain || evaluate test --no-abstain
     evaluate sample --no-abstain
@@ -160,7 +161,7 @@ evaluation() {
 }
 
 write_model() {
-    local robustness=()
+    local name robustness=()
     local -A titles=([test]="rendered scenes" [test_photographs]="photographs")
     for name in test test_photographs; do
         [ -f "$out/results/${name}_perturbed/metrics.json" ] || continue
