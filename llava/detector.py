@@ -275,13 +275,22 @@ class ForgeryDetector:
         if self.rule is None or not prepared:
             return reports
         distances: Sequence[float | None] = [None] * len(prepared)
-        if self.rule.known is not None and isinstance(self.system, FeatureSource):
-            distances = list(self.rule.known.distances(self.system.image_features([item.image for item in prepared])))
+        if self.rule.known is not None and (features := self._features(prepared, reports)) is not None:
+            distances = list(self.rule.known.distances(features))
         decided = []
         for item, report, distance in zip(prepared, reports, distances, strict=True):
             agree = self._agreement(item, report, options)
             decided.append(_decided(self.rule, report, None if distance is None else float(distance), agree))
         return decided
+
+    def _features(self, prepared: Sequence[Prepared], reports: Sequence[ForgeryReport]) -> "np.ndarray | None":
+        """Returns what the reports bring, else what the system gives when asked; None where it gives none."""
+        given = [report.features for report in reports if report.features is not None]
+        if len(given) == len(reports):
+            return np.stack(given)
+        if isinstance(self.system, FeatureSource):
+            return self.system.image_features([item.image for item in prepared])
+        return None
 
     def _agreement(self, item: Prepared, report: ForgeryReport, options: AnalyzeOptions) -> int | None:
         """How many light deliveries of an image get the verdict that it gets; None if none are made."""

@@ -23,6 +23,10 @@ SCORE_KIND: dict[ScoreSource, str] = {
 """Scores of one kind are comparable; calibrations are for one kind."""
 
 
+_ARRAYS = ("attention", "mask", "features")
+"""Fields that are no JSON values."""
+
+
 @dataclass
 class ForgeryReport:
     """The verdict on one image and the reasons for it.
@@ -54,6 +58,8 @@ class ForgeryReport:
         abstained_because: Why; empty if a verdict is given.
         notice: What whoever reads this must know of the model; empty for most.
         error: Why the image could not be analysed; empty if it was.
+        features: What tells known images from others, as the towers saw this one, shape (D,); None from a system that
+            gives none with its answers.
     """
 
     label: str | None
@@ -75,6 +81,7 @@ class ForgeryReport:
     abstained_because: str = ""
     notice: str = ""
     error: str = ""
+    features: "np.ndarray | None" = field(default=None, compare=False, repr=False)
 
     @property
     def said(self) -> str | None:
@@ -118,9 +125,9 @@ class ForgeryReport:
         return self.stage("conclusion")
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns everything but ``attention`` and ``mask`` as plain JSON values.
+        """Returns everything but ``attention``, ``mask`` and ``features`` as plain JSON values.
 
         Whoever writes the mask to a file adds its path.
         """
-        plain = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("attention", "mask")}
+        plain = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _ARRAYS}
         return {**plain, "agrees": self.agrees}

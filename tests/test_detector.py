@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from llava import ForgeryDetector
+from llava.abstention import AbstentionRule, KnownImages
 from llava.calibration import Calibration
 from llava.conversation import conv_templates
 from llava.errors import CheckpointError, ImageReadError, OptionError
@@ -391,6 +392,20 @@ def test_a_batch_that_does_not_fit_is_halved():
 def test_a_mistake_in_the_code_is_not_taken_for_a_bad_image():
     with pytest.raises(KeyError, match="a mistake"):
         list(ForgeryDetector(CountingSystem()).analyze_many(picture(0, (w, 5)) for w in range(1, 20)))
+
+
+def test_a_rule_looks_at_an_image_once(detector, pictures, monkeypatch):
+    """What says whether an image is known comes from the pass that answers; it is the same as when asked alone."""
+    looks = []
+    tower = detector.system.model.get_model().tower("clip")
+    hook = tower.register_forward_hook(lambda module, given, output: looks.append(len(given[0])))
+    (alone,) = detector.features_many(pictures[:1])
+    known = KnownImages(np.zeros(len(alone)), np.ones(len(alone)), np.eye(len(alone))[:1], np.zeros((1, 2)), np.inf)
+    monkeypatch.setattr(detector, "rule", AbstentionRule(1.0, 0.0, 0.1, 0.9, None, known))
+    looks.clear()
+    report = detector.analyze(pictures[0], score_only=True)
+    hook.remove()
+    assert looks == [1] and np.allclose(report.features, alone, atol=1e-5) and "features" not in report.to_dict()
 
 
 def test_attention_lies_over_the_picture(detector, pictures, monkeypatch):

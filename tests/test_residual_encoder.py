@@ -293,9 +293,9 @@ def test_it_describes_an_image_by_its_measures():
     """By what no training changes, so that images of another world are not taken for known ones."""
     built = tower()
     pixels = shared(levels(3))
-    before = built.describe(pixels)
+    before = built(pixels).description
     assert torch.equal(before, built.measure(pixels).crops.mean(1))
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.add_(0.1)
-    assert torch.equal(built.describe(pixels), before)
+    assert torch.equal(built(pixels).description, before)

@@ -181,10 +181,6 @@ class ResidualVisionTower(VisionTower):
         """Measures images, each measure in standard deviations from that of a typical one."""
         return self._standardize(self._measure(self.own_pixels(shared_pixels)))
 
-    def describe(self, shared_pixels: Tensor) -> Tensor:
-        """Returns the crops' mean measures; features were trained to forget all of an image but its traces."""
-        return self.measure(shared_pixels).crops.mean(1)
-
     def encode(self, pixels: Tensor, *, with_attention: bool) -> TowerOutput:
         """Returns the normed tokens of the tiles, and the last block's attention."""
         return self.encode_measures(self._standardize(self._measure(pixels)), with_attention=with_attention)
@@ -200,7 +196,12 @@ class ResidualVisionTower(VisionTower):
         for block in blocks:
             hidden_BNC, _ = block(hidden_BNC)
         hidden_BNC, attention = last(hidden_BNC, with_attention=True)
-        return TowerOutput(self.norm(hidden_BNC)[:, self.num_prefix_tokens :], attention if with_attention else None)
+        # Features were trained to forget all of an image but its traces; its measures were not.
+        return TowerOutput(
+            self.norm(hidden_BNC)[:, self.num_prefix_tokens :],
+            attention if with_attention else None,
+            described=measures.crops.mean(1),
+        )
 
     def _standardize(self, measures: Measures) -> Measures:
         tiles = (measures.tiles - self.tile_mean) / self.tile_spread

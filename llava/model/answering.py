@@ -27,6 +27,8 @@ _CLOSING_TAIL = 24
 """Ids at an answer's end whose text is asked whether the answer is complete."""
 _CPU_BATCH = 16
 _VISION_BATCH_CPU = 2
+_NOT_ASKED = 0.5
+"""P(fake) where a beginning is given: nothing was decided there."""
 """Images that a CPU's towers see at a time: the activations of more do not stay in its caches."""
 _LARGEST_BATCH = 64
 _PROMPT_POSITIONS = 1280
@@ -114,11 +116,16 @@ class Answering:
         return max(1, min(_LARGEST_BATCH // options.samples, int(free * _MEMORY_SHARE) // row))
 
     def encode_images(self, pixels_B3SS: Tensor, *, attention: bool = False) -> FusionOutput:
-        """Returns image tokens, and the fusion's attention if asked for; on a CPU a few images at a time."""
+        """Returns image tokens, what they are of, and the fusion's attention; on a CPU a few images at a time."""
         size = _VISION_BATCH_CPU if pixels_B3SS.device.type == "cpu" else len(pixels_B3SS)
         parts = [self.model.encode_images(part, return_attention=attention) for part in pixels_B3SS.split(size)]
         maps = [part.attention for part in parts if part.attention is not None]
-        return FusionOutput(torch.cat([part.tokens for part in parts]), torch.cat(maps) if maps else None)
+        described = [part.description for part in parts if part.description is not None]
+        return FusionOutput(
+            torch.cat([part.tokens for part in parts]),
+            torch.cat(maps) if maps else None,
+            torch.cat(described) if described else None,
+        )
 
     def encode(
         self, pixels_B3SS: Tensor, extras: Mapping[str, Tensor] | None = None, *, attention: bool = False
@@ -130,21 +137,23 @@ class Answering:
             extras: A system's further inputs.
             attention: Also give the fusion's attention.
         """
-        core, parts = self.model.get_model(), []
+        core, parts, descriptions = self.model.get_model(), [], []
         if not core.token_sources:
             fused = self.encode_images(pixels_B3SS, attention=attention)
-            return EncodedImages({IMAGE_TOKEN_INDEX: fused.tokens}, fused.attention, {})
+            return EncodedImages({IMAGE_TOKEN_INDEX: fused.tokens}, fused.attention, {}, fused.description)
         size = _VISION_BATCH_CPU if pixels_B3SS.device.type == "cpu" else len(pixels_B3SS)
         for start in range(0, len(pixels_B3SS), size):
             pixels = pixels_B3SS[start : start + size]
             own = {name: values[start : start + size] for name, values in (extras or {}).items()}
-            context = VisionContext(pixels, core.run_towers(pixels), own)
-            parts.append(core.encode(context, return_attention=attention))
+            outputs, description = core.look(pixels)
+            descriptions.append(description)
+            parts.append(core.encode(VisionContext(pixels, outputs, own), return_attention=attention))
         maps = [part.attention for part in parts if part.attention is not None]
         return EncodedImages(
             {index: torch.cat([part.embeddings[index] for part in parts]) for index in parts[0].embeddings},
             torch.cat(maps) if maps else None,
             {name: torch.cat([part.readings[name] for part in parts]) for name in parts[0].readings},
+            torch.cat(descriptions),
         )
 
     def answer(
@@ -174,6 +183,9 @@ class Answering:
         start_ids = self.tokenize(self._continued(prompt, prefix).rstrip(" ")) if prefix else prompt_ids
         prefix_ids = start_ids[len(prompt_ids) :]
         budget = min(options.max_new_tokens, self._free_context(start_ids, embeddings))
+        if prefix and self.listener:
+            for row in range(len(digests)):  # heard too, so that the pieces make up the answer
+                self.listener.heard(row, prefix, 0.0, _NOT_ASKED)
         decoded, cache = self._decode(start_ids, prefix_ids, embeddings, digests, options, budget)
         answers_ids = [[*prefix_ids, *one.ids] for one in decoded]
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers_ids]

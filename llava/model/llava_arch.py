@@ -1,7 +1,7 @@
 """From images to tokens of the language model: towers, projectors, fusion, and the splice into the prompt."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,11 +33,13 @@ class EncodedImages:
         embeddings: What takes each placeholder's place, ``[B, n, D]`` by its id.
         attention: The fusion's, see ``FusionOutput``; None unless asked for.
         readings: What token sources say beside their tokens, each ``[B, …]``.
+        description: See ``FusionOutput``.
     """
 
     embeddings: dict[int, Tensor]
     attention: Tensor | None
     readings: dict[str, Tensor]
+    description: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,8 @@ class LlavaMetaModel(nn.Module):
             CheckpointError: The model has no towers.
             OptionError: An attention is asked for that the fusion does not have.
         """
-        return self.fuse(self.run_towers(images), return_attention=return_attention)
+        outputs, description = self.look(images)
+        return replace(self.fuse(outputs, return_attention=return_attention), description=description)
 
     def run_towers(self, images: Tensor) -> TowerOutputs:
         """Returns what the towers give for shared pixels ``[B, 3, S, S]``.
@@ -186,18 +189,28 @@ class LlavaMetaModel(nn.Module):
         Raises:
             CheckpointError: The model has no towers.
         """
+        return self.look(images)[0]
+
+    def look(self, images: Tensor) -> tuple[TowerOutputs, Tensor]:
+        """Returns what ``run_towers`` does, and what tells known images from others ``[B, F]``, in one pass.
+
+        Raises:
+            CheckpointError: The model has no towers.
+        """
         self._check_towers()
         outputs: TowerOutputs = {}
+        descriptions = []
         for branch in self.fusion.branches:
             tower = self.tower(branch)
             # Only asked for where it is used: towers compute it apart from their fast attention.
             wanted = {"with_attention": True} if branch == self.fusion.attention_branch else {}
             output = tower(images, **wanted)
             outputs[branch] = output.features
+            descriptions.append(output.description)
             if output.attention is not None:
                 patches = slice(tower.num_prefix_tokens, None)
                 outputs[attention_name(branch)] = output.attention[:, :, patches, patches]
-        return outputs
+        return outputs, torch.cat(descriptions, dim=1)
 
     def fuse(self, outputs: Mapping[str, Tensor], *, return_attention: bool = False) -> FusionOutput:
         """Projects what the towers gave and joins it into image tokens, see ``encode_images``."""

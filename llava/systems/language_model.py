@@ -176,6 +176,9 @@ class LanguageModelSystem(ABC):
             reports = self._answer(embeddings, prepared, options)
         readings = [{name: values[row] for name, values in encoded.readings.items()} for row in range(len(prepared))]
         reports = [self.add_readings(*each, options) for each in zip(reports, readings, prepared, strict=True)]
+        if encoded.description is not None:
+            features = encoded.description.cpu().numpy()
+            reports = [replace(report, features=row) for report, row in zip(reports, features, strict=True)]
         if encoded.attention is None:
             return reports
         maps = self._attention_maps(encoded.attention, prepared)
@@ -184,10 +187,10 @@ class LanguageModelSystem(ABC):
     @torch.no_grad()
     def image_features(self, prepared: Sequence[PreparedImage]) -> np.ndarray:
         """Returns what each tower says of the images, one tower after the other."""
-        core = self.model.get_model()
         pixels_B3HW = torch.stack([item.pixels for item in prepared]).to(self.model.device)
-        parts = [core.tower(branch).describe(pixels_B3HW) for branch in core.fusion.branches]
-        features: np.ndarray = torch.cat(parts, dim=1).cpu().numpy()
+        description = self.answering.encode_images(pixels_B3HW).description
+        assert description is not None
+        features: np.ndarray = description.cpu().numpy()
         return features
 
     @contextmanager
@@ -202,16 +205,12 @@ class LanguageModelSystem(ABC):
     def _answer(
         self, embeddings: Mapping[int, Tensor], prepared: Sequence[PreparedImage], options: AnalyzeOptions
     ) -> list[ForgeryReport]:
-        prefix = self.answer_prefix(options)
-        if prefix and self.answering.listener:
-            for row in range(len(prepared)):  # a given beginning is heard too, so that the pieces make up the answer
-                self.answering.listener.heard(row, prefix, 0.0, 0.5)
         answers = self.answering.answer(
             self.prompt(options),
             embeddings,
             [item.digest for item in prepared],
             options,
-            prefix=prefix,
+            prefix=self.answer_prefix(options),
             score_prompt=self.reports_prompt_score(options),
         )
         return [self.report(each, options) for each in answers]

@@ -51,10 +51,20 @@ class TowerOutput:
         features: Patch features ``[B, P, C]``.
         attention: Softmax attention of the last block ``[B, G, N, N]`` with the prefix tokens (CLS, registers) first,
             N = prefix + P; None unless asked for.
+        described: What tells known images from others ``[B, F]``, where that is not the features' mean and deviation.
     """
 
     features: Tensor
     attention: Tensor | None = None
+    described: Tensor | None = None
+
+    @property
+    def description(self) -> Tensor:
+        """What tells known images from others, float32 ``[B, F]``: by default mean and deviation over the patches."""
+        if self.described is not None:
+            return self.described
+        patches_BPC = self.features.detach().float()
+        return torch.cat([patches_BPC.mean(dim=1), patches_BPC.std(dim=1, correction=0)], dim=1)
 
 
 @dataclass(frozen=True)
@@ -184,11 +194,6 @@ class VisionTower(nn.Module, ABC):
         pixels = pixels if self.exact_pixels else pixels.to(parameter.dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and parameter.requires_grad):
             return self.encode(pixels, with_attention=with_attention)
-
-    def describe(self, shared_pixels: Tensor) -> Tensor:
-        """Returns what tells known images from others, ``[B, D]``: by default mean and deviation over the patches."""
-        patches_BPC = self(shared_pixels).features.float()
-        return torch.cat([patches_BPC.mean(dim=1), patches_BPC.std(dim=1, correction=0)], dim=1)
 
     def train(self, mode: bool = True) -> "VisionTower":
         """Sets the mode of a tower that is trained; a frozen one stays as it is used, without dropout."""

@@ -21,10 +21,12 @@ class FusionOutput:
         tokens: ``[B, P, D]`` (``[B, 2P, D]`` for ``interleave``).
         attention: The fusion's own attention ``[B, H, P, P]`` from queries of the first branch to keys of the second;
             None unless asked for.
+        description: What tells known images from others, of all towers together ``[B, F]``; None where no towers ran.
     """
 
     tokens: Tensor
     attention: Tensor | None = None
+    description: Tensor | None = None
 
 
 class Fusion(nn.Module, ABC):

@@ -270,14 +270,16 @@ class FakeShield(LanguageModelSystem):
             raise OptionError("description is for the mask, but this checkpoint has no segmenter")
         domains, details = self._domains(prepared, options)
         pixels = torch.stack([item.pixels for item in prepared]).to(self.model.device, self.model.dtype)
-        tokens = self.answering.encode_images(pixels).tokens
+        encoded = self.answering.encode_images(pixels)
+        tokens, features = encoded.tokens, None if encoded.description is None else encoded.description.cpu().numpy()
         reports: list[Any] = [None] * len(prepared)
         for domain in sorted(set(domains), key=str):
             rows = [row for row, own in enumerate(domains) if own == domain]
             embeddings = {IMAGE_TOKEN_INDEX: tokens[rows]}
             for row, report in zip(rows, self._reports_of(embeddings, prepared, rows, domain, options), strict=True):
                 tag = "" if domain is None else DOMAIN_TITLES[domain]
-                reports[row] = replace(report, tag=tag, details={**details[row], **report.details})
+                own = None if features is None else features[row]
+                reports[row] = replace(report, tag=tag, details={**details[row], **report.details}, features=own)
         return self._with_masks(reports, prepared, options)
 
     def _domains(
