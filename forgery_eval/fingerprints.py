@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llava.abstention import CALIBRATION
 from llava.cli import progress
 from llava.files import digest_files, digest_json, read_json
 from llava.frames import is_frame
@@ -13,12 +14,14 @@ from llava.systems import registry
 _CONFIGS = ("config.json", "adapter_config.json")
 _LOCATION_ENDINGS = ("_tower", "_path", "_file", "_folder", "_weights")
 """Endings of the config fields that can name files outside the checkpoint."""
+_APPLIED_AFTERWARDS = (CALIBRATION, Path(CALIBRATION).with_suffix(".safetensors").name)
+"""Files in a model's folder that change no prediction, only which verdicts are given."""
 _WEIGHT_VARIABLES = ("DINO_WEIGHT",)
 """Environment variables that can name weights."""
 
 
 def weights_digest(locations: Iterable[str | None]) -> str:
-    """Returns a digest of the contents of model files and folders.
+    """Returns a digest of the contents of model files and folders, but for a calibration: it is applied afterwards.
 
     Names are those inside each folder, so that a moved model is the same one. What is no path here (a hub id) stands
     for itself and the revision of it that is here.
@@ -31,6 +34,7 @@ def weights_digest(locations: Iterable[str | None]) -> str:
             names.append(f"{index}:{_with_revision(location)}")
             continue
         inside = sorted(file for file in root.rglob("*") if file.is_file()) if root.is_dir() else [root]
+        inside = [file for file in inside if file.name not in _APPLIED_AFTERWARDS]
         files += inside
         names += [f"{index}:{file.relative_to(root) if root.is_dir() else ''}" for file in inside]
     return digest_json([*names, *_progress(files, "hashing the weights")])

@@ -38,15 +38,7 @@ python=$root/.venv/bin/python
 cpu=$("$python" -c 'import torch; print(not torch.cuda.is_available())')
 export TOKENIZERS_PARALLELISM=false
 
-# step NAME COMMAND…: runs a step that was not finished before, and notes how long it took.
-step() {
-    local name=$1 start=$SECONDS
-    shift
-    [ -f "$out/.$name.done" ] && return
-    echo "== $name"
-    "$@"
-    echo "$((SECONDS - start))" > "$out/.$name.done"
-}
+. scripts/steps.sh
 
 # render NAME TRAIN EVAL SIZE SEED DELIVERY and forge …: a data set of rendered scenes, and one of photographs. All sets
 # of photographs are split alike, since one seed splits them.
@@ -149,7 +141,7 @@ rule() {
 }
 
 evaluation() {
-    local name # that of the step must stay
+    local name
     # The scores of a model at chance cannot be calibrated; its card then leaves that out.
     evaluate test --calibrate --no-abstain || evaluate test --no-abstain
     evaluate sample --no-abstain

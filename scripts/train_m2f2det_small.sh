@@ -21,15 +21,7 @@ cd "$root"
 python=${PYTHON:-$root/.venv/bin/python}
 export PYTHONPATH=$root TOKENIZERS_PARALLELISM=false
 
-# step NAME COMMAND…: runs a step that was not finished before.
-step() {
-    local name=$1
-    shift
-    [ -f "$out/.$name.done" ] && return
-    echo "== $name"
-    "$@"
-    touch "$out/.$name.done"
-}
+. scripts/steps.sh
 
 render() {
     "$python" -m mmfr_generation.synthetic --out "$out/data" --train "$images" --eval 1 --size 112 --seed "$seed" \

@@ -21,15 +21,7 @@ python=${PYTHON:-$root/.venv/bin/python}
 cd "$root"
 export TOKENIZERS_PARALLELISM=false
 
-# step NAME COMMAND…: runs a step that was not finished before, and notes how long it took.
-step() {
-    local name=$1 start=$SECONDS
-    shift
-    [ -f "$out/.$name.done" ] && return
-    echo "== $name"
-    "$@"
-    echo "$((SECONDS - start))" > "$out/.$name.done"
-}
+. scripts/steps.sh
 
 render() {
     "$python" -m mmfr_generation.synthetic --out "$out/data" --train "$images" --eval 1 --size 112 --seed "$seed" \

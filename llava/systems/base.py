@@ -104,6 +104,17 @@ class AnswerFormat(Protocol):
         ...
 
 
+class WithoutAttributes:
+    """The part of an ``AnswerFormat`` whose answers name no attributes, and end where their text ends."""
+
+    attributes: Mapping[Label, tuple[str, ...]] = {"real": (), "fake": ()}
+    closing = ""
+
+    def attribute_name(self, name: str) -> str | None:
+        """Returns None: these answers name no attributes."""
+        return None
+
+
 # --- options
 
 

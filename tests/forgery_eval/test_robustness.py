@@ -252,7 +252,7 @@ def test_detection_gives_no_verdict_on_another_world(calibrated, model, data, tm
     assert "P(fake)" in capsys.readouterr().out
 
 
-def test_a_rule_in_the_models_folder_is_found_by_itself(calibrated, trained, tmp_path, capsys):
+def test_a_rule_in_the_models_folder_is_found_by_itself(calibrated, trained, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "model"
     shutil.copytree(trained, folder)
     for name in ("calibration.json", "calibration.safetensors"):
@@ -270,6 +270,12 @@ def test_a_rule_in_the_models_folder_is_found_by_itself(calibrated, trained, tmp
     data = ["--dataset_path", str(calibrated[0]), "--max_sample", "4", "--result_folder", str(tmp_path / "r")]
     assert run([*data, *given[2:]]) == 0
     assert metrics_of(tmp_path / "r")["abstention"]["fitted_here"] is False
+    changed = json.loads((folder / "calibration.json").read_text())
+    changed["abstention"]["error_level"] = 0.34
+    (folder / "calibration.json").write_text(json.dumps(changed))
+    monkeypatch.setattr("llava.detector.ForgeryDetector.analyze_prepared", None)  # predictions do not depend on it
+    assert run([*data, *given[2:]]) == 0
+    assert metrics_of(tmp_path / "r")["abstention"]["rule"]["error_level"] == 0.34
 
 
 def test_any_programs_predictions_get_a_band(tmp_path, data, capsys):

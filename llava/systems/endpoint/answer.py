@@ -1,10 +1,10 @@
 """Plain words for a model that was trained for none of ours: a question, and a lenient parser. Imports no torch."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from llava.labels import LABELS, Label
-from llava.systems.base import AnswerFormat, ParsedAnswer
+from llava.systems.base import AnswerFormat, ParsedAnswer, WithoutAttributes
 
 QUESTION = (
     "Is this image real, taken by a camera, or fake, that is generated or manipulated by a program? Begin with a line "
@@ -67,16 +67,14 @@ def complete_to_verdict(answer: str) -> str:
     return PREFIX
 
 
-class _Format:
+class _Format(WithoutAttributes):
     """The words above as an ``AnswerFormat``."""
 
     question = QUESTION
     stages: tuple[str, ...] = ("VERDICT", "WHY")
     explanation: str | None = "WHY"
-    attributes: Mapping[Label, tuple[str, ...]] = {"real": (), "fake": ()}
     verdict_prefix = PREFIX
     verdict_words: tuple[str, str] = LABELS
-    closing = ""
     parse = staticmethod(parse)
     complete_to_verdict = staticmethod(complete_to_verdict)
 
@@ -89,10 +87,6 @@ class _Format:
         """Returns the verdict's line alone."""
         verdict = self.parse_training([answer]).verdict
         return None if verdict is None else f"{PREFIX} {verdict}"
-
-    def attribute_name(self, name: str) -> str | None:
-        """Returns nothing, since no attributes are named."""
-        return None
 
 
 FORMAT: AnswerFormat = _Format()

@@ -4,10 +4,10 @@ This module imports no torch, so that the data pipeline can use it alone.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from llava.labels import LABELS, Label
-from llava.systems.base import AnswerFormat, ParsedAnswer
+from llava.systems.base import AnswerFormat, ParsedAnswer, WithoutAttributes
 
 QUESTION = (
     "Was this photo taken directly from the camera without any processing? Has it been tampered with by any artificial "
@@ -218,7 +218,7 @@ def write_training(label: Label, explanation: str) -> str:
     return write_answer(label, basis=explanation)
 
 
-class _Format:
+class _Format(WithoutAttributes):
     """The words above as an ``AnswerFormat``."""
 
     marks = ("Description of the tampered area", "Judgment basis:")
@@ -227,18 +227,12 @@ class _Format:
     question = QUESTION
     stages: tuple[str, ...] = STAGES
     explanation: str | None = "BASIS"
-    attributes: Mapping[Label, tuple[str, ...]] = {"real": (), "fake": ()}
     verdict_prefix = VERDICT_PREFIX
     verdict_words: tuple[str, str] = VERDICT_WORDS
-    closing = ""
     parse = staticmethod(parse_answer)
     complete_to_verdict = staticmethod(complete_to_verdict)
     parse_training = staticmethod(parse_training)
     shorten = staticmethod(shorten)
-
-    def attribute_name(self, name: str) -> str | None:
-        """Returns None: answers name no attributes."""
-        return None
 
 
 FORMAT: AnswerFormat = _Format()

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llava.labels import LABELS, Label
-from llava.systems.base import AnswerFormat, ParsedAnswer
+from llava.systems.base import AnswerFormat, ParsedAnswer, WithoutAttributes
 
 QUESTION = "Does the image looks real/fake?"
 """The published question, its slip of the pen included."""
@@ -135,26 +135,19 @@ def _deciding_sentence(text: str, words: Mapping[str, Label]) -> _Sentence | Non
     return None
 
 
-class _Format:
+class _Format(WithoutAttributes):
     """The words above as an ``AnswerFormat``."""
 
     question = QUESTION
     stages: tuple[str, ...] = STAGES
     explanation: str | None = "REASONING"
-    attributes: Mapping[Label, tuple[str, ...]] = {"real": (), "fake": ()}
     verdict_prefix = VERDICT_PREFIX
     verdict_words: tuple[str, str] = LABELS
-    closing = ""
     parse = staticmethod(parse_answer)
     complete_to_verdict = staticmethod(complete_to_verdict)
     parse_training = staticmethod(parse_training)
     shorten = staticmethod(shorten)
     write_training = staticmethod(write_answer)
-
-    @staticmethod
-    def attribute_name(name: str) -> str | None:
-        """Returns None: these answers name no attributes."""
-        return None
 
 
 FORMAT: AnswerFormat = _Format()

@@ -8,7 +8,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import conv_templates
 from llava.errors import OptionError
 from llava.labels import LABELS, Label
-from llava.systems.base import AnswerFormat, ParsedAnswer
+from llava.systems.base import AnswerFormat, ParsedAnswer, WithoutAttributes
 
 DETECTOR_TOKEN = "<deepfake>"
 PromptName = Literal["judge", "explain", "training"]
@@ -153,27 +153,20 @@ def _deciding(text: str, words: Mapping[str, Label]) -> tuple["re.Match[str]", L
     return None
 
 
-class _Format:
+class _Format(WithoutAttributes):
     """The words above as an ``AnswerFormat``."""
 
     question = QUESTION
     stages: tuple[str, ...] = STAGES
     explanation: str | None = "EXPLANATION"
-    attributes: Mapping[Label, tuple[str, ...]] = {"real": (), "fake": ()}
     verdict_prefix = VERDICT_PREFIX
     verdict_words: tuple[str, str] = LABELS
-    closing = ""
     parse = staticmethod(parse_answer)
     complete_to_verdict = staticmethod(complete_to_verdict)
     parse_training = staticmethod(parse_training)
     shorten = staticmethod(shorten)
     write_training = staticmethod(write_answer)
     arrange = staticmethod(arrange)
-
-    @staticmethod
-    def attribute_name(name: str) -> str | None:
-        """Returns None: these answers name no attributes."""
-        return None
 
 
 FORMAT: AnswerFormat = _Format()
