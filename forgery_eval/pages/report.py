@@ -1,6 +1,6 @@
 """The report of an evaluation: one HTML file that needs nothing else."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,10 +96,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with one row of headings."""
+    """A table with one row of headings.
+
+    Attributes:
+        head: Headings.
+        rows: Cells, as many in each row.
+        left_out: What would have been dashes from top to bottom, and why; empty if nothing was.
+    """
 
     head: Sequence[str]
     rows: Sequence[Sequence[Cell]]
+    left_out: str = ""
 
 
 def report_page(
@@ -162,7 +169,7 @@ def _number(value: float | int | None) -> str:
 def _calibration(found: Mapping[str, Any] | None) -> str:
     if not found:
         return "Scores are as the model gives them."
-    where = "on a fifth of these ids; the rest is reported" if found["fitted_here"] else "before, elsewhere"
+    where = "on some of these ids; the rest is reported" if found["fitted_here"] else "before, elsewhere"
     before = ", ".join(f"{name.upper()} {_number(found['before']['metrics'][name])}" for name in ("ece", "nll"))
     return (
         f"Scores are calibrated: temperature {found['temperature']:.4g}, bias {found['bias']:.4g}, fitted {where}. "
@@ -202,7 +209,12 @@ def _kind(reasoning: Mapping[str, Any], kind: str) -> dict[str, Any]:
 def _metrics_table(
     found: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str], published: Mapping[str, Any]
 ) -> Table:
-    """One row a part; below a metric its interval, and the published one of a set of that name."""
+    """One row a part; below a metric its interval, and the published one of a set of that name.
+
+    A metric that no part has gets no column.
+    """
+    shown = {m: title for m, title in columns.items() if any(p["metrics"].get(m) is not None for p in found.values())}
+    absent = {metric: title for metric, title in columns.items() if metric not in shown}
 
     def cell(name: str, part: Mapping[str, Any], metric: str) -> Cell:
         value = part["metrics"].get(metric)
@@ -218,12 +230,21 @@ def _metrics_table(
 
     counts = {name: part["metrics"].get("images") for name, part in found.items()}
     with_images = any(count is not None for count in counts.values())
-    head = ["", *(["images"] if with_images else []), *columns.values()]
+    head = ["", *(["images"] if with_images else []), *shown.values()]
     rows = []
     for name, part in found.items():
         count = [Cell("" if counts[name] is None else str(counts[name]))] if with_images else []
-        rows.append([Cell(name), *count, *(cell(name, part, metric) for metric in columns)])
-    return Table(head, rows)
+        rows.append([Cell(name), *count, *(cell(name, part, metric) for metric in shown)])
+    return Table(head, rows, _left_out(absent, found.values()))
+
+
+def _left_out(absent: Mapping[str, str], parts: Collection[Mapping[str, Any]]) -> str:
+    """Says which metrics have no column, by the reasons of it."""
+    by_reason: dict[str, list[str]] = {}
+    for metric, title in absent.items():
+        reasons = {str(reason) for part in parts if (reason := part["undefined"].get(metric))}
+        by_reason.setdefault("; ".join(sorted(reasons)) or "not defined here", []).append(title)
+    return ". ".join(f"Without {', '.join(titles)}: {reason}" for reason, titles in by_reason.items())
 
 
 def _paper_table(found: Mapping[str, Mapping[str, Any]], published: EvaluationProtocol | None) -> Table:
@@ -277,7 +298,7 @@ def _given(found: Mapping[str, Any]) -> dict[str, Any]:
     ]
     return {
         "rule": f"Called {', '.join(bounds)}{limit}{steps}. Chosen for an error of {rule['error_level']:g} among given "
-        f"verdicts{', on a fifth of these ids' if found['fitted_here'] else ', elsewhere'}. "
+        f"verdicts{', on some of these ids' if found['fitted_here'] else ', elsewhere'}. "
         f"Area under the curve of risk against coverage: {_number(everything['risk_coverage_area'])}.",
         "table": Table(["", "images", *_GIVEN.values(), *everything["no_verdict"]], rows),
         "chart": risk_coverage_chart(everything["risk_coverage"], everything),
@@ -301,7 +322,7 @@ def _robustness(found: Mapping[str, Any]) -> dict[str, Any]:
             given = part.get("abstention", {})
             values += [given.get(name) for name in ("coverage", "error_among_given", "reals_called_fake")]
         rows.append([*row, *(Cell(_number(value)) for value in values)])
-    return {"table": Table(head, rows), "charts": robustness_charts(found)}
+    return {"table": Table(head, rows, table.left_out), "charts": robustness_charts(found)}
 
 
 def _localization(found: Mapping[str, Any], published: EvaluationProtocol | None) -> dict[str, Any]:

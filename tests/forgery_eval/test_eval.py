@@ -594,3 +594,16 @@ def test_twenty_kills_change_nothing(trained, tmp_path):
 
 def lines_in(results: Path) -> int:
     return sum(file.read_bytes().count(b"\n") for file in (results / "predictions").glob("*.jsonl"))
+
+
+def test_the_page_has_no_column_of_dashes():
+    from forgery_eval.pages.report import _metrics_table
+
+    parts = {
+        "a": {"metrics": {"auroc": None, "f1": 0.5, "ap": None}, "undefined": {"auroc": "one class"}, "intervals": {}},
+        "b": {"metrics": {"auroc": None, "f1": None, "ap": None}, "undefined": {"f1": "none"}, "intervals": {}},
+    }
+    table = _metrics_table(parts, {"auroc": "AUROC", "f1": "F1", "ap": "AP"}, {})
+    assert list(table.head) == ["", "F1"]
+    assert [[cell.text for cell in row] for row in table.rows] == [["a", "0.5000"], ["b", "–"]]
+    assert table.left_out == "Without AUROC: one class. Without AP: not defined here"
