@@ -83,7 +83,7 @@ class _SystemBackbone:
 
 
 class _TowerBackbone:
-    """Mean and deviation over the patches of one tower."""
+    """What one tower says of an image: mean and deviation over its patches, where it has nothing of its own."""
 
     def __init__(self, source: str, device: str) -> None:
         found = read_vision_tower(source)
@@ -110,8 +110,6 @@ class _TowerBackbone:
 
     @torch.no_grad()
     def features(self, prepared: Sequence[Tensor]) -> np.ndarray:
-        """Returns mean and deviation ``[B, 2 C]``."""
-        patches_BPC = self._tower(torch.stack(list(prepared)).to(self._device)).features.float()
-        both = torch.cat([patches_BPC.mean(dim=1), patches_BPC.std(dim=1, correction=0)], dim=1)
-        features: np.ndarray = both.cpu().numpy()
+        """Returns what the tower says of the images ``[B, F]``, see ``TowerOutput``."""
+        features: np.ndarray = self._tower(torch.stack(list(prepared)).to(self._device)).description.cpu().numpy()
         return features
