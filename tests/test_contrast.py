@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from llava.data.records import Record
 from llava.demo import towers
@@ -359,6 +360,27 @@ def test_a_queue_is_resumed_with_its_tower(world, tmp_path, monkeypatch):  # noq
     train(world, tmp_path / "parts", *given)
     first, second = ((tmp_path / name / "dino_tower" / "model.safetensors").read_bytes() for name in ("whole", "parts"))
     assert first == second
+
+
+def test_a_clip_tower_is_aligned_by_lora(world, tmp_path):  # noqa: F811
+    given = contrasted(world, tmp_path, text="frozen")
+    train(world, tmp_path / "start", *given, "--epochs", "1", "--dino_tower_loss", "none")
+    aligned = ("--vision_tower_loss", "facl=1", "--dino_tower_loss", "none", "--learning_rate", "0.003")
+    more = ["--start", str(tmp_path / "start"), "--lora_r", "2", *aligned]
+    train(world, tmp_path / "out", *given, *more)
+    before, after = (load_file(tmp_path / name / "vision_tower" / "model.safetensors") for name in ("start", "out"))
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(name.endswith(("proj.weight", "fc1.weight", "fc2.weight")) for name in moved)
+    assert all(torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3) <= 2 for name in moved)
+
+
+def test_lora_without_a_trained_clip_tower_is_explained(world, tmp_path):  # noqa: F811
+    with pytest.raises(OptionError, match="--start must name"):
+        train(world, tmp_path / "out", "--lora_r", "2")
+    train(world, tmp_path / "start", "--epochs", "1")
+    with pytest.raises(OptionError, match="--dino_tower_loss none"):
+        train(world, tmp_path / "out", "--start", str(tmp_path / "start"), "--lora_r", "2")
 
 
 def test_contrast_beside_labels_and_outliers(world, tmp_path):  # noqa: F811

@@ -46,6 +46,7 @@ _RUN_OPTIONS = (
     "max_words",
     "min_word_share",
     "validation_share",
+    "lora_r",
 )
 
 

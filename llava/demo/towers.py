@@ -29,6 +29,7 @@ from llava.demo.residual_encoder import ResidualVisionTower
 from llava.demo.tower_contrast import FACL
 from llava.demo.tower_data import RECORDS_FILE, read_examples
 from llava.demo.tower_inputs import TowerInputs, read_pixels
+from llava.demo.tower_lora import add_lora, merge_lora
 from llava.demo.tower_targets import GROUPS, TargetNames
 from llava.demo.tower_training import TOWERS, Data, TowerWithHead, Training, build_towers, evaluate
 from llava.errors import CheckpointError, OptionError
@@ -103,6 +104,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--image_folder", type=Path, help="folder of the records' images (default: that of their file)")
     add("--config", type=Path, required=True, help="config.json of the model whose towers are to be trained")
     add("--start", type=Path, metavar="FOLDER", help="output of an earlier run, whose towers are trained further")
+    add(
+        "--lora_r",
+        type=int,
+        default=0,
+        help="train the CLIP tower of --start by LoRA of this rank, merged when it is written (default 0: whole)",
+    )
     add("--output_dir", type=Path, required=True, help="where towers, heads, metrics and the checkpoint are written")
     add("--epochs", type=float, default=4.0, help="passes over the images (default 4)")
     add("--max_steps", type=int, help="stop after so many steps, if that is less")
@@ -188,6 +195,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             load_tower(tower.tower, options.start / name)
         else:
             tower.tower.calibrate(sample)
+        if options.lora_r and not add_lora(tower.tower, options.lora_r):
+            raise OptionError(f"--lora_r is for a CLIP tower; give --{name}_loss none")
         tower.to(device)
     inputs = TowerInputs(
         images, config, [tower.tower for tower in towers.values()], options.output_dir / INPUTS, options.workers
@@ -200,6 +209,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         print(f"resumed from {checkpoint} at step {training.step} of {training.total_steps}")
     training.run(checkpoint)
     training.save(checkpoint)
+    for tower in towers.values():
+        merge_lora(tower.tower)
     accuracy = {
         name: evaluate(tower, validation_data, names, options.batch_size) if held_out else {}
         for name, tower in towers.items()
@@ -214,6 +225,8 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise OptionError(f"--{name} must be more than 0, not {value}")
+    if options.lora_r < 0 or (options.lora_r and not options.start):
+        raise OptionError("--lora_r is the rank, 1 or more, of updates of a trained tower, which --start must name")
     for name in ("validation_share", "warmup_ratio", "min_word_share", "outliers"):
         if not 0 <= getattr(options, name) < 1:
             raise OptionError(f"--{name} must be from 0 up to but not including 1, not {getattr(options, name)}")

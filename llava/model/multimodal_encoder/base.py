@@ -192,12 +192,17 @@ class VisionTower(nn.Module, ABC):
         parameter = next(self.parameters())
         pixels = self.own_pixels(shared_pixels)
         pixels = pixels if self.exact_pixels else pixels.to(parameter.dtype)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and parameter.requires_grad):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_trained):
             return self.encode(pixels, with_attention=with_attention)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether any of its parameters is trained; with adapters, only theirs are."""
+        return any(parameter.requires_grad for parameter in self.parameters())
 
     def train(self, mode: bool = True) -> "VisionTower":
         """Sets the mode of a tower that is trained; a frozen one stays as it is used, without dropout."""
-        return super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
+        return super().train(mode and self.is_trained)
 
     def own_pixels(self, shared_pixels: Tensor) -> Tensor:
         """Turns the whole image of shared pixels into the tower's size and normalisation."""
