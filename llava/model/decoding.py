@@ -16,7 +16,7 @@ from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
 _CACHE_CHUNK = 128
 """Positions by which a cache grows at a time."""
-_PREFILL_BATCH_CPU = 4
+_PREFILL_BATCH_CPU = {torch.float32: 4, torch.bfloat16: 1}
 """Prompts that a CPU prefills at a time: the activations of more do not stay in its caches."""
 _COMPACT_EVERY = 8
 """Finished rows are dropped once they are one in so many: dropping copies the cache of all others."""
@@ -43,6 +43,18 @@ class PreallocatedLayer(DynamicLayer):
         self._values[..., length:end, :] = value_states
         self.keys, self.values = self._keys[..., :end, :], self._values[..., :end, :]
         return self.keys, self.values
+
+    def put(self, part: "PreallocatedLayer", first: int, number: int) -> None:
+        """Takes a part's rows as its own from ``first`` on; all ``number`` are put in before anything else is done."""
+        if self._keys is None or self._values is None:
+            self.lazy_initialization(part.keys, part.values)
+            end = part.get_seq_length()
+            self._keys, self._values = (
+                self._grown(own, own[:1].expand(number, -1, -1, -1), 0, end) for own in (part.keys, part.values)
+            )
+            self.keys, self.values = self._keys[..., :end, :], self._values[..., :end, :]
+        rows = slice(first, first + len(part.keys))
+        self.keys[rows], self.values[rows] = part.keys, part.values
 
     @staticmethod
     def _grown(old: Tensor, new: Tensor, length: int, end: int) -> Tensor:
@@ -248,18 +260,23 @@ def _prefill(
     model: LlavaLlamaForCausalLM, prompts_BLD: Tensor, padding: Padding | None
 ) -> tuple[Tensor, Tensor, list[PreallocatedLayer]]:
     """Runs the prompts; returns logits ``[B, V]`` and states ``[B, D]`` after them, and the layers of their cache."""
-    at_a_time = _PREFILL_BATCH_CPU if prompts_BLD.device.type == "cpu" else len(prompts_BLD)
-    logits, states, caches = [], [], []
-    for rows in torch.arange(len(prompts_BLD)).split(at_a_time):
-        layers = [PreallocatedLayer() for _ in range(model.config.num_hidden_layers)]
+    number = len(prompts_BLD)
+    layers = [PreallocatedLayer() for _ in range(model.config.num_hidden_layers)]
+    logits, states = [], []
+    for rows in torch.arange(number).split(prefill_rows(prompts_BLD)):
+        own = [PreallocatedLayer() for _ in layers]
         part = prompts_BLD[rows.to(prompts_BLD.device)]
-        after = _run(model, Cache(layers=layers), padding and padding.of_rows(rows), inputs_embeds=part)
+        after = _run(model, Cache(layers=own), padding and padding.of_rows(rows), inputs_embeds=part)
         logits.append(after[0])
         states.append(after[1])
-        caches.append(layers)
-    if len(caches) == 1:
-        return logits[0], states[0], caches[0]
-    joined = [PreallocatedLayer() for _ in caches[0]]
-    for layer, parts in zip(joined, zip(*caches, strict=True), strict=True):
-        layer.update(torch.cat([part.keys for part in parts]), torch.cat([part.values for part in parts]))
-    return torch.cat(logits), torch.cat(states), joined
+        if len(rows) == number:
+            return *after, own
+        for layer, one in zip(layers, own, strict=True):
+            layer.put(one, int(rows[0]), number)
+    return torch.cat(logits), torch.cat(states), layers
+
+
+def prefill_rows(prompts_BLD: Tensor) -> int:
+    """Returns how many of these embedded prompts are run at a time."""
+    whole = max(1, len(prompts_BLD))
+    return _PREFILL_BATCH_CPU.get(prompts_BLD.dtype, 4) if prompts_BLD.device.type == "cpu" else whole
