@@ -1,14 +1,18 @@
 """Layers laid out for a CPU's bfloat16: the same model, nearer to float32 than without, and dtype ``auto``."""
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from forgery_eval.benchmarks import open_benchmark
+from llava import ForgeryDetector
 from llava.model import cpu_bfloat16
 from llava.model.builder import resolve_dtype
 from llava.model.checkpoint import open_checkpoint
 from llava.model.cpu_bfloat16 import LeanAttention, LeanRMSNorm, PackedLinear, PackedMLP, lay_out
-from llava.model.decoding import Sampler, decode
+from llava.model.decoding import Sampler, decode, word_logits
+from mmfr_generation.synthetic.writer import Run, write_dataset
 from tests.conftest import GOLDENS
 from tests.small_models import small_model
 
@@ -112,6 +116,41 @@ def test_a_weight_that_two_layers_share_stays_one():
     lay_out(model)
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert PackedLinear in kinds(model)
+
+
+@needs_native
+def test_the_verdicts_logits_are_not_rounded():
+    model = small_model().to(torch.bfloat16)
+    states, words = torch.randn(4, 32).to(torch.bfloat16), (7, 9)
+    wanted = states.float() @ model.lm_head.weight[list(words)].float().T
+    assert torch.equal(word_logits(model, states, words), wanted)
+    lay_out(model)
+    for asked in (words, words[::-1], words):
+        found = word_logits(model, states, asked)
+        assert torch.equal(found, wanted if asked == words else wanted.flip(1))
+    assert not torch.equal(found, found.bfloat16().float())
+    exact = small_model()
+    assert torch.equal(word_logits(exact, states.float(), words), exact.lm_head(states.float())[:, list(words)])
+
+
+@needs_native
+@pytest.mark.slow
+def test_the_embedded_model_says_the_same_as_in_float32(tmp_path):
+    write_dataset(Run(train=0, eval=3, size=112, seed=77), tmp_path, 1)
+    files = [sample.image for sample in open_benchmark(tmp_path)]
+    exact, rounded = (
+        [
+            report.fake_probability
+            for report in ForgeryDetector.from_pretrained(device="cpu", dtype=dtype, abstain=False).analyze_many(
+                files, score_only=True
+            )
+        ]
+        for dtype in ("float32", "auto")
+    )
+    first, second = np.array(exact), np.array(rounded)
+    assert len(files) > 100 and not np.array_equal(first, second)
+    assert np.mean((first >= 0.5) == (second >= 0.5)) >= 0.99
+    assert np.abs(first - second).mean() <= 0.01
 
 
 @pytest.mark.parametrize(("native", "sixteen"), [(True, torch.bfloat16), (False, torch.float32)])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from llava.model.cpu_bfloat16 import exact_logits
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
 _CACHE_CHUNK = 128
@@ -180,12 +181,11 @@ def decode(
     number = logits_BV.shape[0]
     answers: list[list[int]] = [[] for _ in range(number)]
     kept_BTW = torch.zeros(number, max_new_tokens, len(kept_words), device=logits_BV.device)
-    words = torch.tensor(kept_words, dtype=torch.long, device=logits_BV.device)
     states: list[list[Tensor]] = [[] for _ in range(number)]
     rows = list(range(number))
     finished: set[int] = set()
     for step in range(max_new_tokens):
-        kept_BTW[rows, step] = logits_BV[:, words].float()
+        kept_BTW[rows, step] = word_logits(model, states_BD, kept_words, logits_BV)
         ids_B = sampler.choose(logits_BV, rows)
         logprobs_B = _logprobs(logits_BV, ids_B) if follow else [0.0] * len(rows)
         for index, (row, chosen, logprob) in enumerate(zip(rows, ids_B.tolist(), logprobs_B, strict=True)):
@@ -209,6 +209,17 @@ def decode(
     kept, nothing = kept_BTW.cpu(), prompts_BLD.new_empty(0, prompts_BLD.shape[-1])
     found = [(ids, kept[row, : len(ids)], states[row]) for row, ids in enumerate(answers)]
     return [Decoded(ids, own, torch.stack(last) if last else nothing) for ids, own, last in found], prompts
+
+
+def word_logits(
+    model: LlavaLlamaForCausalLM, states_BD: Tensor, words: Sequence[int], logits_BV: Tensor | None = None
+) -> Tensor:
+    """Returns raw logits of some words after last states, ``[B, W]`` in float32; ``logits_BV`` where they are known."""
+    exact = exact_logits(model.lm_head, states_BD, tuple(words))
+    if exact is not None:
+        return exact
+    known_BV = model.lm_head(states_BD) if logits_BV is None else logits_BV
+    return known_BV[:, list(words)].float()
 
 
 def _unfinished_rows(rows: Sequence[int], finished: set[int]) -> list[int] | None:
