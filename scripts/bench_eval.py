@@ -199,8 +199,9 @@ def bench(arguments: argparse.Namespace) -> None:
         fast = detector
         if arguments.dtype != "float32":
             torch.manual_seed(0)
-            fast = ForgeryDetector(build_system(SIZES[arguments.size], device, getattr(torch, arguments.dtype)))
-            lay_out(fast.system.model)
+            rounded_system = build_system(SIZES[arguments.size], device, getattr(torch, arguments.dtype))
+            lay_out(rounded_system.model)
+            fast = ForgeryDetector(rounded_system)
             fast.analyze(samples[0].image, max_new_tokens=2)
         ways = {"eval": evaluate(fast, samples, options, folder / "clip", folder / "predictions")}
         for way, keep in (("loop_keeping_clip", True), ("loop_reloading_clip", False)):

@@ -167,12 +167,13 @@ def lay_out(model: nn.Module) -> None:
     if not multiplies_bfloat16() or not torch.backends.mkldnn.is_available():
         return
     held = Counter(id(own) for module in model.modules() for own in module.parameters(recurse=False))
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
+    # No list of the linear layers themselves: each is to be gone before the next is packed.
+    for module in [module for module in model.modules() if type(module) is not nn.Linear]:
+        for name, child in module.named_children():
             if type(child) is nn.Linear and held[id(child.weight)] == 1 and _fits(child.weight):
                 setattr(module, name, PackedLinear(child))
     for module in list(model.modules()):
-        for name, child in list(module.named_children()):
+        for name, child in module.named_children():
             if type(child) is LlamaRMSNorm and _fits(child.weight):
                 setattr(module, name, LeanRMSNorm(child))
             elif type(child) is LlamaAttention and isinstance(child.q_proj, PackedLinear):

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava.model.multimodal_fusion.cross_attention import CrossAttentionFusion, block_settings
@@ -62,5 +61,5 @@ class ForgeryAwareFusion(CrossAttentionFusion):
         for pairs_GN, bias_HN in zip(pairs_BGN, bias_BHN, strict=True):
             for part_GN, place_HN in zip(pairs_GN.split(_PAIRS_CPU, 1), bias_HN.split(_PAIRS_CPU, 1), strict=True):
                 inner_CN = torch.addmm(b1_C, w1_CG, (part_GN.float() + _LOG_FLOOR).log_())
-                place_HN.copy_(torch.addmm(b2_H, w2_HC, F.gelu(inner_CN)))
+                place_HN.copy_(torch.addmm(b2_H, w2_HC, self.attention_mlp[1](inner_CN)))
         return bias_BHN.unflatten(2, attention_BGPP.shape[2:])
