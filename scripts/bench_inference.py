@@ -41,6 +41,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto (default), cuda, cpu")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=dtypes, default="auto", help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--memory", action="store_true", help="only add up what weights and cache take; run nothing")
     return parser.parse_args(arguments)
 
 
@@ -213,8 +214,34 @@ def shares_of_ceilings(
     }
 
 
+def needed_bytes(size: str) -> dict[str, Any]:
+    """Returns the bytes of a model's weights by how its language model's layers are held, and of a position's cache.
+
+    In 4 bits a block of 64 numbers has a scale of one byte, and 256 such scales one of four.
+    """
+    import torch
+
+    model = build_system(SIZES[size], "meta", torch.bfloat16).model
+    total = sum(parameter.numel() for parameter in model.parameters())
+    layers = sum(p.numel() for name, p in model.named_parameters() if name.startswith("model.layers.") and p.ndim == 2)
+    rest, config = 2 * (total - layers), model.config
+    return {
+        "parameters": total,
+        "weights": {
+            "float32": 4 * total,
+            "bfloat16": 2 * total,
+            "8 bits": rest + layers,
+            "4 bits": rest + round(layers * (1 / 2 + 1 / 64 + 4 / 64 / 256)),
+        },
+        "cache_of_a_position_in_16_bits": 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim,
+    }
+
+
 def bench(arguments: argparse.Namespace) -> None:
     """Measures and prints."""
+    if arguments.memory:
+        print(json.dumps({"size": arguments.size, **needed_bytes(arguments.size)}))
+        return
     import numpy as np
     import torch
     from PIL import Image

@@ -153,6 +153,13 @@ def test_the_embedded_model_says_the_same_as_in_float32(tmp_path):
     assert np.abs(first - second).mean() <= 0.01
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_what_auto_came_to_is_among_what_an_answer_depends_on(native, monkeypatch):
+    monkeypatch.setattr("llava.model.builder.multiplies_bfloat16", lambda: native)
+    detector = ForgeryDetector.from_pretrained(device="cpu")
+    assert detector.system.describe(detector.options())["dtype"] == ("bfloat16" if native else "float32")
+
+
 @pytest.mark.parametrize(("native", "sixteen"), [(True, torch.bfloat16), (False, torch.float32)])
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
 def test_auto_takes_what_the_processor_multiplies(native, sixteen, stored, monkeypatch):
