@@ -1,9 +1,9 @@
 """Measures evaluation of a random model against one-at-a-time loops; the last line printed is one JSON object.
 
-Three ways over the same images, with equal answers asserted: evaluation at its defaults (analysis in batches, run
-store, CLIP's text tower once and batched), a loop that analyses one image at a time and keeps CLIP, and the same loop
-loading CLIP for each pair of texts, as the authors do. The loops compute the text metrics and CSS only. Run from the
-repository's root:
+Three ways over the same images: evaluation at its defaults (analysis in batches, run store, CLIP's text tower once and
+batched), a loop that analyses one image at a time and keeps CLIP, and the same loop loading CLIP for each pair of
+texts, as the authors do. The loops compute the text metrics and CSS only. Where all compute in float32, the answers
+must be equal. Run from the repository's root:
 
     python -m scripts.bench_eval --size mid
 """
@@ -36,6 +36,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=64, help="default: 64")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens an answer (default: 64)")
     parser.add_argument("--device", default="auto", help="auto (default), cuda, cpu")
+    dtypes = ("float32", "bfloat16")
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help="of evaluation; loops are in float32")
     return parser.parse_args(arguments)
 
 
@@ -174,6 +176,7 @@ def bench(arguments: argparse.Namespace) -> None:
     from forgery_eval.benchmarks import open_benchmark
     from llava.detector import ForgeryDetector
     from llava.model.builder import resolve_device
+    from llava.model.cpu_bfloat16 import lay_out
 
     if arguments.images < 2 or arguments.new_tokens < 2:
         raise OptionError("images and new tokens must be at least 2")
@@ -193,12 +196,17 @@ def bench(arguments: argparse.Namespace) -> None:
         samples = open_benchmark(folder / "data.jsonl")
         write_clip(folder / "clip", arguments.clip_size, clip_tokenizer())
         detector.analyze(samples[0].image, max_new_tokens=2)  # the first call of a kernel is slow
-        ways = {
-            "eval": evaluate(detector, samples, options, folder / "clip", folder / "predictions"),
-        }
+        fast = detector
+        if arguments.dtype != "float32":
+            torch.manual_seed(0)
+            rounded_system = build_system(SIZES[arguments.size], device, getattr(torch, arguments.dtype))
+            lay_out(rounded_system.model)
+            fast = ForgeryDetector(rounded_system)
+            fast.analyze(samples[0].image, max_new_tokens=2)
+        ways = {"eval": evaluate(fast, samples, options, folder / "clip", folder / "predictions")}
         for way, keep in (("loop_keeping_clip", True), ("loop_reloading_clip", False)):
             ways[way] = plain_loop(detector, samples, options, folder / "clip", keep=keep)
-    if len({tuple(texts) for _, texts in ways.values()}) > 1:
+    if arguments.dtype == "float32" and len({tuple(texts) for _, texts in ways.values()}) > 1:
         raise RuntimeError("the ways gave different answers")
     measured = {way: stages.summary(arguments.images) for way, (stages, _) in ways.items()}
     speed = {way: found["images_per_s"] for way, found in measured.items()}
@@ -207,6 +215,7 @@ def bench(arguments: argparse.Namespace) -> None:
         "clip_size": arguments.clip_size,
         "images": arguments.images,
         "new_tokens": arguments.new_tokens,
+        "dtype": arguments.dtype,
         "machine": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "batch_size": system.batch_size(options),

@@ -41,35 +41,38 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto (default), cuda, cpu")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=dtypes, default="auto", help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--memory", action="store_true", help="only add up what weights and cache take; run nothing")
     return parser.parse_args(arguments)
 
 
-def build_system(size: dict[str, int], device: Any, dtype: Any) -> Any:
-    """Returns a random FakeReasoning of a size, with a tokenizer made from its own texts."""
-    import torch
+def build_tokenizer() -> Any:
+    """Returns a tokenizer made from the systems' own texts; without an end token all answers are equally long."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import GenerationConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     from llava.conversation import conv_templates
-    from llava.model.configuration import LlavaConfig
-    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
-    from llava.model.multimodal_encoder.clip_encoder import image_processor_settings
     from llava.systems.fakereasoning import answer
-    from llava.systems.fakereasoning.system import FakeReasoning
 
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     corpus = [answer.QUESTION, answer.write_answer("real", caption="c", reasoning="r"), "This image is fake."]
     corpus += [template.system for template in conv_templates.values()]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=["<unk>"], initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=["<unk>", "<image>"], initial_alphabet=alphabet)
     raw.train_from_iterator(corpus, trainer)
-    # Without an end token no answer ends early, so that all are equally long.
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", pad_token="<unk>")
-    tower = {"num_hidden_layers": size["tower_layers"], "hidden_size": size["tower"], "patch_size": 14}
-    heads = max(1, size["tower"] // 64)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", pad_token="<unk>")
+
+
+def random_model(size: dict[str, int], device: Any, dtype: Any, **fields: Any) -> Any:
+    """Returns a random model of a size with its tokenizer; ``fields`` are those of its config."""
+    import torch
+    from transformers import GenerationConfig
+
+    from llava.model.configuration import LlavaConfig
+    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+    from llava.model.multimodal_encoder.clip_encoder import image_processor_settings
+
     config = LlavaConfig(
-        system="fakereasoning",
         vocab_size=32000,
         hidden_size=size["hidden"],
         intermediate_size=size["inner"],
@@ -78,13 +81,12 @@ def build_system(size: dict[str, int], device: Any, dtype: Any) -> Any:
         vision_tower_config={
             "type": "clip",
             "intermediate_size": 4 * size["tower"],
-            "num_attention_heads": heads,
             "image_size": size["pixels"],
-            **tower,
+            **_tower(size),
         },
-        dino_tower_config={"type": "dinov2", "num_attention_heads": heads, "native_image_size": 518, **tower},
         mm_image_processor=image_processor_settings(size["pixels"]),
         eos_token_id=None,
+        **fields,
     )
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -92,8 +94,40 @@ def build_system(size: dict[str, int], device: Any, dtype: Any) -> Any:
         model = LlavaLlamaForCausalLM(config).eval()
     torch.set_default_dtype(default)
     model.generation_config = GenerationConfig(pad_token_id=0)
-    model.set_tokenizer(tokenizer)
-    return FakeReasoning(tokenizer, model, model.image_processor, 2048)
+    model.set_tokenizer(build_tokenizer())
+    return model
+
+
+def _tower(size: dict[str, int]) -> dict[str, int]:
+    heads = max(1, size["tower"] // 64)
+    layers, width = size["tower_layers"], size["tower"]
+    return {"num_hidden_layers": layers, "hidden_size": width, "patch_size": 14, "num_attention_heads": heads}
+
+
+def build_system(size: dict[str, int], device: Any, dtype: Any) -> Any:
+    """Returns a random FakeReasoning of a size."""
+    from llava.systems.fakereasoning.system import FakeReasoning
+
+    dino = {"type": "dinov2", "native_image_size": 518, **_tower(size)}
+    model = random_model(size, device, dtype, system="fakereasoning", dino_tower_config=dino)
+    return FakeReasoning(model.tokenizer, model, model.image_processor, 2048)
+
+
+def clip_only_model(size: dict[str, int]) -> Any:
+    """Returns a random model with a CLIP tower alone, as FakeVLM's, in bfloat16 on the CPU."""
+    import torch
+
+    return random_model(
+        size,
+        "cpu",
+        torch.bfloat16,
+        system="fakevlm",
+        mm_fusion_type="clip",
+        mm_vision_select_layer=-2,
+        conv_mode="raw",
+        image_aspect_ratio="crop",
+        tokenizer_model_max_length=2048,
+    )
 
 
 def seconds(work: Callable[[], Any], device: Any) -> float:
@@ -180,8 +214,34 @@ def shares_of_ceilings(
     }
 
 
+def needed_bytes(size: str) -> dict[str, Any]:
+    """Returns the bytes of a model's weights by how its language model's layers are held, and of a position's cache.
+
+    In 4 bits a block of 64 numbers has a scale of one byte, and 256 such scales one of four.
+    """
+    import torch
+
+    model = build_system(SIZES[size], "meta", torch.bfloat16).model
+    total = sum(parameter.numel() for parameter in model.parameters())
+    layers = sum(p.numel() for name, p in model.named_parameters() if name.startswith("model.layers.") and p.ndim == 2)
+    rest, config = 2 * (total - layers), model.config
+    return {
+        "parameters": total,
+        "weights": {
+            "float32": 4 * total,
+            "bfloat16": 2 * total,
+            "8 bits": rest + layers,
+            "4 bits": rest + round(layers * (1 / 2 + 1 / 64 + 4 / 64 / 256)),
+        },
+        "cache_of_a_position_in_16_bits": 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim,
+    }
+
+
 def bench(arguments: argparse.Namespace) -> None:
     """Measures and prints."""
+    if arguments.memory:
+        print(json.dumps({"size": arguments.size, **needed_bytes(arguments.size)}))
+        return
     import numpy as np
     import torch
     from PIL import Image
@@ -189,6 +249,7 @@ def bench(arguments: argparse.Namespace) -> None:
 
     from llava.errors import OptionError
     from llava.model.builder import resolve_device
+    from llava.model.cpu_bfloat16 import lay_out
 
     if min(arguments.batch_sizes) < 1 or arguments.images < 1 or arguments.new_tokens < 2:
         raise OptionError("batch sizes and images must be at least 1, new tokens at least 2")
@@ -197,6 +258,7 @@ def bench(arguments: argparse.Namespace) -> None:
     torch.manual_seed(0)
     start = time.perf_counter()
     system = build_system(SIZES[arguments.size], device, getattr(torch, wanted))
+    lay_out(system.model)
     loaded = time.perf_counter() - start
     rng = np.random.default_rng(0)
     noise = [rng.integers(0, 256, (480, 640, 3), dtype=np.uint8) for _ in range(arguments.images)]

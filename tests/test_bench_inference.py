@@ -15,6 +15,15 @@ def test_the_last_line_is_one_json_object(capsys):
         assert measured["images_per_s"] > 0 and measured["score_only_images_per_s"] > 0
 
 
+def test_memory_of_the_published_size_is_added_up(capsys):
+    bench(parse_arguments(["--size", "13b", "--memory"]))
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    weights = result["weights"]
+    assert weights["float32"] == 2 * weights["bfloat16"] == 4 * result["parameters"]
+    assert 13e9 < result["parameters"] < 15e9 and weights["4 bits"] < 0.7 * weights["8 bits"] < weights["bfloat16"]
+    assert result["cache_of_a_position_in_16_bits"] == 2 * 2 * 40 * 5120
+
+
 @pytest.mark.parametrize("wrong", [["--dtype", "int8"], ["--dtype", "nosuch"], ["--size", "huge"], ["--batch-sizes"]])
 def test_wrong_flags_end_with_the_usage(wrong):
     with pytest.raises(SystemExit) as stopped:

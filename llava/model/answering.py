@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import OptionError
 from llava.mm_utils import tokenize_placeholders
-from llava.model.decoding import Decoded, PromptCache, Sampler, decode
+from llava.model.decoding import Decoded, PromptCache, Sampler, decode, prefill_rows, word_logits
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.llava_arch import EncodedImages, SplicedBatch, splice
 from llava.model.multimodal_fusion.base import FusionOutput
@@ -27,9 +27,9 @@ _CLOSING_TAIL = 24
 """Ids at an answer's end whose text is asked whether the answer is complete."""
 _CPU_BATCH = 16
 _VISION_BATCH_CPU = 2
+"""Images that a CPU's towers see at a time: the activations of more do not stay in its caches."""
 _NOT_ASKED = 0.5
 """P(fake) where a beginning is given: nothing was decided there."""
-"""Images that a CPU's towers see at a time: the activations of more do not stay in its caches."""
 _LARGEST_BATCH = 64
 _PROMPT_POSITIONS = 1280
 """Length of a prompt with its image in the estimate of what a row takes."""
@@ -339,27 +339,33 @@ class Answering:
         if cache is None or any(ids[:start] != start_ids or len(ids) == start for ids in tails):
             return self._score_texts(texts, {index: tokens[list(images)] for index, tokens in embeddings.items()})
         device = self.model.device
-        lasts = torch.tensor([len(ids) - start - 1 for ids in tails], device=device)
-        kept, indices = lasts.unique(return_inverse=True)
         padded = pad_sequence([torch.tensor(ids[start:]) for ids in tails], batch_first=True).to(device)
-        output = self.model(
-            input_ids=padded, past_key_values=cache.of_rows(images), use_cache=True, logits_to_keep=kept
-        )
-        rows = torch.arange(len(tails), device=output.logits.device)
-        at_verdict_RV = output.logits[rows, indices.to(output.logits.device)]
-        return self.verdict.fake_probability(at_verdict_RV, self.temperature).tolist()
+        states_RTD = self.model.model(
+            input_ids=padded, past_key_values=cache.of_rows(images), use_cache=True
+        ).last_hidden_state
+        lasts = torch.tensor([len(ids) - start - 1 for ids in tails], device=states_RTD.device)
+        return self._probabilities(states_RTD[torch.arange(len(tails), device=states_RTD.device), lasts])
 
     def _score_texts(self, texts: Sequence[str], embeddings: Embeddings) -> list[float]:
-        """P(fake) where each text ends, in one forward."""
+        """P(fake) where each text ends, in one forward; on a CPU a few texts at a time."""
         batch = self._embed([self.tokenize(text) for text in texts], embeddings)
-        output = self.model(
-            inputs_embeds=batch.inputs_embeds,
-            attention_mask=None if bool(batch.attention_mask.all()) else batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            logits_to_keep=1,
-        )
-        return self.verdict.fake_probability(output.logits[:, -1], self.temperature).tolist()
+        scores: list[float] = []
+        for rows in torch.arange(len(texts)).split(prefill_rows(batch.inputs_embeds)):
+            own = rows.to(batch.inputs_embeds.device)
+            mask_BL = batch.attention_mask[own]
+            states_BLD = self.model.model(
+                inputs_embeds=batch.inputs_embeds[own],
+                attention_mask=None if bool(mask_BL.all()) else mask_BL,
+                position_ids=batch.position_ids[own],
+                use_cache=False,
+            ).last_hidden_state
+            scores += self._probabilities(states_BLD[:, -1])
+        return scores
+
+    def _probabilities(self, states_BD: Tensor) -> list[float]:
+        """P(fake) where these last states predict the verdict's word."""
+        logits_B2 = word_logits(self.model, states_BD, (self.verdict.real, self.verdict.fake))
+        return self.verdict.probability_of_pair(logits_B2 / self.temperature).tolist()
 
     def _embed(self, rows: Sequence[list[int]], embeddings: Embeddings) -> SplicedBatch:
         """Prompts with their placeholders filled, padded on the left."""

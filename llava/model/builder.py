@@ -17,6 +17,7 @@ from llava.model.checkpoint import Checkpoint, check_keys, complete_config, has_
 from llava.model.checkpoint_files import TensorLike, list_keys, read_json
 from llava.model.checkpoint_layout import LORA_PREFIX, KeyMap, memory_names
 from llava.model.configuration import LlavaConfig
+from llava.model.cpu_bfloat16 import multiplies_bfloat16
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
 DEFAULT_CONTEXT_LENGTH = 2048
@@ -60,7 +61,8 @@ def load_pretrained_model(
             that lies without tokenizer and image processor, the model whose these are.
         model_name: Accepted for LLaVA's sake and ignored.
         device: ``auto`` (CUDA, else MPS, else CPU) or a torch device.
-        dtype: ``auto`` (the checkpoint's; float32 instead of float16 on a CPU), or a torch dtype or its name.
+        dtype: ``auto`` (the checkpoint's; on a CPU bfloat16 for 16 bits if it multiplies that natively, else float32),
+            or a torch dtype or its name.
         device_map: ``auto`` spreads the model over all GPUs; or a map as accelerate takes it. Overrides ``device``.
         load_8bit: Quantise the language model's linear layers to 8 bits (needs bitsandbytes).
         load_4bit: The same to 4 bits (NF4).
@@ -266,8 +268,8 @@ def check_device_map(device_map: str | dict[str, Any]) -> str | dict[str, Any]:
 def resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     """Returns the dtype for ``auto`` or a name.
 
-    ``auto`` is that of the language model in the checkpoint, but float32 for float16 on a CPU, which computes half
-    precision slowly or not at all.
+    ``auto`` is that of the language model in the checkpoint. On a CPU it is bfloat16 for 16 bits where the processor
+    multiplies it natively, else float32: others compute half precision slowly or not at all.
 
     Raises:
         OptionError: The name is no floating-point dtype.
@@ -280,7 +282,9 @@ def resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint, device: torc
             raise OptionError(f"unknown dtype {dtype!r}; it must be auto, float32, bfloat16 or float16")
         return found
     stored = stored_dtype(checkpoint)
-    return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
+    if device.type != "cpu" or stored.itemsize > 2:
+        return stored
+    return torch.bfloat16 if multiplies_bfloat16() else torch.float32
 
 
 def resolve_attention(attn_implementation: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from llava.model.cpu_bfloat16 import exact_logits
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
 _CACHE_CHUNK = 128
 """Positions by which a cache grows at a time."""
-_PREFILL_BATCH_CPU = 4
+_PREFILL_BATCH_CPU = {torch.float32: 4, torch.bfloat16: 1}
 """Prompts that a CPU prefills at a time: the activations of more do not stay in its caches."""
 _COMPACT_EVERY = 8
 """Finished rows are dropped once they are one in so many: dropping copies the cache of all others."""
@@ -43,6 +44,18 @@ class PreallocatedLayer(DynamicLayer):
         self._values[..., length:end, :] = value_states
         self.keys, self.values = self._keys[..., :end, :], self._values[..., :end, :]
         return self.keys, self.values
+
+    def put(self, part: "PreallocatedLayer", first: int, number: int) -> None:
+        """Takes a part's rows as its own from ``first`` on; all ``number`` are put in before anything else is done."""
+        if self._keys is None or self._values is None:
+            self.lazy_initialization(part.keys, part.values)
+            end = part.get_seq_length()
+            self._keys, self._values = (
+                self._grown(own, own[:1].expand(number, -1, -1, -1), 0, end) for own in (part.keys, part.values)
+            )
+            self.keys, self.values = self._keys[..., :end, :], self._values[..., :end, :]
+        rows = slice(first, first + len(part.keys))
+        self.keys[rows], self.values[rows] = part.keys, part.values
 
     @staticmethod
     def _grown(old: Tensor, new: Tensor, length: int, end: int) -> Tensor:
@@ -168,12 +181,11 @@ def decode(
     number = logits_BV.shape[0]
     answers: list[list[int]] = [[] for _ in range(number)]
     kept_BTW = torch.zeros(number, max_new_tokens, len(kept_words), device=logits_BV.device)
-    words = torch.tensor(kept_words, dtype=torch.long, device=logits_BV.device)
     states: list[list[Tensor]] = [[] for _ in range(number)]
     rows = list(range(number))
     finished: set[int] = set()
     for step in range(max_new_tokens):
-        kept_BTW[rows, step] = logits_BV[:, words].float()
+        kept_BTW[rows, step] = word_logits(model, states_BD, kept_words, logits_BV)
         ids_B = sampler.choose(logits_BV, rows)
         logprobs_B = _logprobs(logits_BV, ids_B) if follow else [0.0] * len(rows)
         for index, (row, chosen, logprob) in enumerate(zip(rows, ids_B.tolist(), logprobs_B, strict=True)):
@@ -197,6 +209,17 @@ def decode(
     kept, nothing = kept_BTW.cpu(), prompts_BLD.new_empty(0, prompts_BLD.shape[-1])
     found = [(ids, kept[row, : len(ids)], states[row]) for row, ids in enumerate(answers)]
     return [Decoded(ids, own, torch.stack(last) if last else nothing) for ids, own, last in found], prompts
+
+
+def word_logits(
+    model: LlavaLlamaForCausalLM, states_BD: Tensor, words: Sequence[int], logits_BV: Tensor | None = None
+) -> Tensor:
+    """Returns raw logits of some words after last states, ``[B, W]`` in float32; ``logits_BV`` where they are known."""
+    exact = exact_logits(model.lm_head, states_BD, tuple(words))
+    if exact is not None:
+        return exact
+    known_BV = model.lm_head(states_BD) if logits_BV is None else logits_BV
+    return known_BV[:, list(words)].float()
 
 
 def _unfinished_rows(rows: Sequence[int], finished: set[int]) -> list[int] | None:
@@ -248,18 +271,23 @@ def _prefill(
     model: LlavaLlamaForCausalLM, prompts_BLD: Tensor, padding: Padding | None
 ) -> tuple[Tensor, Tensor, list[PreallocatedLayer]]:
     """Runs the prompts; returns logits ``[B, V]`` and states ``[B, D]`` after them, and the layers of their cache."""
-    at_a_time = _PREFILL_BATCH_CPU if prompts_BLD.device.type == "cpu" else len(prompts_BLD)
-    logits, states, caches = [], [], []
-    for rows in torch.arange(len(prompts_BLD)).split(at_a_time):
-        layers = [PreallocatedLayer() for _ in range(model.config.num_hidden_layers)]
+    number = len(prompts_BLD)
+    layers = [PreallocatedLayer() for _ in range(model.config.num_hidden_layers)]
+    logits, states = [], []
+    for rows in torch.arange(number).split(prefill_rows(prompts_BLD)):
+        own = [PreallocatedLayer() for _ in layers]
         part = prompts_BLD[rows.to(prompts_BLD.device)]
-        after = _run(model, Cache(layers=layers), padding and padding.of_rows(rows), inputs_embeds=part)
+        after = _run(model, Cache(layers=own), padding and padding.of_rows(rows), inputs_embeds=part)
         logits.append(after[0])
         states.append(after[1])
-        caches.append(layers)
-    if len(caches) == 1:
-        return logits[0], states[0], caches[0]
-    joined = [PreallocatedLayer() for _ in caches[0]]
-    for layer, parts in zip(joined, zip(*caches, strict=True), strict=True):
-        layer.update(torch.cat([part.keys for part in parts]), torch.cat([part.values for part in parts]))
-    return torch.cat(logits), torch.cat(states), joined
+        if len(rows) == number:
+            return *after, own
+        for layer, one in zip(layers, own, strict=True):
+            layer.put(one, int(rows[0]), number)
+    return torch.cat(logits), torch.cat(states), layers
+
+
+def prefill_rows(prompts_BLD: Tensor) -> int:
+    """Returns how many of these embedded prompts are run at a time."""
+    whole = max(1, len(prompts_BLD))
+    return _PREFILL_BATCH_CPU.get(prompts_BLD.dtype, 4) if prompts_BLD.device.type == "cpu" else whole

@@ -70,7 +70,11 @@ class VerdictTokens:
 
         In float32 all scores whose logit is above 17 would be 1, and could be ranked no more.
         """
-        logits_2 = self.class_logits(logits, temperature)
+        return self.probability_of_pair(self.class_logits(logits, temperature))
+
+    @staticmethod
+    def probability_of_pair(logits_2: Tensor) -> Tensor:
+        """Returns P(fake) from the scaled logits of real and fake ``[..., 2]``."""
         wide = torch.float32 if logits_2.device.type == "mps" else torch.float64
         return logits_2.to(wide).softmax(dim=-1)[..., 1]
 

@@ -19,6 +19,7 @@ from llava.errors import OptionError
 from llava.mm_utils import grid_over_image, process_images
 from llava.model.answering import Answering, ImageAnswers
 from llava.model.builder import load_pretrained_model
+from llava.model.cpu_bfloat16 import lay_out
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.multimodal_fusion.builder import fusion_class
 from llava.report import ForgeryReport
@@ -85,7 +86,9 @@ class LanguageModelSystem(ABC):
     @classmethod
     def load(cls, path: str, **options: Any) -> "LanguageModelSystem":
         """Opens a checkpoint; ``options`` are those of ``load_pretrained_model``."""
-        return cls(*load_pretrained_model(path, **{"system": cls.name, **options}))
+        opened = load_pretrained_model(path, **{"system": cls.name, **options})
+        lay_out(opened[1])
+        return cls(*opened)
 
     @abstractmethod
     def prompt(self, options: Any) -> str:
@@ -131,8 +134,9 @@ class LanguageModelSystem(ABC):
         return False
 
     def describe(self, options: Any) -> dict[str, Any]:
-        """All that changes an answer beside weights, options and pixels."""
-        return {"prompt": self.prompt(options), "notice": self.notice}
+        """All that changes an answer beside weights, options and pixels; the dtype is what ``auto`` came to."""
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return {"prompt": self.prompt(options), "notice": self.notice, "dtype": dtype}
 
     def prepare(self, image: Image.Image) -> PreparedImage:
         """Pads or crops, resizes and normalises an image."""

@@ -10,6 +10,8 @@ from llava.model.multimodal_fusion.cross_attention import CrossAttentionFusion, 
 
 _LOG_FLOOR = 1e-6
 """Added to the attention before its logarithm; the published weights were trained with it."""
+_PAIRS_CPU = 16384
+"""Pairs of patches that a CPU takes through the convolutions at a time: what lies between them stays in its caches."""
 
 
 class ForgeryAwareFusion(CrossAttentionFusion):
@@ -44,5 +46,20 @@ class ForgeryAwareFusion(CrossAttentionFusion):
     def attention_bias(self, tower_attention_BGPP: Tensor | None) -> Tensor:
         """Returns the bias ``[B, H, P, P]`` from the DINO tower's attention ``[B, G, P, P]``."""
         assert tower_attention_BGPP is not None
+        weight = next(self.attention_mlp.parameters())
+        if weight.device.type == "cpu" and not torch.is_grad_enabled():
+            return self._bias_in_parts(tower_attention_BGPP, weight.dtype)
         log_attention = torch.log(tower_attention_BGPP.float() + _LOG_FLOOR)
-        return self.attention_mlp(log_attention.to(next(self.attention_mlp.parameters()).dtype))
+        return self.attention_mlp(log_attention.to(weight.dtype))
+
+    def _bias_in_parts(self, attention_BGPP: Tensor, dtype: torch.dtype) -> Tensor:
+        """The same with the convolutions as matrix products over a part of the pairs, between them in float32."""
+        first_w, first_b, last_w, last_b = (own.float() for own in self.attention_mlp.parameters())
+        w1_CG, b1_C, w2_HC, b2_H = first_w.flatten(1), first_b[:, None], last_w.flatten(1), last_b[:, None]
+        pairs_BGN = attention_BGPP.flatten(2)
+        bias_BHN = pairs_BGN.new_empty((len(pairs_BGN), self.num_heads, pairs_BGN.shape[-1]), dtype=dtype)
+        for pairs_GN, bias_HN in zip(pairs_BGN, bias_BHN, strict=True):
+            for part_GN, place_HN in zip(pairs_GN.split(_PAIRS_CPU, 1), bias_HN.split(_PAIRS_CPU, 1), strict=True):
+                inner_CN = torch.addmm(b1_C, w1_CG, (part_GN.float() + _LOG_FLOOR).log_())
+                place_HN.copy_(torch.addmm(b2_H, w2_HC, self.attention_mlp[1](inner_CN)))
+        return bias_BHN.unflatten(2, attention_BGPP.shape[2:])
