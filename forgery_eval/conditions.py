@@ -7,15 +7,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from forgery_eval.benchmarks import Sample
 from forgery_eval.features import compute_features, stored_features
 from forgery_eval.perturbations import Perturbation, keep_images
-from forgery_eval.runner import fill_store, image_source
+from forgery_eval.runner import fill_store, fill_store_with_workers, image_source
 from forgery_eval.store import Prediction, Run, RunStore, read_run
+from forgery_eval.workers import WorkerPool
 from llava.abstention import LIGHT_DELIVERIES
 from llava.cli import inform, note
 from llava.errors import DataError, MissingFileError
@@ -65,7 +66,7 @@ class Conditions:
     """Analyses samples as they are and as they become.
 
     Attributes:
-        detector: The model.
+        detector: The model, or the workers that have it.
         samples: The samples.
         options: How images are analysed.
         run: The clean run.
@@ -73,7 +74,7 @@ class Conditions:
         oriented: Whether images are turned as their EXIF orientation says.
     """
 
-    detector: "ForgeryDetector"
+    detector: "ForgeryDetector | WorkerPool"
     samples: Sequence[Sample]
     options: "AnalyzeOptions"
     run: Run
@@ -100,7 +101,11 @@ class Conditions:
             change = perturbation if images is None else keep_images(perturbation, images / perturbation.folder)
             inform(f"perturbed: {perturbation.name}")
         with closing(RunStore(folder, run, [sample.id for sample in self.samples])) as store:
-            fill_store(self.detector, self.samples, self.options, store, oriented=self.oriented, change=change)
+            how: dict[str, Any] = {"oriented": self.oriented, "change": change}
+            if isinstance(self.detector, WorkerPool):
+                fill_store_with_workers(self.detector, self.samples, self.options, store, **how)
+            else:
+                fill_store(self.detector, self.samples, self.options, store, **how)
         _, found = read_run(store.path)
         return store.path, [found[sample.id] for sample in self.samples]
 

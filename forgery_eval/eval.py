@@ -9,15 +9,16 @@ Exit status: 0 all images were analysed, 1 nothing could be done, 3 some images 
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from forgery_eval.answers import AnswerKind
-from forgery_eval.benchmarks import Sample, list_passed_over, open_benchmark
+from forgery_eval.benchmarks import Sample, describe_layouts, list_passed_over, open_benchmark
 from forgery_eval.conditions import Conditions, Plan, RunEvidence, read_evidence
 from forgery_eval.fingerprints import images_digest, weight_locations, weights_digest
 from forgery_eval.model_options import (
@@ -31,6 +32,7 @@ from forgery_eval.model_options import (
 )
 from forgery_eval.perturbations import Perturbation, choose_perturbations
 from forgery_eval.store import Prediction, Run, read_run, system_of
+from forgery_eval.workers import WorkerPool, add_workers, check_workers
 from llava.abstention import LIGHT_DELIVERIES, AbstentionRule
 from llava.cli import SOME_FAILED, OptionParser, format_list, inform, log, positive_int, run_cli, share
 from llava.errors import DataError, MissingFileError, OptionError
@@ -39,6 +41,9 @@ from llava.labels import LABELS
 from llava.systems import registry
 from llava.systems.base import EvaluationProtocol
 from llava.tables import LABEL_MAP_HELP, parse_label_map
+
+if TYPE_CHECKING:
+    from llava import ForgeryDetector
 
 _VERSIONS = ("torch", "transformers", "pillow")
 _PREDICTIONS = "predictions"
@@ -53,11 +58,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--sets", nargs="+", metavar="NAME", help="only these evaluation sets (default: all)")
     data.add_argument("--max_sample", type=positive_int, metavar="N", help="the first N of each class and set")
     data.add_argument("--label-map", type=parse_label_map, metavar="WORD=real,…", help=LABEL_MAP_HELP)
+    data.add_argument(
+        "--list-benchmarks", action=_ListBenchmarks, nargs=0, help="say what each data set needs on disk, and end"
+    )
     add_batch_size(data)
+    add_workers(data)
     _add_metrics(parser)
     _add_reliability(parser)
     add_model_options(parser)
     parsed = parse_with_system(parser, arguments)
+    check_workers(parsed, "eval", sys.argv[1:] if arguments is None else arguments)
     if parsed.answer_format and not parsed.rescore:
         parser.error("--answer-format says how to read predictions that exist already; it needs --rescore")
     _check_reliability(parser, parsed)
@@ -66,6 +76,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**settings)
         parsed = argparse.Namespace(**{**vars(parser.parse_args(arguments)), "options_of": parsed.options_of})
     return parsed
+
+
+class _ListBenchmarks(argparse.Action):
+    """Ends the command as ``--help`` does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *given: object) -> None:
+        print(describe_layouts())
+        parser.exit()
 
 
 def _add_metrics(parser: argparse.ArgumentParser) -> None:
@@ -339,22 +357,28 @@ def predict(arguments: argparse.Namespace, plan: Plan) -> Predicted:
         **{name: value for name, value in loading_options(arguments).items() if name not in LOCATIONS},
         **asdict(options),
         "orientation": not arguments.paper_protocol,
-        "batch_size": arguments.batch_size,
         "images": images_digest([s.id for s in samples], [s.image for s in samples]),
         "versions": {name: known for name in _VERSIONS if (known := _version(name))},
     }
-    # Every prediction is kept whole; which verdicts are given is decided afterwards.
-    detector = open_detector(arguments, abstain=False)
-    settings |= detector.system.describe(options)
-    size = detector.system.batch_size(options) if arguments.batch_size == "auto" else arguments.batch_size
-    run = Run(settings, {"sets": arguments.sets, "max_sample": arguments.max_sample}, size)
-    conditions = Conditions(
-        detector, samples, options, run, arguments.result_folder / _PREDICTIONS, not arguments.paper_protocol
-    )
-    path, predictions = conditions.predictions()
-    if passed_over := list_passed_over(arguments.dataset_path):
-        inform(describe_passed_over(passed_over))
-    evidence, perturbed = conditions.evidence(path, plan)
+    with ExitStack() as stack:
+        # Every prediction is kept whole; which verdicts are given is decided afterwards.
+        model: ForgeryDetector | WorkerPool
+        if arguments.workers:
+            pool = model = stack.enter_context(WorkerPool(arguments, options, abstain=False))
+            described, size = pool.describe, pool.batch_size
+        else:
+            detector = model = open_detector(arguments, abstain=False)
+            described, size = detector.system.describe(options), detector.system.batch_size(options)
+        settings |= described
+        size = size if arguments.batch_size == "auto" else arguments.batch_size
+        run = Run(settings, {"sets": arguments.sets, "max_sample": arguments.max_sample}, size)
+        conditions = Conditions(
+            model, samples, options, run, arguments.result_folder / _PREDICTIONS, not arguments.paper_protocol
+        )
+        path, predictions = conditions.predictions()
+        if passed_over := list_passed_over(arguments.dataset_path):
+            inform(describe_passed_over(passed_over))
+        evidence, perturbed = conditions.evidence(path, plan)
     about = {"run": run.key, "settings": settings}
     answers = AnswerKind.of(arguments.options_of)
     return Predicted(samples, predictions, answers, path.parent, about, evidence, perturbed)

@@ -1,12 +1,13 @@
 """What tells one model, one image set or one folder from another: digests of contents, or of sizes and times."""
 
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llava.cli import progress
-from llava.files import digest_files, digest_json, read_json
+from llava.files import digest_file, digest_files, digest_json, read_json
 from llava.frames import is_frame
 from llava.systems import registry
 
@@ -93,6 +94,22 @@ def _named_locations(config: Mapping[str, Any]) -> list[str]:
         for name, value in sorted(config.items())
         if isinstance(value, str) and value and name.endswith(_LOCATION_ENDINGS) and not name.startswith("_")
     ]
+
+
+def file_identity(name: str, *, contents: bool = False) -> list[int] | str | None:
+    """Returns what tells an image's file from another under the same name; None for what is no file.
+
+    Args:
+        name: The file.
+        contents: Whether that is the SHA-256 of its contents, or its size and time of change (ns).
+    """
+    try:
+        status = Path(name).stat()
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        return digest_file(Path(name)) if contents else [status.st_size, status.st_mtime_ns]
+    except (OSError, ValueError):
+        return None
 
 
 def model_fingerprint(locations: Iterable[str | None]) -> list[Any]:

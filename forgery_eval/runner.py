@@ -3,7 +3,8 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -11,10 +12,12 @@ from PIL import Image
 
 from forgery_eval.benchmarks import Sample
 from forgery_eval.masks import scaled_map
-from forgery_eval.store import Prediction, RunStore
+from forgery_eval.store import Prediction, RunStore, Shards
+from forgery_eval.workers import WorkerPool
 from llava.cli import log, progress
 from llava.errors import ImageReadError
 from llava.images import load_image
+from llava.provenance import Provenance
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,11 +37,13 @@ class Batch(Generic[Item]):
         items: What the images belong to.
         reports: One an item.
         seconds: Time an image.
+        provenance: What each item's file says of itself, where that was read beside the analysis.
     """
 
     items: list[Item]
     reports: "list[ForgeryReport]"
     seconds: float
+    provenance: list[Provenance] = field(default_factory=list)
 
 
 def analyze_batches(
@@ -102,15 +107,47 @@ def fill_store(
 
     with progress(total=len(samples), initial=store.done, unit=" images") as bar:
         for batch in analyze_batches(detector, rest, image_of, options, store.batch_size):
-            pairs = list(zip(batch.items, batch.reports, strict=True))
-            for _, report in pairs:
-                if report.error:
-                    log(f"cannot analyse {report.error}")
-            store.write(
-                [Prediction.from_report(s.id, s.label, report, batch.seconds) for s, report in pairs],
-                {sample.id: shown for sample, report in pairs if (shown := _stored_mask(report)) is not None},
-            )
-            bar.update(len(pairs))
+            store.write(*_predictions(batch.items, batch.reports, batch.seconds))
+            bar.update(len(batch.items))
+
+
+def _predictions(
+    samples: Sequence[Sample], reports: "Sequence[ForgeryReport]", seconds: float = 0.0
+) -> "tuple[list[Prediction], dict[str, np.ndarray]]":
+    """A batch's predictions, and its masks by id; names what could not be analysed."""
+    pairs = list(zip(samples, reports, strict=True))
+    for _, report in pairs:
+        if report.error:
+            log(f"cannot analyse {report.error}")
+    masks = {sample.id: shown for sample, report in pairs if (shown := _stored_mask(report)) is not None}
+    return [Prediction.from_report(s.id, s.label, report, seconds) for s, report in pairs], masks
+
+
+def fill_store_with_workers(
+    pool: WorkerPool,
+    samples: Sequence[Sample],
+    options: "AnalyzeOptions",
+    store: RunStore,
+    *,
+    oriented: bool = True,
+    change: Callable[[Sample, Image.Image], Image.Image] | None = None,
+) -> None:
+    """Does what ``fill_store`` does with several workers; each batch is on disk, in a shard, as it is finished.
+
+    Batches are those that one process would form, so that the merged predictions are the same for any workers.
+    """
+    image_of = image_source(oriented, change, color_managed=options.color_management == "srgb")
+    size = store.batch_size
+    with (
+        closing(Shards(store, len(samples))) as shards,
+        progress(total=len(samples), initial=store.done + shards.count, unit=" images") as bar,
+    ):
+        batches = ((number, list(samples[number * size : (number + 1) * size])) for number in shards.missing)
+        for done in pool.analyze(batches, image_of, options):
+            predictions, masks = _predictions(done.items, done.result[0])
+            shards.write(done.worker, done.number, store.records(predictions, masks))
+            bar.update(len(done.items))
+        shards.merge()
 
 
 def _stored_mask(report: "ForgeryReport") -> "np.ndarray | None":

@@ -8,6 +8,7 @@ image is always analysed beside the same others. Masks lie beside the file, see 
 
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -16,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from forgery_eval.answers import DEFAULT_SYSTEM, AnswerKind
+from forgery_eval.fingerprints import file_identity
 from forgery_eval.masks import write_mask
+from llava.cli import note
 from llava.errors import DataError
 from llava.files import JsonlLog, digest_json, file_errors
 from llava.labels import FAKE, LABELS, REAL, parse_label
@@ -47,7 +50,7 @@ class Prediction:
         abstained: Whether the system declined to give a verdict.
         abstained_because: Why it did.
         error: Why the image could not be analysed; empty if it was.
-        seconds: Its share of its batch's time.
+        seconds: Its share of its batch's time; 0 where several workers shared the machine.
     """
 
     id: str
@@ -145,12 +148,83 @@ class RunStore:
             batch: The predictions.
             masks: Masks by the predictions' ids.
         """
+        self.append(self.records(batch, masks))
+
+    def records(
+        self, batch: Sequence[Prediction], masks: Mapping[str, np.ndarray] | None = None
+    ) -> list[dict[str, Any]]:
+        """Writes a batch's masks, and returns the lines that name them."""
         written = {name: write_mask(self.path.parent, self._run.key, name, m) for name, m in (masks or {}).items()}
-        self._log.append(*(asdict(replace(prediction, mask=written.get(prediction.id))) for prediction in batch))
+        return [asdict(replace(prediction, mask=written.get(prediction.id))) for prediction in batch]
+
+    def append(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Adds lines of ``records``."""
+        self._log.append(*records)
 
     def close(self) -> None:
         """Closes the file."""
         self._log.close()
+
+
+class Shards:
+    """Batches of a run that several workers finish in any order: a file a worker, until all are merged in order.
+
+    What a killed run has left is taken up, whatever the number of its workers.
+
+    Args:
+        store: The run's store. What is merged goes there, and the shards lie beside it.
+        samples: How many samples the run has.
+
+    Raises:
+        FileError: A shard cannot be read or written.
+    """
+
+    def __init__(self, store: RunStore, samples: int) -> None:
+        self.folder = store.path.with_suffix(".shards")
+        self._store = store
+        self._logs: dict[str, JsonlLog] = {}
+        self._found: dict[int, list[dict[str, Any]]] = {}
+        # A store whose last batch is not whole has all samples.
+        self._first = -(-store.done // store.batch_size)
+        self._end = -(-samples // store.batch_size)
+        for file in sorted(self.folder.glob("*.jsonl")):
+            self._open(file.stem)
+
+    def _open(self, name: str) -> JsonlLog:
+        if name not in self._logs:
+            self._logs[name] = JsonlLog(self.folder / f"{name}.jsonl", self._read)
+        return self._logs[name]
+
+    def _read(self, number: int, record: dict[str, Any]) -> None:
+        self._found[record["batch"]] = record["predictions"]
+
+    @property
+    def missing(self) -> list[int]:
+        """Numbers of the batches that are in no file."""
+        return [number for number in range(self._first, self._end) if number not in self._found]
+
+    @property
+    def count(self) -> int:
+        """How many samples the shards have that the run's file has not."""
+        return sum(len(found) for number, found in self._found.items() if number >= self._first)
+
+    def write(self, worker: int, number: int, records: list[dict[str, Any]]) -> None:
+        """Adds a batch to a worker's shard, and returns when it is on disk."""
+        self._open(f"worker-{worker}").append({"batch": number, "predictions": records})
+        self._found[number] = records
+
+    def merge(self) -> None:
+        """Adds all batches to the run's file, in order, and removes the shards."""
+        ordered = [record for number in range(self._first, self._end) for record in self._found[number]]
+        if ordered:
+            self._store.append(ordered)
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Closes the shards."""
+        for shard in self._logs.values():
+            shard.close()
 
 
 _ANSWER_START = b'{"image": '
@@ -162,9 +236,13 @@ class AnswersFile:
 
     Every line names the run that wrote it: a digest of model and settings.
 
+    A line also has the identity of the image's file; where that is another file now, the line is dropped on opening, so
+    that the image is analysed again.
+
     Args:
         path: The file; it is made if need be. What is no regular file (a pipe) is only written to, without masks.
         settings: What the answers depend on.
+        hash_images: Whether an image's identity is its contents, or its size and time of change.
 
     Attributes:
         done: The images that have a line, each with its ``error``.
@@ -174,12 +252,17 @@ class AnswersFile:
         FileError: Another process writes it, or it cannot be written.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, Any], *, hash_images: bool = False) -> None:
         self.path = path
+        self._hash_images = hash_images
+        self._changed: set[int] = set()
         self.run = digest_json(settings)[:_KEY_LENGTH]
         self.done: dict[str, str] = {}
         self._stores_masks = not path.exists() or path.is_file()
         self._log = JsonlLog(path, self._read, start=_ANSWER_START)
+        if self._changed:
+            note(f"{len(self._changed)} images changed after they were analysed, and are analysed again")
+            self._log.rewrite(lambda number: number not in self._changed)
 
     def _read(self, number: int, record: dict[str, Any]) -> None:
         run, image, error = record.get("run"), record.get("image"), record.get("error", "")
@@ -190,7 +273,11 @@ class AnswersFile:
                 f"{self.path} holds answers of another model or other settings (line {number}); "
                 "name another file or remove it"
             )
-        self.done[image] = error
+        known = record.get("identity")
+        if known is None or known == file_identity(image, contents=isinstance(known, str)):
+            self.done[image] = error
+        else:
+            self._changed.add(number)
 
     def write(
         self, batch: "Sequence[tuple[str, ForgeryReport]]", provenance: Sequence[Mapping[str, Any]] | None = None
@@ -209,7 +296,9 @@ class AnswersFile:
         mask = None
         if report.mask is not None and self._stores_masks:
             mask = write_mask(self.path.parent, self.run, image, report.mask)
-        return {"image": image, **report.to_dict(), "mask": mask, "provenance": provenance, "run": self.run}
+        identity = file_identity(image, contents=self._hash_images)
+        told = {"mask": mask, "provenance": provenance, "identity": identity}
+        return {"image": image, **report.to_dict(), **told, "run": self.run}
 
     def close(self) -> None:
         """Closes the file."""

@@ -98,7 +98,7 @@ def walk_images(folder: Path, *, sniff: bool = False, passed_over: list[Path] | 
     """
     unread: list[Path] = []
     others: list[Path] = []
-    yield from sorted(_walk(folder, frozenset(), None, (unread, others), sniff))
+    yield from _walk(folder, frozenset(), None, (unread, others), sniff)
     yield from sorted(unread)
     if passed_over is not None:
         passed_over.extend(sorted(others))
@@ -115,7 +115,7 @@ def _walk(
     notes: tuple[list[Path], list[Path]],
     sniff: bool,
 ) -> Iterator[Path]:
-    """Yields images in no order.
+    """Yields images in order of path, as they are found.
 
     Args:
         folder: Where to begin.

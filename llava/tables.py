@@ -388,19 +388,29 @@ def read_sources(path: Path) -> list[Path | str]:
     Raises:
         UserError: It cannot be read, or a table has no column of images.
     """
+    return list(stream_sources(path))
+
+
+def stream_sources(path: Path) -> Iterator[Path | str]:
+    """Yields what ``read_sources`` returns; a ``.txt`` list is read as it is gone through.
+
+    Raises:
+        UserError: As there.
+    """
     finder = NameFinder(path.parent)
-    if path.suffix.lower() in TABLE_SUFFIXES:
-        names = table_names(path)
-    else:
-        with file_errors(path, "read"):
-            content = path.read_bytes()
-        # Names need not be UTF-8: what is not stands for its bytes, as in every path.
-        encoding = text_encoding(content)
-        text = content.decode(encoding, "surrogateescape" if encoding == "utf-8-sig" else "replace")
-        names = [line for line in text.splitlines() if line.strip()]
-    found = [name.strip() if is_url(name.strip()) else finder.find(name) for name in names]
+    for name in table_names(path) if path.suffix.lower() in TABLE_SUFFIXES else _listed_names(path):
+        yield name.strip() if is_url(name.strip()) else finder.find(name)
     finder.report(path)
-    return found
+
+
+def _listed_names(path: Path) -> Iterator[str]:
+    with file_errors(path, "read"):
+        with path.open("rb") as start:
+            encoding = text_encoding(start.read(512))
+        # Names need not be UTF-8: what is not stands for its bytes, as in every path.
+        with path.open(encoding=encoding, errors="surrogateescape" if encoding == "utf-8-sig" else "replace") as text:
+            for line in text:
+                yield from (name for name in line.splitlines() if name.strip())
 
 
 def table_names(path: Path) -> list[str]:

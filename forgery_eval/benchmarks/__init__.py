@@ -3,16 +3,16 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from forgery_eval.benchmarks import ddvqa, fakeclue, ffpp, folders, loki, mmfr, synthetic, table, tampering
+from forgery_eval.benchmarks import ddvqa, fakeclue, ffpp, folders, loki, mmfr, synthetic, table, tampering, trees
 from forgery_eval.benchmarks.base import Sample
 from llava.errors import DataError, MissingFileError
 from llava.images import walk_images
 from llava.labels import LABELS
 
-__all__ = ["Sample", "list_passed_over", "open_benchmark"]
+__all__ = ["Sample", "describe_layouts", "list_passed_over", "open_benchmark"]
 
-_LAYOUTS = (fakeclue, loki, ddvqa, ffpp, tampering, table, synthetic, mmfr, folders)
-"""Each offers ``opens(path)`` and ``read(path)``; data go to the first that knows their layout."""
+_LAYOUTS = (fakeclue, loki, ddvqa, ffpp, tampering, table, synthetic, trees, mmfr, folders)
+"""Each offers ``ON_DISK``, ``opens(path)`` and ``read(path)``; data go to the first that knows their layout."""
 
 
 def open_benchmark(
@@ -26,7 +26,7 @@ def open_benchmark(
 
     Args:
         path: An MMFR tree or one of its sets, FakeClue, LOKI's images, DD-VQA, FaceForensics++ in packs,
-            folders ``real`` and ``fake``, or a CSV, JSON or JSONL manifest.
+            trees by generator, folders ``real`` and ``fake``, or a CSV, JSON or JSONL manifest.
         sets: Only these evaluation sets.
         max_sample: The first so many of each class and set.
         label_map: What further label words of a table mean.
@@ -53,6 +53,11 @@ def open_benchmark(
         raise DataError(f"{path} holds no image")
     _check_ids(samples)
     return samples if max_sample is None else _first_of_each(samples, max_sample)
+
+
+def describe_layouts() -> str:
+    """Says what each data set needs on disk, a line each."""
+    return "\n".join(layout.ON_DISK for layout in _LAYOUTS)
 
 
 def list_passed_over(path: Path) -> list[Path]:

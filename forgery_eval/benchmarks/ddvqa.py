@@ -14,6 +14,7 @@ from llava.files import read_json
 from llava.images import IMAGE_SUFFIXES
 from llava.labels import FAKE, REAL
 
+ON_DISK = "DD-VQA: DQ_FF++/{train_set,test_set}/<method>/<method>.json beside frames/<method>/<video> or images"
 NAME = "ddvqa"
 _QUESTIONS = "DQ_FF++"
 _SETS = ("train_set", "test_set")

@@ -12,6 +12,7 @@ from llava.errors import DataError
 from llava.files import read_json
 from llava.labels import FAKE, REAL
 
+ON_DISK = "FakeClue: data_json/test.json (or train.json, named itself) beside the folders test and train"
 NAME = "fakeclue"
 _LISTS = "data_json"
 _DEFAULT_SPLIT = "test"

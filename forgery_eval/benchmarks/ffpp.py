@@ -6,6 +6,8 @@ from pathlib import Path
 from forgery_eval.benchmarks.base import Sample
 from llava.frames import has_packs, read_videos
 
+ON_DISK = "FaceForensics++ in packs: FF++_<class>_<compression>….h5"
+
 
 def opens(path: Path) -> bool:
     """Whether it is a folder with such packs."""

@@ -7,6 +7,8 @@ from forgery_eval.benchmarks.base import Sample
 from llava.images import walk_images
 from llava.labels import LABELS
 
+ON_DISK = "any folders: real and fake, in the folder itself or in each of its subfolders"
+
 
 def opens(path: Path) -> bool:
     """Whether there is such a folder."""

@@ -15,6 +15,7 @@ from llava.errors import DataError
 from llava.files import read_json
 from llava.labels import FAKE, LABELS, REAL
 
+ON_DISK = "LOKI's images: data/image/*.json beside FakeImage_dataset"
 NAME = "loki"
 _LISTS = Path("data") / "image"
 _IMAGES = "FakeImage_dataset"

@@ -10,8 +10,9 @@ from llava.errors import DataError
 from llava.files import read_json
 from llava.images import walk_images
 
+ON_DISK = "MMFR: <set>/0_real and 1_fake, with <set>/<set>_reasoning.json for texts; also below evaluation_sets"
 CLASS_FOLDERS = ("0_real", "1_fake")
-_TREE = "evaluation_sets"
+TREE = "evaluation_sets"
 
 
 def opens(path: Path) -> bool:
@@ -54,7 +55,7 @@ def attribute_names(sentences: dict[str, str | None]) -> tuple[str, ...]:
 
 def _set_folders(path: Path) -> list[Path]:
     """The sets in order of name; the resolved path gives a set its name where it was given as a dot."""
-    root = (path / _TREE if (path / _TREE).is_dir() else path).resolve()
+    root = (path / TREE if (path / TREE).is_dir() else path).resolve()
     if not root.is_dir():
         return []
     candidates = [root] if _is_set(root) else sorted(root.iterdir())

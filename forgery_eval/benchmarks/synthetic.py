@@ -11,6 +11,7 @@ from llava.errors import DataError
 from llava.files import read_jsonl
 from llava.tampered import manifest_masks
 
+ON_DISK = "MMFR-Synthetic: an MMFR tree with manifest.jsonl, as forgery data synthetic renders it"
 MANIFEST = "manifest.jsonl"
 _FIELDS = ("generator", "split_role")
 _STRENGTHS = ((0.5, "below 0.5"), (1.0, "0.5 to 1"))

@@ -14,6 +14,7 @@ from llava.errors import DataError
 from llava.tables import TABLE_SUFFIXES, Columns, NameFinder, image_name, read_label, read_rows
 from llava.tampered import row_masks
 
+ON_DISK = "any table: .csv, .tsv, .json or .jsonl with the columns image and label"
 _OWN = ("id", "set", "reference", "attributes", "mask", "description")
 
 

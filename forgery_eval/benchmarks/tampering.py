@@ -12,6 +12,7 @@ from llava import tampered
 from llava.errors import DataError
 from llava.files import read_json
 
+ON_DISK = "CASIA, IMD2020 and the like: folders image and mask; or a .json of conversations that name such images"
 _FIELDS = ("image", "conversations")
 
 
