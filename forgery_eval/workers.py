@@ -349,6 +349,7 @@ def _connect(ray: Any, workers: int, address: str | None) -> bool:
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # or Ray would tell its makers
+    os.environ.setdefault("RAY_worker_niceness", "0")  # or workers would wait for all else on the machine
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address:
         try:
