@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from llava.assets import SAMPLES
 from llava.cli import OptionParser, positive_int, run_cli
@@ -109,21 +110,31 @@ def start(command: list[str], log: Path) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(command, stdout=stream, stderr=stream)
 
 
-def kill_once(command: list[str], log: Path, choice: random.Random, longest: float, driver: bool) -> dict[str, object]:
-    """Starts a command, kills it or one of its workers at a random moment, and waits for what is left of it."""
+def kill_once(command: list[str], log: Path, choice: random.Random, usual: float, driver: bool) -> dict[str, Any]:
+    """Starts a command, kills it or one of its workers at a random moment, and waits for what is left of it.
+
+    Args:
+        command: The command.
+        log: Where what it says goes.
+        choice: Chooses the moment, from the start of the command (or of its first worker) to its usual end.
+        usual: How long the command takes, in s.
+        driver: Whether the command itself is killed.
+    """
+    begin = time.monotonic()
     process = start(command, log)
-    moment = choice.uniform(1.0, longest)
+    while not driver and process.poll() is None and not workers(process.pid):
+        time.sleep(0.1)
     with suppress(subprocess.TimeoutExpired):
-        process.wait(moment)
-    children = below(process.pid)
-    here = workers(process.pid)
+        process.wait(choice.uniform(0.5, max(1.0, begin + usual - time.monotonic())))
+    children, here = below(process.pid), workers(process.pid)
+    moment = round(time.monotonic() - begin, 1)
     victim = process.pid if driver else choice.choice(here) if here else None
-    told = {"killed": "driver" if driver else "worker", "after_s": round(moment, 1), "workers_up": len(here)}
     if process.poll() is not None or victim is None:
         status = process.wait()
-        return {**told, "killed": "nothing: too late" if not here else "nothing", "status": status, "left": []}
+        return {"killed": None, "status": status, "seconds": time.monotonic() - begin, "left": []}
     os.kill(victim, signal.SIGKILL)
     status = process.wait()
+    told = {"killed": "driver" if driver else "worker", "after_s": moment, "workers_up": len(here)}
     return {**told, "status": status, "left": list(left(children).values())}
 
 
@@ -145,16 +156,16 @@ def campaign(arguments: argparse.Namespace) -> int:
         begin = time.monotonic()
         if start([*command, str(folder / "whole")], log).wait() != 0:
             raise DataError(f"the unbroken run failed: {log.read_text(errors='replace')[-2000:]}")
-        longest = time.monotonic() - begin
+        usual = time.monotonic() - begin
         whole = merged(folder / "whole")
-        print(json.dumps({"images": images, "unbroken_s": round(longest, 1)}), flush=True)
-        killed, wrong, number = 0, 0, 0
+        print(json.dumps({"images": images, "unbroken_s": round(usual, 1)}), flush=True)
+        killed, wrong = 0, 0
         while killed < arguments.kills:
-            number += 1
-            told = kill_once([*command, str(folder / "cut")], log, choice, longest, driver=number % 2 == 0)
-            killed += not str(told["killed"]).startswith("nothing")
-            # A run that two kills in a row have cut is resumed too.
-            finishes = told["status"] == 0 or choice.random() < 0.5
+            told = kill_once([*command, str(folder / "cut")], log, choice, usual, driver=killed % 2 == 1)
+            killed += told["killed"] is not None
+            usual = min(usual, told.pop("seconds", usual))
+            # Of the killed commands, some are killed again before they have finished.
+            finishes = told["status"] == 0 or choice.random() < 0.5 or killed == arguments.kills
             if finishes and told["status"] != 0:
                 told["resumed"] = start([*command, str(folder / "cut")], log).wait()
             if finishes:

@@ -26,7 +26,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="mid", help="default: mid")
-    parser.add_argument("--images", type=positive_int, default=48, help="default: 48")
+    parser.add_argument("--images", type=positive_int, default=24, help="default: 24")
     parser.add_argument("--batch", type=positive_int, default=2, help="images at a time (default: 2)")
     parser.add_argument("--workers", type=positive_int, default=2, help="compared with one (default: 2)")
     return parser.parse_args(arguments)

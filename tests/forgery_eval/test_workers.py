@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from forgery_eval import cluster as cluster_module
 from forgery_eval import inference, runner, workers
 from forgery_eval.conditions import Plan
 from forgery_eval.eval import parse_arguments, predict, run
@@ -23,6 +24,8 @@ from llava.cli import SOME_FAILED
 from llava.errors import OptionError, WorkerError
 from llava.systems import registry
 from scripts.bench.kills import below, left
+from scripts.bench.workers import bench
+from scripts.bench.workers import parse_arguments as bench_arguments
 from tests.forgery_eval.test_inference import lines
 from tests.test_third_party_system import MODULE, ROOT, checkpoint, package, paint
 from tests.trained import picture
@@ -258,6 +261,28 @@ def test_without_ray_it_is_explained(monkeypatch, site, toy, data, tmp_path, cap
     assert "pip install 'fakereasoning[cluster]'" in capsys.readouterr().err
 
 
+class Growing:
+    """A cluster that a GPU joins whenever somebody asks."""
+
+    def __init__(self, gpus: int = 0) -> None:
+        self.gpus = gpus
+
+    def cluster_resources(self) -> dict[str, float]:
+        self.gpus += 1
+        return {"CPU": 64.0, "GPU": float(self.gpus)}
+
+
+def test_machines_that_join_late_are_waited_for_where_they_can(monkeypatch, capsys):
+    monkeypatch.setattr(cluster_module.time, "sleep", lambda seconds: None)
+    gpu = {"num_gpus": 1, "num_cpus": 0}
+    assert cluster_module.resources(Growing(), 4, "cuda", may_join=True) == gpu
+    assert "waiting for 4 GPUs; the cluster has 1" in capsys.readouterr().err
+    with pytest.raises(OptionError, match="only 1 GPUs; ask for as many, or add --device cpu"):
+        cluster_module.resources(Growing(), 4, "cuda", may_join=False)
+    assert cluster_module.resources(Growing(), 4, "cpu", may_join=False) == {"num_cpus": 1}
+    assert cluster_module.resources(Growing(8), 4, "auto", may_join=False) == gpu
+
+
 # --- order
 
 
@@ -310,3 +335,11 @@ def test_calibration_and_perturbations_are_the_same_with_any_workers(cluster, tr
         assert inference.run(given) == 0
         answers.append(file.read_bytes())
     assert answers[0] == answers[1] and answers[0].count(b'"agreeing"') == 24
+
+
+@pytest.mark.slow
+def test_the_benchmark_prints_one_line(cluster, capsys):
+    bench(bench_arguments(["--size", "tiny", "--images", "6", "--batch", "2"]))
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["equal"] and result["speedup"] > 0 and result["1"]["start_s"] > 0
+    assert result["2"]["images_per_s"] > result["2"]["images_per_s_with_start"] > 0
