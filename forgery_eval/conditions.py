@@ -21,6 +21,7 @@ from llava.cli import inform, note
 from llava.errors import DataError, MissingFileError
 
 if TYPE_CHECKING:
+    from forgery_eval.workers import WorkerPool
     from llava import ForgeryDetector
     from llava.systems.base import AnalyzeOptions
 
@@ -65,7 +66,7 @@ class Conditions:
     """Analyses samples as they are and as they become.
 
     Attributes:
-        detector: The model.
+        detector: The model, or the workers that have it.
         samples: The samples.
         options: How images are analysed.
         run: The clean run.
@@ -73,7 +74,7 @@ class Conditions:
         oriented: Whether images are turned as their EXIF orientation says.
     """
 
-    detector: "ForgeryDetector"
+    detector: "ForgeryDetector | WorkerPool"
     samples: Sequence[Sample]
     options: "AnalyzeOptions"
     run: Run

@@ -9,12 +9,13 @@ Exit status: 0 all images were analysed, 1 nothing could be done, 3 some images 
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from forgery_eval import backends
 from forgery_eval.answers import AnswerKind
@@ -32,14 +33,18 @@ from forgery_eval.model_options import (
 )
 from forgery_eval.perturbations import Perturbation, choose_perturbations
 from forgery_eval.store import Prediction, Run, read_run, system_of
+from forgery_eval.workers import WorkerPool, add_workers, check_workers
 from llava.abstention import LIGHT_DELIVERIES, AbstentionRule
 from llava.cli import SOME_FAILED, OptionParser, format_list, inform, log, positive_int, run_cli, share
 from llava.errors import DataError, MissingFileError, OptionError
 from llava.images import describe_passed_over
 from llava.labels import LABELS
 from llava.systems import registry
-from llava.systems.base import EvaluationProtocol
+from llava.systems.base import AnalyzeOptions, EvaluationProtocol
 from llava.tables import LABEL_MAP_HELP, parse_label_map
+
+if TYPE_CHECKING:
+    from llava import ForgeryDetector
 
 _VERSIONS = ("torch", "transformers", "pillow")
 _PREDICTIONS = "predictions"
@@ -57,12 +62,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument(
         "--list-benchmarks", action=_ListBenchmarks, nargs=0, help="say what each data set needs on disk, and end"
     )
+    data.add_argument(
+        "--hash-images",
+        action="store_true",
+        help="know images by their contents, also where they were copied (default: by name, size and time of change)",
+    )
     add_batch_size(data)
+    add_workers(data)
     _add_metrics(parser)
     _add_reliability(parser)
     backends.add_backend_options(parser)
     add_model_options(parser)
     parsed = parse_with_system(parser, arguments)
+    check_workers(parsed, "eval", sys.argv[1:] if arguments is None else arguments)
+    if parsed.workers and (parsed.rescore or parsed.backend in (backends.OPENAI, backends.REPLAY)):
+        parser.error("--workers analyses with a model; leave it out with --rescore and the backends openai and replay")
     if parsed.answer_format and not (parsed.rescore or parsed.backend == backends.REPLAY):
         parser.error("--answer-format says how to read predictions that exist already; it needs --rescore")
     backends.check_backend(parser, parsed)
@@ -303,7 +317,12 @@ def _replayed(arguments: argparse.Namespace) -> Path:
     samples = open_benchmark(
         arguments.dataset_path, sets=arguments.sets, max_sample=arguments.max_sample, label_map=arguments.label_map
     )
-    return backends.replay(arguments, samples, images_digest([s.id for s in samples], [s.image for s in samples]))
+    return backends.replay(arguments, samples, _images_digest(arguments, samples))
+
+
+def _images_digest(arguments: argparse.Namespace, samples: Sequence[Sample]) -> str:
+    ids, images = [sample.id for sample in samples], [sample.image for sample in samples]
+    return images_digest(ids, images, contents=arguments.hash_images)
 
 
 def _by_sample(
@@ -371,27 +390,40 @@ def predict(arguments: argparse.Namespace, plan: Plan) -> Predicted:
         **{name: value for name, value in loading_options(arguments).items() if name not in LOCATIONS},
         **asdict(options),
         "orientation": not arguments.paper_protocol,
-        "batch_size": arguments.batch_size,
-        "images": images_digest([s.id for s in samples], [s.image for s in samples]),
+        "images": _images_digest(arguments, samples),
         "versions": {name: known for name in _VERSIONS if (known := _version(name))},
     }
-    # Every prediction is kept whole; which verdicts are given is decided afterwards.
-    detector = open_detector(arguments, abstain=False)
-    settings |= detector.system.describe(options)
-    run = Run(settings, {"sets": arguments.sets, "max_sample": arguments.max_sample}, 0)
-    backends.tune(detector.system, arguments, run)
-    size = detector.system.batch_size(options) if arguments.batch_size == "auto" else arguments.batch_size
-    run = replace(run, batch_size=size)
-    conditions = Conditions(
-        detector, samples, options, run, arguments.result_folder / _PREDICTIONS, not arguments.paper_protocol
-    )
-    path, predictions = conditions.predictions()
-    if passed_over := list_passed_over(arguments.dataset_path):
-        inform(describe_passed_over(passed_over))
-    evidence, perturbed = conditions.evidence(path, plan)
-    about = {"run": run.key, "settings": settings, **backends.finish(detector.system, arguments)}
+    with ExitStack() as stack:
+        # Every prediction is kept whole; which verdicts are given is decided afterwards.
+        model, run = _open_model(arguments, options, settings, stack)
+        conditions = Conditions(
+            model, samples, options, run, arguments.result_folder / _PREDICTIONS, not arguments.paper_protocol
+        )
+        path, predictions = conditions.predictions()
+        if passed_over := list_passed_over(arguments.dataset_path):
+            inform(describe_passed_over(passed_over))
+        evidence, perturbed = conditions.evidence(path, plan)
+        usage = {} if isinstance(model, WorkerPool) else backends.finish(model.system, arguments)
+    about = {"run": run.key, "settings": run.settings, **usage}
     answers = AnswerKind.of(arguments.options_of)
     return Predicted(samples, predictions, answers, path.parent, about, evidence, perturbed)
+
+
+def _open_model(
+    arguments: argparse.Namespace, options: AnalyzeOptions, settings: dict[str, Any], stack: ExitStack
+) -> "tuple[ForgeryDetector | WorkerPool, Run]":
+    """Opens the model, here or in workers; returns it, and the run with what only the model can say of itself."""
+    chosen = {"sets": arguments.sets, "max_sample": arguments.max_sample}
+    model: ForgeryDetector | WorkerPool
+    if arguments.workers:
+        model = pool = stack.enter_context(WorkerPool(arguments, options, abstain=False))
+        run, size = Run(settings | pool.describe, chosen, 0), pool.batch_size
+    else:
+        model = detector = open_detector(arguments, abstain=False)
+        run = Run(settings | detector.system.describe(options), chosen, 0)
+        backends.tune(detector.system, arguments, run)
+        size = detector.system.batch_size(options)
+    return model, replace(run, batch_size=size if arguments.batch_size == "auto" else arguments.batch_size)
 
 
 def _weight_locations(arguments: argparse.Namespace) -> list[str | None]:

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from forgery_eval.benchmarks import Sample
+from forgery_eval.workers import WorkerPool
 from llava.cli import progress
 from llava.errors import FileError
 from llava.files import atomic_write, digest_json, file_errors
@@ -44,7 +45,7 @@ def stored_features(predictions: Path, ids: Sequence[str]) -> np.ndarray | None:
 
 
 def compute_features(
-    detector: "ForgeryDetector",
+    detector: "ForgeryDetector | WorkerPool",
     samples: Sequence[Sample],
     image_of: "Callable[[Sample], ImageLike]",
     predictions: Path,
@@ -52,7 +53,7 @@ def compute_features(
     """Returns features of all samples, those that are there already or new ones, which are written first.
 
     Args:
-        detector: The model.
+        detector: The model, or the workers that have it.
         samples: All samples of the run.
         image_of: Gives a sample's image or its path.
         predictions: The run's file.
@@ -66,9 +67,11 @@ def compute_features(
     found = stored_features(predictions, ids)
     if found is not None:
         return found
-    rows = list(
-        progress(detector.features_many(map(image_of, samples)), total=len(samples), unit=" images", desc="features")
-    )
+    if isinstance(detector, WorkerPool):
+        each = detector.features_many(samples, image_of)
+    else:
+        each = detector.features_many(map(image_of, samples))
+    rows = list(progress(each, total=len(samples), unit=" images", desc="features"))
     width = next((len(row) for row in rows if row is not None), 0)
     features = np.array([np.full(width, np.nan) if row is None else row for row in rows], np.float32)
     atomic_write(predictions.with_suffix(SUFFIX), save({_FEATURES: features}, {_IDS: digest_json(ids)}))

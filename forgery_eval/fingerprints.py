@@ -1,13 +1,14 @@
 """What tells one model, one image set or one folder from another: digests of contents, or of sizes and times."""
 
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llava.abstention import CALIBRATION
 from llava.cli import progress
-from llava.files import digest_files, digest_json, read_json
+from llava.files import digest_file, digest_files, digest_json, read_json
 from llava.frames import is_frame
 from llava.systems import registry
 
@@ -40,11 +41,19 @@ def weights_digest(locations: Iterable[str | None]) -> str:
     return digest_json([*names, *_progress(files, "hashing the weights")])
 
 
-def images_digest(ids: Sequence[str], images: Sequence[Path]) -> str:
-    """Returns a digest of the samples' ids and of the contents of their images."""
+def images_digest(ids: Sequence[str], images: Sequence[Path], *, contents: bool = False) -> str:
+    """Returns a digest of the samples' ids and of what tells their images from others.
+
+    Args:
+        ids: Of the samples.
+        images: Their files.
+        contents: Whether the files are read, or known by size and time of change.
+    """
     # A frame's contents are its pack's, which is read once.
     files = dict.fromkeys(image.parent.parent if is_frame(image) else image for image in images)
-    return digest_json([*ids, *_progress([*files], "hashing the images")])
+    if contents:
+        return digest_json([*ids, *_progress([*files], "hashing the images")])
+    return digest_json([*ids, *(file_identity(str(file)) for file in files)])
 
 
 def _progress(files: Sequence[Path], title: str) -> Iterator[str]:
@@ -97,6 +106,22 @@ def _named_locations(config: Mapping[str, Any]) -> list[str]:
         for name, value in sorted(config.items())
         if isinstance(value, str) and value and name.endswith(_LOCATION_ENDINGS) and not name.startswith("_")
     ]
+
+
+def file_identity(name: str, *, contents: bool = False) -> list[int] | str | None:
+    """Returns what tells an image's file from another under the same name; None for what is no file.
+
+    Args:
+        name: The file.
+        contents: Whether that is the SHA-256 of its contents, or its size and time of change (ns).
+    """
+    try:
+        status = Path(name).stat()
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        return digest_file(Path(name)) if contents else [status.st_size, status.st_mtime_ns]
+    except (OSError, ValueError):
+        return None
 
 
 def model_fingerprint(locations: Iterable[str | None]) -> list[Any]:

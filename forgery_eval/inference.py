@@ -6,12 +6,13 @@ Exit status: 0 all images were analysed, 1 nothing could be done, 3 some images 
 import argparse
 import csv
 import errno
-import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
+from functools import partial
 from glob import has_magic
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -19,7 +20,7 @@ from urllib.parse import quote
 from tqdm import tqdm
 
 from forgery_eval.answers import AnswerKind
-from forgery_eval.fingerprints import model_fingerprint, weight_locations
+from forgery_eval.fingerprints import file_identity, model_fingerprint, weight_locations
 from forgery_eval.html_report import HtmlReport, provenance_of
 from forgery_eval.model_options import (
     LOCATIONS,
@@ -30,9 +31,11 @@ from forgery_eval.model_options import (
     open_detector,
     parse_with_system,
 )
+from forgery_eval.names import NameTable
 from forgery_eval.pages.overlay import draw_overlay
 from forgery_eval.runner import Batch, analyze_batches
 from forgery_eval.store import AnswersFile
+from forgery_eval.workers import WorkerPool, add_workers, check_workers, split
 from llava.abstention import CALIBRATION
 from llava.cli import SOME_FAILED, OptionParser, inform, is_verbose, log, note, progress, run_cli
 from llava.errors import DataError, FileError, ImageReadError
@@ -43,7 +46,7 @@ from llava.report import SCORE_SOURCES
 from llava.sources import EncodedSource, load_source, refuse_url, standard_input, web_image
 from llava.systems import registry
 from llava.systems.base import AnalyzeOptions
-from llava.tables import LIST_SUFFIXES, NameFinder, is_url, read_sources
+from llava.tables import LIST_SUFFIXES, NameFinder, is_url, stream_sources
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,6 +55,8 @@ if TYPE_CHECKING:
 
 _MANY = 20
 """From more images than these on, a row each is printed."""
+_COUNTED = 10_000
+"""So many images are counted before the first is analysed; from then on, their number is not known beforehand."""
 _OVERLAY_ENDING = ".attention.png"
 _STDIN = "-"
 Item = Path | EncodedSource
@@ -92,9 +97,20 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="calibration with a rule of abstention, from forgery eval --calibrate (default: the model's own, if any)",
     )
     images.add_argument("--no-abstain", action="store_true", help="give every verdict, however unsure")
+    images.add_argument(
+        "--hash-images",
+        action="store_true",
+        help="with --json: know images again by their contents (default: by path, size and time of change)",
+    )
     add_batch_size(images)
+    add_workers(images)
     add_model_options(parser)
     parsed = parse_with_system(parser, arguments)
+    check_workers(parsed, "detect", sys.argv[1:] if arguments is None else arguments)
+    if parsed.workers and parsed.html:
+        parser.error("--html asks the model again about each image, which workers do not; leave out --workers")
+    if parsed.hash_images and not parsed.json:
+        parser.error("--hash-images says how --json knows images again; it needs --json")
     finder = NameFinder(Path())
     parsed.img_path = [path for word in parsed.img_path for path in _paths(word, finder, parsed.allow_urls)]
     finder.report("--img_path")
@@ -128,9 +144,12 @@ def main(arguments: argparse.Namespace) -> int:
     """
     options = analyze_options(arguments, attention=arguments.attention_map is not None)
     passed_over: list[Path] = []
-    total = sum(1 for _ in _all_images(arguments, passed_over))
+    found = _all_images(arguments, passed_over)
+    first = list(islice(found, _COUNTED))
+    total = len(first) if len(first) < _COUNTED else None
+    items = chain(first, found)
     if arguments.json is None:
-        failed = _Inference(arguments, options, None).run(total)
+        failed = _Inference(arguments, options, None).run(items, total)
     else:
         settings = {
             "model": _fingerprint(arguments),
@@ -140,7 +159,7 @@ def main(arguments: argparse.Namespace) -> int:
             **_rule_settings(arguments),
         }
         with closing(AnswersFile(arguments.json, settings)) as answers:
-            failed = _Inference(arguments, options, answers).run(total)
+            failed = _Inference(arguments, options, answers).run(items, total)
     if passed_over:
         inform(describe_passed_over(passed_over))
     if failed:
@@ -167,20 +186,26 @@ def _rule_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _all_images(arguments: argparse.Namespace, passed_over: list[Path] | None = None) -> Iterator[Item]:
     """Yields the images of all paths, each once."""
-    seen: set[str] = set()
-    for path in arguments.img_path:
-        with file_errors(str(path), "read"):
-            for item in _images_of(path, arguments.allow_urls, passed_over):
-                if len(arguments.img_path) == 1 or str(item) not in seen:
-                    seen.add(str(item))
-                    yield item
+    paths = arguments.img_path
+    with closing(NameTable()) as seen:
+        # A folder alone has each file once.
+        once = len(paths) == 1 and isinstance(paths[0], Path) and paths[0].is_dir()
+        for path in paths:
+            with file_errors(str(path), "read"):
+                for item in _images_of(path, arguments.allow_urls, passed_over):
+                    if once or seen.add(str(item)):
+                        yield item
 
 
 def _images_of(path: Item, allow_urls: bool, passed_over: list[Path] | None) -> Iterator[Item]:
     if isinstance(path, EncodedSource):
         yield path
-    elif path.suffix.lower() in LIST_SUFFIXES and path.is_file() and (named := read_sources(path)):
-        yield from (web_image(name, allowed=allow_urls) if isinstance(name, str) else name for name in named)
+    elif path.suffix.lower() in LIST_SUFFIXES and path.is_file():
+        name = None
+        for name in stream_sources(path):
+            yield web_image(name, allowed=allow_urls) if isinstance(name, str) else name
+        if name is None:
+            yield from list_images(path)  # says so
     else:
         yield from list_images(path, passed_over)
 
@@ -205,26 +230,25 @@ class _Inference:
         self._left_out = () if is_verbose() else self._constant
         self._html: HtmlReport | None = None
         self._table = _Table(arguments.csv, answers)
+        self._ask = partial(_told, contents=arguments.hash_images)
 
-    def run(self, total: int) -> int:
-        """Analyses what has no answer yet; returns how many images failed, in earlier runs too."""
-        detector = open_detector(
-            self._arguments, calibration=self._arguments.calibration, abstain=not self._arguments.no_abstain
-        )
-        options = self._options
-        if self._arguments.html is not None:
-            options = replace(options, attention=options.attention or detector.has_attention)
-            self._html = HtmlReport(self._arguments.html, detector, options, self._constant)
-        self._short = self._arguments.sort is not None or (total > _MANY and not is_verbose())
+    def run(self, items: Iterable[Item], total: int | None) -> int:
+        """Analyses what has no answer yet; returns how many images failed, in earlier runs too.
+
+        Args:
+            items: The images, gone through once.
+            total: Their number; None for very many.
+        """
+        many = total is None or total > _MANY
+        self._short = self._arguments.sort is not None or (many and not is_verbose())
         done = len(self._answers.done) if self._answers else 0
-        if done and self._html is not None:
+        if done and self._arguments.html is not None:
             note(f"{done} images were analysed by an earlier run and are not in {self._arguments.html}")
-        batches = analyze_batches(detector, self._remaining(), _itself, options, self._arguments.batch_size)
-        with (
-            self._html or nullcontext(),
-            self._table,
-            progress(total=total, initial=done, unit=" images") as bar,
-        ):
+        with ExitStack() as stack:
+            batches = self._batches(self._remaining(items), stack)
+            stack.enter_context(self._html or nullcontext())
+            stack.enter_context(self._table)
+            bar = stack.enter_context(progress(total=total, initial=done, unit=" images"))
             for batch in batches:
                 self._finish(batch)
                 bar.update(len(batch.items))
@@ -232,21 +256,37 @@ class _Inference:
             print(row)
         return self._failed
 
-    def _remaining(self) -> Iterator[Item]:
-        done = self._answers.done if self._answers else {}
-        for file in _all_images(self._arguments):
-            if str(file) not in done:
+    def _batches(self, items: Iterator[Item], stack: ExitStack) -> Iterator[Batch[Item]]:
+        """Opens the model, here or in workers, and analyses the images, in order."""
+        arguments, options = self._arguments, self._options
+        rule = {"calibration": arguments.calibration, "abstain": not arguments.no_abstain}
+        if arguments.workers:
+            pool = stack.enter_context(WorkerPool(arguments, options, **rule))
+            size = pool.batch_size if arguments.batch_size == "auto" else arguments.batch_size
+            finished = pool.analyze_in_order(split(items, size), _itself, options, self._ask)
+            return (Batch(done.items, done.result.reports, asked=done.result.asked) for done in finished)
+        detector = open_detector(arguments, **rule)
+        if arguments.html is not None:
+            options = replace(options, attention=options.attention or detector.has_attention)
+            self._html = HtmlReport(arguments.html, detector, options, self._constant)
+        return analyze_batches(detector, items, _itself, options, arguments.batch_size)
+
+    def _remaining(self, items: Iterable[Item]) -> Iterator[Item]:
+        for file in items:
+            error = self._answers.done.get(str(file)) if self._answers else None
+            if error is None:
                 yield file
-            elif done[str(file)]:
-                self._fail(f"could not analyse {done[str(file)]} ({self._arguments.json} says)")
+            elif error:
+                self._fail(f"could not analyse {error} ({self._arguments.json} says)")
 
     def _finish(self, batch: Batch[Item]) -> None:
         """Prints or writes a batch, and draws its overlays."""
-        for file, report in zip(batch.items, batch.reports, strict=True):
+        told = batch.asked or [self._ask(file) for file in batch.items]
+        for file, report, (says, _) in zip(batch.items, batch.reports, told, strict=True):
             if report.error:
                 self._fail(f"cannot analyse {report.error}")
             elif self._answers is None:
-                self._print(file, report)
+                self._print(file, report, says)
             if self._html is not None:
                 self._html.add(file, report)
             if report.attention is not None and self._arguments.attention_map is not None:
@@ -258,7 +298,7 @@ class _Inference:
         self._table.write(batch)
         if self._answers is not None:
             pairs = [(str(file), report) for file, report in zip(batch.items, batch.reports, strict=True)]
-            self._answers.write(pairs, [provenance_of(file).to_dict() for file in batch.items])
+            self._answers.write(pairs, [{"provenance": s.to_dict(), "identity": known} for s, known in told])
 
     def _overlay(self, file: Item) -> Path:
         folder: Path = self._arguments.attention_map
@@ -269,15 +309,13 @@ class _Inference:
             file, next((path for path in paths if path == file or path in file.parents), paths[0]), folder
         )
 
-    def _print(self, file: Item, report: "ForgeryReport") -> None:
+    def _print(self, file: Item, report: "ForgeryReport", provenance: Provenance) -> None:
         if self._arguments.sort:
             score = report.fake_probability
             self._rows.append((2.0 if score is None else -score, short_row(file, report)))
         else:
-            tqdm.write(short_row(file, report) if self._short else self._described(file, report))
-
-    def _described(self, file: Item, report: "ForgeryReport") -> str:
-        return describe(file, report, self._left_out, provenance_of(file))
+            short = self._short
+            tqdm.write(short_row(file, report) if short else describe(file, report, self._left_out, provenance))
 
     def _fail(self, complaint: str) -> None:
         self._failed += 1
@@ -286,6 +324,12 @@ class _Inference:
 
 def _itself(item: Item) -> Item:
     return item
+
+
+def _told(item: Item, contents: bool) -> tuple[Provenance, list[int] | str | None]:
+    """What an image's file says of its origin, and what tells it from another file."""
+    identity = None if isinstance(item, EncodedSource) else file_identity(str(item), contents=contents)
+    return provenance_of(item), identity
 
 
 class _Table:
@@ -308,9 +352,8 @@ class _Table:
                 path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
             )
         self._path = path
-        text = answers.path.read_text(encoding="utf-8") if answers and answers.done else ""
-        earlier = [json.loads(line) for line in text.split("\n") if line]
-        self._add([_CSV_HEADER, *([entry["image"], *_values(entry)] for entry in earlier)])
+        self._add([_CSV_HEADER])
+        self._add([entry["image"], *_values(entry)] for entry in (answers.lines() if answers else ()))
 
     def __enter__(self) -> "_Table":
         return self
@@ -323,7 +366,7 @@ class _Table:
         pairs = zip(batch.items, batch.reports, strict=True)
         self._add([[str(file), *_values(report.to_dict())] for file, report in pairs])
 
-    def _add(self, rows: Sequence[Sequence[Any]]) -> None:
+    def _add(self, rows: Iterable[Sequence[Any]]) -> None:
         if self._file is not None:
             with file_errors(self._path, "write"):
                 csv.writer(self._file).writerows(rows)

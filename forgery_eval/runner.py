@@ -3,15 +3,17 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from PIL import Image
 
 from forgery_eval.benchmarks import Sample
 from forgery_eval.masks import scaled_map
-from forgery_eval.store import Prediction, RunStore
+from forgery_eval.store import Prediction, RunStore, Shards
+from forgery_eval.workers import WorkerPool
 from llava.cli import log, progress
 from llava.errors import ImageReadError
 from llava.images import load_image
@@ -34,11 +36,13 @@ class Batch(Generic[Item]):
         items: What the images belong to.
         reports: One an item.
         seconds: Time an image.
+        asked: What else was asked of each item, where a worker was asked.
     """
 
     items: list[Item]
     reports: "list[ForgeryReport]"
-    seconds: float
+    seconds: float = 0.0
+    asked: list[Any] = field(default_factory=list)
 
 
 def analyze_batches(
@@ -79,7 +83,7 @@ def analyze_batches(
 
 
 def fill_store(
-    detector: "ForgeryDetector",
+    detector: "ForgeryDetector | WorkerPool",
     samples: Sequence[Sample],
     options: "AnalyzeOptions",
     store: RunStore,
@@ -87,30 +91,54 @@ def fill_store(
     oriented: bool = True,
     change: Callable[[Sample, Image.Image], Image.Image] | None = None,
 ) -> None:
-    """Analyses the samples that the store does not have, and stores each batch before the next is analysed.
+    """Analyses the samples that the store does not have, and stores each batch as it is finished.
+
+    Batches are formed from all samples, whoever analyses them. What workers finish, in any order, goes to shards that
+    are merged at the end; so do the batches between those that killed workers have left.
 
     Args:
-        detector: The model.
+        detector: The model, or the workers that have it.
         samples: All samples of the run, in order.
         options: How images are analysed.
         store: The run's store.
         oriented: Whether images are turned by their EXIF orientation.
         change: Gives another image instead of a sample's, in memory.
     """
-    rest = samples[store.done :]
     image_of = image_source(oriented, change, color_managed=options.color_management == "srgb")
+    size = store.batch_size
+    with (
+        closing(Shards(store)) as shards,
+        progress(total=len(samples), initial=store.done + shards.count, unit=" images") as bar,
+    ):
+        missing = shards.missing
+        batches = ((number, list(samples[number * size : (number + 1) * size])) for number in missing)
+        if isinstance(detector, WorkerPool):
+            for done in detector.analyze(batches, image_of, options):
+                shards.write(done.worker, done.number, store.records(*_predictions(done.items, done.result.reports)))
+                bar.update(len(done.items))
+        else:
+            in_order = not shards.count
+            rest = (sample for _, batch in batches for sample in batch)
+            for number, batch in zip(missing, analyze_batches(detector, rest, image_of, options, size), strict=True):
+                records = store.records(*_predictions(batch.items, batch.reports, batch.seconds))
+                if in_order:
+                    store.append(records)
+                else:
+                    shards.write(0, number, records)
+                bar.update(len(batch.items))
+        shards.merge()
 
-    with progress(total=len(samples), initial=store.done, unit=" images") as bar:
-        for batch in analyze_batches(detector, rest, image_of, options, store.batch_size):
-            pairs = list(zip(batch.items, batch.reports, strict=True))
-            for _, report in pairs:
-                if report.error:
-                    log(f"cannot analyse {report.error}")
-            store.write(
-                [Prediction.from_report(s.id, s.label, report, batch.seconds) for s, report in pairs],
-                {sample.id: shown for sample, report in pairs if (shown := _stored_mask(report)) is not None},
-            )
-            bar.update(len(pairs))
+
+def _predictions(
+    samples: Sequence[Sample], reports: "Sequence[ForgeryReport]", seconds: float = 0.0
+) -> "tuple[list[Prediction], dict[str, np.ndarray]]":
+    """A batch's predictions, and its masks by id; names what could not be analysed."""
+    pairs = list(zip(samples, reports, strict=True))
+    for _, report in pairs:
+        if report.error:
+            log(f"cannot analyse {report.error}")
+    masks = {sample.id: shown for sample, report in pairs if (shown := _stored_mask(report)) is not None}
+    return [Prediction.from_report(s.id, s.label, report, seconds) for s, report in pairs], masks
 
 
 def _stored_mask(report: "ForgeryReport") -> "np.ndarray | None":

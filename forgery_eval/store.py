@@ -1,6 +1,7 @@
 """What was predicted, on disk before the next batch is analysed, so that a killed run resumes.
 
-An evaluation's run is known by a key: a digest of the weights' contents, the settings, the prompt and the images. Its
+An evaluation's run is known by a key: a digest of the weights' contents, the settings, the prompt and the images, but
+of neither batches nor workers. Its
 file is ``<key>.jsonl``; the first line says what the key stands for, each further line is one prediction, in the order
 of the samples. Batches are formed from the whole list, and only whole batches are kept when a run resumes, so that each
 image is always analysed beside the same others. Masks lie beside the file, see ``masks``.
@@ -8,7 +9,8 @@ image is always analysed beside the same others. Masks lie beside the file, see 
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from forgery_eval.answers import DEFAULT_SYSTEM, AnswerKind
+from forgery_eval.fingerprints import file_identity
 from forgery_eval.masks import write_mask
+from forgery_eval.names import NameTable
+from llava.cli import note
 from llava.errors import DataError
 from llava.files import JsonlLog, digest_json, file_errors
 from llava.labels import FAKE, LABELS, REAL, parse_label
@@ -47,7 +52,7 @@ class Prediction:
         abstained: Whether the system declined to give a verdict.
         abstained_because: Why it did.
         error: Why the image could not be analysed; empty if it was.
-        seconds: Its share of its batch's time.
+        seconds: Its share of its batch's time; 0 where a worker analysed it.
     """
 
     id: str
@@ -105,6 +110,7 @@ class RunStore:
 
     Attributes:
         path: The file.
+        ids: Of all samples, in order.
         done: Number of samples, from the first on, that need not be analysed again.
         batch_size: Images at a time.
 
@@ -116,7 +122,8 @@ class RunStore:
     def __init__(self, folder: Path, run: Run, ids: Sequence[str]) -> None:
         self.path = folder / f"{run.key}.jsonl"
         self.batch_size = run.batch_size
-        self._run, self._ids = run, ids
+        self.ids = ids
+        self._run = run
         self._lines = 0
         self._log = JsonlLog(self.path, self._read)
         if not self._lines:
@@ -133,7 +140,7 @@ class RunStore:
             belongs = record.get("settings") == self._run.settings and isinstance(size, int) and size > 0
             self.batch_size = size if belongs and isinstance(size, int) else self.batch_size
         else:
-            belongs = index < len(self._ids) and record.get("id") == self._ids[index]
+            belongs = index < len(self.ids) and record.get("id") == self.ids[index]
         if not belongs:
             raise DataError(f"{self.path} does not hold this run's predictions in order; remove it to start again")
         self._lines = number
@@ -145,12 +152,94 @@ class RunStore:
             batch: The predictions.
             masks: Masks by the predictions' ids.
         """
+        self.append(self.records(batch, masks))
+
+    def records(
+        self, batch: Sequence[Prediction], masks: Mapping[str, np.ndarray] | None = None
+    ) -> list[dict[str, Any]]:
+        """Writes a batch's masks, and returns the lines that name them."""
         written = {name: write_mask(self.path.parent, self._run.key, name, m) for name, m in (masks or {}).items()}
-        self._log.append(*(asdict(replace(prediction, mask=written.get(prediction.id))) for prediction in batch))
+        return [asdict(replace(prediction, mask=written.get(prediction.id))) for prediction in batch]
+
+    def append(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Adds lines of ``records``."""
+        self._log.append(*records)
 
     def close(self) -> None:
         """Closes the file."""
         self._log.close()
+
+
+class Shards:
+    """Batches of a run that several workers finish in any order: a file a worker, until all are merged in order.
+
+    What a killed run has left is taken up, whatever the number of its workers, and by a run without workers too.
+
+    Args:
+        store: The run's store. What is merged goes there, and the shards lie beside it.
+
+    Raises:
+        DataError: A file there is no shard.
+        FileError: A shard cannot be read or written.
+    """
+
+    def __init__(self, store: RunStore) -> None:
+        self.folder = store.path.with_suffix(".shards")
+        self._store = store
+        self._logs: dict[str, JsonlLog] = {}
+        self._found: dict[int, list[dict[str, Any]]] = {}
+        # A store whose last batch is not whole has all samples.
+        self._first = -(-store.done // store.batch_size)
+        self._end = -(-len(store.ids) // store.batch_size)
+        try:
+            for file in sorted(self.folder.glob("*.jsonl")):
+                self._open(file.stem)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, name: str) -> JsonlLog:
+        if name not in self._logs:
+            self._logs[name] = JsonlLog(self.folder / f"{name}.jsonl", self._read)
+        return self._logs[name]
+
+    def _read(self, line: int, record: dict[str, Any]) -> None:
+        """Takes a batch up if it is one of this run's; if the run's file was removed, batches can be of other sizes."""
+        number, predictions = record.get("batch"), record.get("predictions")
+        if not (isinstance(number, int) and isinstance(predictions, list)):
+            raise DataError(f"{self.folder}: a file there is no shard (line {line}); remove the folder to start again")
+        if number >= self._first and [one.get("id") for one in predictions] == list(self._ids_of(number)):
+            self._found[number] = predictions
+
+    def _ids_of(self, number: int) -> Sequence[str]:
+        size = self._store.batch_size
+        return self._store.ids[number * size : (number + 1) * size]
+
+    @property
+    def missing(self) -> list[int]:
+        """Numbers of the batches that are in no file."""
+        return [number for number in range(self._first, self._end) if number not in self._found]
+
+    @property
+    def count(self) -> int:
+        """How many samples the shards have that the run's file has not."""
+        return sum(map(len, self._found.values()))
+
+    def write(self, worker: int, number: int, records: list[dict[str, Any]]) -> None:
+        """Adds a batch to a worker's shard, and returns when it is on disk."""
+        self._open(f"worker-{worker}").append({"batch": number, "predictions": records})
+        self._found[number] = records
+
+    def merge(self) -> None:
+        """Adds the batches to the run's file, in order, and removes the shards; none may be missing."""
+        self._store.append([record for number in sorted(self._found) for record in self._found[number]])
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Closes the shards."""
+        for shard in self._logs.values():
+            shard.close()
 
 
 _ANSWER_START = b'{"image": '
@@ -162,11 +251,16 @@ class AnswersFile:
 
     Every line names the run that wrote it: a digest of model and settings.
 
+    A line also has the identity of the image's file. Where another file stands there now, the line is dropped on
+    opening, so that the image is analysed again; where none does, the line stays.
+
     Args:
         path: The file; it is made if need be. What is no regular file (a pipe) is only written to, without masks.
         settings: What the answers depend on.
 
     Attributes:
+        path: The file.
+        run: Digest of the settings.
         done: The images that have a line, each with its ``error``.
 
     Raises:
@@ -176,10 +270,14 @@ class AnswersFile:
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
+        self._changed: set[int] = set()
         self.run = digest_json(settings)[:_KEY_LENGTH]
-        self.done: dict[str, str] = {}
+        self.done = NameTable()
         self._stores_masks = not path.exists() or path.is_file()
         self._log = JsonlLog(path, self._read, start=_ANSWER_START)
+        if self._changed:
+            note(f"{len(self._changed)} images changed after they were analysed, and are analysed again")
+            self._log.rewrite(lambda number: number not in self._changed)
 
     def _read(self, number: int, record: dict[str, Any]) -> None:
         run, image, error = record.get("run"), record.get("image"), record.get("error", "")
@@ -190,30 +288,45 @@ class AnswersFile:
                 f"{self.path} holds answers of another model or other settings (line {number}); "
                 "name another file or remove it"
             )
-        self.done[image] = error
+        known = record.get("identity")
+        now = None if known is None else file_identity(image, contents=isinstance(known, str))
+        if now is None or now == known:
+            self.done.add(image, error)
+        else:
+            self._changed.add(number)
 
     def write(
-        self, batch: "Sequence[tuple[str, ForgeryReport]]", provenance: Sequence[Mapping[str, Any]] | None = None
+        self, batch: "Sequence[tuple[str, ForgeryReport]]", told: Sequence[Mapping[str, Any]] | None = None
     ) -> None:
         """Adds a line for each image, and returns when they are on disk; masks are there before them.
 
         Args:
             batch: Name of each image, and its report.
-            provenance: What each image's file says of its origin, if that was read.
+            told: What else stands in each line: ``provenance``, what the file says of its origin, and ``identity``,
+                see ``file_identity``.
         """
-        told: Sequence[Mapping[str, Any] | None] = [None] * len(batch) if provenance is None else provenance
-        records = [self._record(*named, says) for named, says in zip(batch, told, strict=True)]
+        others: Sequence[Mapping[str, Any]] = [{}] * len(batch) if told is None else told
+        records = [self._record(*named, other) for named, other in zip(batch, others, strict=True)]
         self._log.append(*records)
 
-    def _record(self, image: str, report: "ForgeryReport", provenance: Mapping[str, Any] | None) -> dict[str, Any]:
+    def _record(self, image: str, report: "ForgeryReport", told: Mapping[str, Any]) -> dict[str, Any]:
         mask = None
         if report.mask is not None and self._stores_masks:
             mask = write_mask(self.path.parent, self.run, image, report.mask)
-        return {"image": image, **report.to_dict(), "mask": mask, "provenance": provenance, "run": self.run}
+        defaults = {"mask": mask, "provenance": None}
+        return {"image": image, **report.to_dict(), **defaults, **told, "run": self.run}
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Yields the lines of images that are done, in the file's order."""
+        if len(self.done):
+            with file_errors(self.path, "read"), self.path.open("rb") as lines:
+                for line in lines:
+                    yield json.loads(line)
 
     def close(self) -> None:
         """Closes the file."""
         self._log.close()
+        self.done.close()
 
 
 # --- reading predictions, of this or any other program

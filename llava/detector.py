@@ -208,6 +208,24 @@ class ForgeryDetector:
                     return
                 yield from self._reports(waiting.popleft(), options)
 
+    def analyze_batch(
+        self, images: Iterable[ImageLike], options: AnalyzeOptions, turn: AbstractContextManager[Any] | None = None
+    ) -> list[ForgeryReport]:
+        """Analyses one batch; for whoever has several threads, of which one reads images while another analyses.
+
+        Args:
+            images: Images, see ``llava.sources.load_source``.
+            options: From ``options``.
+            turn: Held while the model works, such as a lock; images are read before.
+
+        Raises:
+            OptionError: The options cannot be met.
+        """
+        with ThreadPoolExecutor(_LOADERS) as loaders:
+            batch = [loaders.submit(self.prepare, image, options) for image in images]
+        with turn or nullcontext():
+            return list(self._reports(batch, options))
+
     def _reports(self, batch: Sequence[Future[Any]], options: AnalyzeOptions) -> Iterator[ForgeryReport]:
         prepared, errors = [], {}
         for index, future in enumerate(batch):

@@ -31,3 +31,7 @@ class MissingFileError(FileError, FileNotFoundError):
 
 class ImageReadError(FileError):
     """An image cannot be read; the message names the file and the reason."""
+
+
+class WorkerError(UserError, RuntimeError):
+    """Processes that work for this one were lost; the message says at what."""

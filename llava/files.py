@@ -299,6 +299,14 @@ class JsonlLog:
                 size = sum(len(line) for _, line in zip(range(lines), kept, strict=False))
             self._stream.truncate(size)
 
+    def rewrite(self, keeps: Callable[[int], bool]) -> None:
+        """Leaves out the lines whose number (from 1) is not kept, atomically."""
+        with atomic_file(self.path) as kept, self.path.open("rb") as lines:
+            kept.writelines(line for number, line in enumerate(lines, start=1) if keeps(number))
+        self._stream.close()
+        with file_errors(self.path, "written"):
+            self._stream = self.path.open("ab")
+
     def append(self, *records: Mapping[str, Any]) -> None:
         """Adds lines, in one write, and waits until they are on disk.
 

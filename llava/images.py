@@ -98,7 +98,7 @@ def walk_images(folder: Path, *, sniff: bool = False, passed_over: list[Path] | 
     """
     unread: list[Path] = []
     others: list[Path] = []
-    yield from sorted(_walk(folder, frozenset(), None, (unread, others), sniff))
+    yield from _walk(folder, frozenset(), None, (unread, others), sniff)
     yield from sorted(unread)
     if passed_over is not None:
         passed_over.extend(sorted(others))
@@ -115,7 +115,7 @@ def _walk(
     notes: tuple[list[Path], list[Path]],
     sniff: bool,
 ) -> Iterator[Path]:
-    """Yields images in no order.
+    """Yields images in order of path, as they are found.
 
     Args:
         folder: Where to begin.
@@ -132,17 +132,22 @@ def _walk(
             return
         if linked is not None:
             linked.add(here)
-        with os.scandir(folder) as scan:
-            entries = sorted(scan, key=lambda entry: entry.name)
+        names, folders = [], {}
+        with os.scandir(folder) as scan:  # entries are large: of a million files, only the names are kept
+            for entry in scan:
+                names.append(entry.name)
+                if _is_folder(entry):
+                    folders[entry.name] = entry.is_symlink()
+        names.sort()
     except OSError:
         unread.append(folder)
         return
-    for entry in entries:
-        if entry.name.startswith(".") or entry.name.lower() in _LITTER:
+    for name in names:
+        if name.startswith(".") or name.lower() in _LITTER:
             continue
-        path = folder / entry.name
-        if _is_folder(entry):
-            below = set[_Folder]() if linked is None and entry.is_symlink() else linked
+        path = folder / name
+        if name in folders:
+            below = set[_Folder]() if linked is None and folders[name] else linked
             yield from _walk(path, above | {here}, below, notes, sniff)
         elif path.suffix.lower() in IMAGE_SUFFIXES or (sniff and _opens(path)):
             yield path

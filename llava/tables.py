@@ -10,9 +10,10 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from urllib.parse import unquote, urlsplit
 
 from llava.cli import note
@@ -25,6 +26,8 @@ TABLE_SUFFIXES = (*CSV_SUFFIXES, ".jsonl", ".json")
 LIST_SUFFIXES = (".txt", *TABLE_SUFFIXES)
 
 _DELIMITERS = (",", ";", "\t", "|")
+_HEAD = 1 << 16
+"""Of a table, what its form is told by."""
 _LIST_OF_OBJECTS = re.compile(r"\s*\[\s*\{")
 
 IMAGE_HEADERS = (
@@ -80,21 +83,41 @@ def read_rows(path: Path) -> Iterator[Row]:
         UserError: It cannot be read, or is not of the form that its ending says.
     """
     suffix = path.suffix.lower()
-    if suffix in (".jsonl", ".json"):
-        text = read_text(path)
-        whole = suffix == ".json" or _LIST_OF_OBJECTS.match(text)
-        yield from _json_rows(text, path) if whole else _jsonl_rows(text, path)
-    else:
-        yield from _csv_rows(read_text(path), path)
+    if suffix == ".json":
+        yield from _json_rows(read_text(path), path)
+        return
+    with _open_text(path) as lines:
+        head = lines.read(_HEAD)
+        lines.seek(0)
+        if suffix != ".jsonl":
+            yield from _csv_rows(lines, head, path)
+        elif _LIST_OF_OBJECTS.match(head):
+            yield from _json_rows(lines.read(), path)
+        else:
+            yield from _jsonl_rows(lines, path)
 
 
-def _csv_rows(text: str, path: Path) -> Iterator[Row]:
-    first, _, rest = text.partition("\n")
+@contextmanager
+def _open_text(path: Path) -> Iterator[TextIO]:
+    """Opens a text as ``read_text`` reads it, to be gone through; line ends stay as they are."""
+    with file_errors(path, "read"):
+        with path.open("rb") as start:
+            encoding = text_encoding(start.read(_HEAD))
+        try:
+            with path.open(encoding=encoding, newline="") as text:
+                yield text
+        except UnicodeDecodeError:
+            raise DataError(f"{path} is not text in UTF-8 or UTF-16; save it again as UTF-8") from None
+
+
+def _csv_rows(lines: TextIO, head: str, path: Path) -> Iterator[Row]:
+    first, _, rest = head.partition("\n")
     skipped = 0
     delimiter = None
     if first.strip().lower().startswith("sep=") and len(first.rstrip("\r\n")) >= 5:  # a spreadsheet's own hint
-        delimiter, text, skipped = first.strip("\r\n")[4], rest, 1
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter or _delimiter(text), strict=False)
+        delimiter, head, skipped = first.strip("\r\n")[4], rest, 1
+        lines.readline()
+    reader = csv.DictReader(lines, delimiter=delimiter or _delimiter(head), strict=False)
     try:
         for row in reader:
             where = f"{path}, line {reader.line_num + skipped}"
@@ -119,8 +142,8 @@ def _delimiter(text: str) -> str:
     return max(_DELIMITERS, key=found)
 
 
-def _jsonl_rows(text: str, path: Path) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), start=1):
+def _jsonl_rows(lines: TextIO, path: Path) -> Iterator[Row]:
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             where = f"{path}, line {number}"
             yield Row(where, _object(_parsed(line, where), where))
@@ -287,12 +310,13 @@ class NameFinder:
 
     Attributes:
         folder: Where relative names start.
-        respelled: Each name that was found under another spelling, with its path.
+        respelled: How many names were found under another spelling.
     """
 
     folder: Path
-    respelled: list[tuple[str, Path]] = field(default_factory=list)
-    _listings: dict[Path, list[str]] = field(default_factory=dict, repr=False)
+    respelled: int = 0
+    _first: tuple[str, Path] | None = field(default=None, repr=False)
+    _listings: dict[Path, list[dict[str, list[str]]]] = field(default_factory=dict, repr=False)
 
     def find(self, name: str) -> Path:
         """Returns a name's path: as it stands, or else by the one file that it can mean.
@@ -309,16 +333,16 @@ class NameFinder:
         for candidate in _spellings(name):
             found = self._walk(self.folder / candidate)
             if found is not None:
-                self.respelled.append((name, found))
+                self.respelled += 1
+                self._first = self._first or (name, found)
                 return found
         return self.folder / name.strip()
 
     def report(self, where: object) -> None:
         """Says which names were found under another spelling."""
-        if self.respelled:
-            name, path = self.respelled[0]
-            count = len(self.respelled)
-            note(f"{where}: {count} names were found under another spelling, such as {name!r}: {path}")
+        if self._first:
+            name, path = self._first
+            note(f"{where}: {self.respelled} names were found under another spelling, such as {name!r}: {path}")
 
     def _walk(self, path: Path) -> Path | None:
         if _exists(path):
@@ -335,15 +359,25 @@ class NameFinder:
 
     def _near(self, folder: Path, name: str) -> str | None:
         if folder not in self._listings:
-            try:
-                self._listings[folder] = [entry.name for entry in folder.iterdir()]
-            except (OSError, ValueError):
-                self._listings[folder] = []
+            self._listings[folder] = _by_spelling(folder)
         composed = unicodedata.normalize("NFC", name)
-        entries = [(entry, unicodedata.normalize("NFC", entry)) for entry in self._listings[folder]]
-        same = [entry for entry, letters in entries if letters == composed]
-        same = same or [entry for entry, letters in entries if letters.casefold() == composed.casefold()]
+        exactly, caseless = self._listings[folder]
+        same = exactly.get(composed) or caseless.get(composed.casefold(), [])
         return same[0] if len(same) == 1 else None
+
+
+def _by_spelling(folder: Path) -> list[dict[str, list[str]]]:
+    """The entries of a folder by their composed names, and by these in any case."""
+    exactly: dict[str, list[str]] = {}
+    caseless: dict[str, list[str]] = {}
+    try:
+        for entry in folder.iterdir():
+            composed = unicodedata.normalize("NFC", entry.name)
+            exactly.setdefault(composed, []).append(entry.name)
+            caseless.setdefault(composed.casefold(), []).append(entry.name)
+    except (OSError, ValueError):
+        return [{}, {}]
+    return [exactly, caseless]
 
 
 def _spellings(name: str) -> Iterator[str]:
@@ -388,32 +422,34 @@ def read_sources(path: Path) -> list[Path | str]:
     Raises:
         UserError: It cannot be read, or a table has no column of images.
     """
-    finder = NameFinder(path.parent)
-    if path.suffix.lower() in TABLE_SUFFIXES:
-        names = table_names(path)
-    else:
-        with file_errors(path, "read"):
-            content = path.read_bytes()
-        # Names need not be UTF-8: what is not stands for its bytes, as in every path.
-        encoding = text_encoding(content)
-        text = content.decode(encoding, "surrogateescape" if encoding == "utf-8-sig" else "replace")
-        names = [line for line in text.splitlines() if line.strip()]
-    found = [name.strip() if is_url(name.strip()) else finder.find(name) for name in names]
-    finder.report(path)
-    return found
+    return list(stream_sources(path))
 
 
-def table_names(path: Path) -> list[str]:
-    """Returns the images that a table names, as they stand in it.
+def stream_sources(path: Path) -> Iterator[Path | str]:
+    """Yields what ``read_sources`` returns; all but ``.json`` is read as it is gone through.
 
     Raises:
-        UserError: It cannot be read, or a row has no image.
+        UserError: As there.
     """
-    names = []
+    finder = NameFinder(path.parent)
+    for name in _table_names(path) if path.suffix.lower() in TABLE_SUFFIXES else _listed_names(path):
+        yield name.strip() if is_url(name.strip()) else finder.find(name)
+    finder.report(path)
+
+
+def _listed_names(path: Path) -> Iterator[str]:
+    with file_errors(path, "read"):
+        with path.open("rb") as start:
+            encoding = text_encoding(start.read(512))
+        # Names need not be UTF-8: what is not stands for its bytes, as in every path.
+        with path.open(encoding=encoding, errors="surrogateescape" if encoding == "utf-8-sig" else "replace") as text:
+            for line in text:
+                yield from (name for name in line.splitlines() if name.strip())
+
+
+def _table_names(path: Path) -> Iterator[str]:
     for row in read_rows(path):
-        columns = Columns.find(row.values, row.where, needs_label=False)
-        names.append(image_name(row, columns))
-    return names
+        yield image_name(row, Columns.find(row.values, row.where, needs_label=False))
 
 
 def image_name(row: Row, columns: Columns) -> str:

@@ -163,9 +163,14 @@ def test_a_pipe_among_the_images_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "file.png").write_bytes(b"x")
     images = [tmp_path / name for name in ("pipe.png", "file.png", "absent.png")]
-    digest = images_digest(["a", "b", "c"], images)
+    for contents in (False, True):
+        digest = images_digest(["a", "b", "c"], images, contents=contents)
+        assert images_digest(["a", "b", "d"], images, contents=contents) != digest
+        os.utime(tmp_path / "file.png", ns=(1, 10**18))  # another time alone is another image only without contents
+        assert (images_digest(["a", "b", "c"], images, contents=contents) == digest) == contents
     (tmp_path / "file.png").write_bytes(b"y")
-    assert images_digest(["a", "b", "c"], images) != digest != images_digest(["a", "b", "d"], images)
+    os.utime(tmp_path / "file.png", ns=(1, 10**18))
+    assert images_digest(["a", "b", "c"], images, contents=True) != digest
 
 
 def test_the_digest_of_weights_is_of_contents_and_names(tmp_path):
