@@ -36,16 +36,18 @@ words() {
     "$python" -m llava data tokenizer "$out/train.json" --image_token --output_dir "$out/tokenizer"
 }
 
-# tower FOLDER OPTION…: trains the tower for one pass over the images.
+# tower FOLDER PASSES OPTION…: trains the tower for some passes over the images.
 tower() {
     "$python" -m llava.demo.towers --data "$out/data" --config scripts/fakevlm_small.json --output_dir "$out/$1" \
-        --epochs 1 --batch_size 32 --bf16 --dino_tower_loss none "${@:2}"
+        --epochs "$2" --batch_size 32 --bf16 --dino_tower_loss none "${@:3}"
 }
 
 towers() {
-    tower tower_1 --learning_rate 1e-3 --seed "$seed" --vision_tower_loss verdict=1,attributes=1,reasoning=3
-    tower tower_2 --learning_rate 7e-4 --seed "$((seed + 1))" --vision_tower_loss verdict=2,attributes=1,reasoning=1 \
+    tower tower_1 1 --learning_rate 1e-3 --seed "$seed" --vision_tower_loss verdict=1,attributes=1,reasoning=3
+    tower tower_2 1 --learning_rate 7e-4 --seed "$((seed + 1))" --vision_tower_loss verdict=2,attributes=1,reasoning=1 \
         --start "$out/tower_1"
+    tower tower_3 2 --learning_rate 7e-4 --seed "$((seed + 2))" --vision_tower_loss verdict=2,attributes=1,reasoning=1 \
+        --start "$out/tower_2"
 }
 
 # train FOLDER OPTION…: the recipe in this process, at rates for a model that starts from nothing.
@@ -59,7 +61,7 @@ train() {
 # The tower is frozen and its outputs are kept on disk, so that the language model learns to write in minutes.
 language_model() {
     train start --model_config scripts/fakevlm_small.json --tokenizer "$out/tokenizer" \
-        --vision_tower "$out/tower_2/vision_tower" --unfreeze_towers False --cache_features "$out/features" \
+        --vision_tower "$out/tower_3/vision_tower" --unfreeze_towers False --cache_features "$out/features" \
         --save_layout merged --learning_rate 1.5e-3 --num_train_epochs 0.8
 }
 
