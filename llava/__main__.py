@@ -68,6 +68,7 @@ VERBS = {
     "serve": Verb("serve a model on this machine: a page for people, an API for programs", "llava.serve.command:main"),
     "train": Verb("train a model, by a recipe or by its options", "llava.train.launcher:main"),
     "merge": Verb("merge a LoRA folder, or write another layout", "llava.merge:main"),
+    "export": Verb("write a model as a serving engine takes it", "llava.export:main"),
     "data": Verb("make, fetch, show and check data", verbs=DATA),
     "doctor": Verb("say what is installed and found here, and what is wrong with it", "llava.doctor:main"),
 }

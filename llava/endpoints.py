@@ -1,4 +1,4 @@
-"""A client of OpenAI-compatible chat endpoints: repeats what may yet succeed, and says what cannot. Imports no torch.
+"""A client of OpenAI-compatible endpoints: repeats what may yet succeed, and says what cannot. Imports no torch.
 
 The key comes from an environment variable and is written nowhere.
 """
@@ -7,9 +7,9 @@ import os
 import random
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from llava.cli import note_once
@@ -18,9 +18,12 @@ from llava.errors import OptionError, UserError
 KEY_VARIABLE = "OPENAI_API_KEY"
 TOP_LOGPROBS = 20
 """Most likely tokens that are asked for at each place."""
+_TOKEN_ID = "token_id:"
+_FAILURES_IN_A_ROW = 5
 _LONGEST_PAUSE = 60.0
 _FATAL = (401, 403, 404)
 _REPEATED = (408, 409, 425, 429)
+_Answered = TypeVar("_Answered")
 
 
 class EndpointError(UserError):
@@ -59,6 +62,51 @@ class Reply:
     tokens: tuple[TokenChoice, ...] = ()
     prompt_tokens: int = 0
     completion_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """How an endpoint continued prompt embeddings.
+
+    Attributes:
+        text: What it wrote.
+        ids: Ids of the tokens; empty where the endpoint tells none.
+        top: Log-probabilities of the likeliest tokens at each place, by their ids; as many as ``ids``.
+        prompt_tokens: Length of the prompt, as the endpoint counts it.
+        completion_tokens: Tokens of the text.
+    """
+
+    text: str
+    ids: tuple[int, ...] = ()
+    top: tuple[Mapping[int, float], ...] = ()
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class FailuresInARow:
+    """Ends a run whose endpoint fails for one image after the other."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._lock = threading.Lock()
+
+    def reset(self) -> None:
+        """Begins to count again, since an image was answered."""
+        self._number = 0
+
+    def add(self, error: EndpointError, base_url: str) -> None:
+        """Counts a failure.
+
+        Raises:
+            EndpointDownError: It is one too many.
+        """
+        with self._lock:
+            self._number += 1
+            if self._number >= _FAILURES_IN_A_ROW:
+                raise EndpointDownError(
+                    f"{base_url} failed for {self._number} images in a row, the last time: {error}. Replies that came "
+                    "are kept; run the same command again to resume"
+                ) from error
 
 
 @dataclass
@@ -113,14 +161,43 @@ class Endpoint:
             EndpointError: There is no usable answer to this question.
             EndpointDownError: The endpoint takes no question of ours.
         """
+        asked = {"model": self.model, "messages": messages, **settings}
+        top: dict[str, Any] = {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
+        return self._repeat(
+            lambda further: _read(self._opened().chat.completions.create(**asked, **further)), top if logprobs else {}
+        )
+
+    def complete(self, prompt_embeds: str, **settings: Any) -> Completion:
+        """Lets a language model continue embeddings, once, and again where that may help.
+
+        Args:
+            prompt_embeds: Embeddings of the prompt ``[L, D]``, saved by torch, in base64: vLLM's own input.
+            **settings: ``temperature``, ``max_tokens``, ``seed``, ``stop``, …
+
+        Raises:
+            EndpointError: There is no usable answer.
+            EndpointDownError: The endpoint takes no question of ours.
+        """
+        own = {"prompt_embeds": prompt_embeds, "return_tokens_as_token_ids": True, "include_stop_str_in_output": True}
+        # OpenAI's client insists on a prompt; an empty one adds nothing to the embeddings.
+        asked = {"model": self.model, "prompt": "", "extra_body": own, **settings}
+        return self._repeat(
+            lambda further: _read_completion(self._opened().completions.create(**asked, **further)),
+            {"logprobs": TOP_LOGPROBS},
+        )
+
+    def _repeat(self, ask: Callable[[dict[str, Any]], _Answered], logprobs: dict[str, Any]) -> _Answered:
+        """Asks until there is an answer.
+
+        Args:
+            ask: Asks once, with further settings.
+            logprobs: Settings that ask for log-probabilities; an endpoint that refuses goes without.
+        """
         reason = ""
         for attempt in range(self.retries + 1):
-            wanted = logprobs and self._has_logprobs
-            extra: dict[str, Any] = {"logprobs": True, "top_logprobs": TOP_LOGPROBS} if wanted else {}
+            wanted = logprobs if self._has_logprobs else {}
             try:
-                return _read(
-                    self._opened().chat.completions.create(model=self.model, messages=messages, **settings, **extra)
-                )
+                return ask(wanted)
             except UserError:
                 raise
             except _Unusable as error:
@@ -199,6 +276,33 @@ def _read(completion: Any) -> Reply:
         (usage.prompt_tokens or 0) if usage else 0,
         (usage.completion_tokens or 0) if usage else 0,
     )
+
+
+def _read_completion(completion: Any) -> Completion:
+    choices = getattr(completion, "choices", None)
+    if not choices or choices[0].text is None:
+        raise _Unusable("the answer holds no text")
+    found, usage = choices[0].logprobs, completion.usage
+    ids = [_token_id(token) for token in (found.tokens or [])] if found else []
+    top = [_by_id(place or {}) for place in (found.top_logprobs or [])] if found else []
+    if None in ids or len(top) != len(ids):  # of an engine that names tokens by their text
+        ids, top = [], []
+    return Completion(
+        choices[0].text,
+        tuple(index for index in ids if index is not None),
+        tuple(top),
+        (usage.prompt_tokens or 0) if usage else 0,
+        (usage.completion_tokens or 0) if usage else 0,
+    )
+
+
+def _token_id(token: str) -> int | None:
+    number = str(token).removeprefix(_TOKEN_ID)
+    return int(number) if str(token).startswith(_TOKEN_ID) and number.isdecimal() else None
+
+
+def _by_id(place: Mapping[str, float]) -> dict[int, float]:
+    return {index: float(logprob) for token, logprob in place.items() if (index := _token_id(token)) is not None}
 
 
 def _refuses_logprobs(error: Exception) -> bool:

@@ -37,11 +37,16 @@ def build_parser() -> argparse.ArgumentParser:
         default="native",
         help="; ".join(f"{name}: {text}" for name, text in LAYOUTS.items()),
     )
+    add_opening(parser)
+    return parser
+
+
+def add_opening(parser: argparse.ArgumentParser) -> None:
+    """Adds the options by which a model is opened to be written."""
     parser.add_argument("--vision-tower", help="CLIP tower: folder or hub id, if the checkpoint does not hold it")
     parser.add_argument("--dino-weights", help="DINOv2 .pth or folder, if the checkpoint does not hold it")
     parser.add_argument("--system", help="the checkpoint's system, where its files do not tell it")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; default: the adapter's")
-    return parser
 
 
 def merge(arguments: argparse.Namespace) -> None:
@@ -51,10 +56,29 @@ def merge(arguments: argparse.Namespace) -> None:
         UserError: The model cannot be opened or written; the message says why.
     """
     from llava.files import atomic_folder
+    from llava.model.saving import save_published
+
+    checkpoint, model = open_merged(arguments)
+    if arguments.layout == "published":
+        save_published(model, arguments.save_model_path, checkpoint.config, checkpoint.tokenizer_folder)
+    else:
+        with atomic_folder(arguments.save_model_path) as folder:
+            model.save_pretrained(folder)
+    print(f"saved {arguments.save_model_path} ({arguments.layout} layout)")
+
+
+def open_merged(arguments: argparse.Namespace) -> "tuple[Checkpoint, LlavaLlamaForCausalLM]":
+    """Opens a model in the dtype that is written, its adapter merged in float32.
+
+    Args:
+        arguments: ``model_path``, ``model_base``, and those of ``add_opening``.
+
+    Raises:
+        UserError: It cannot be opened, or holds numbers that the dtype cannot; the message says why.
+    """
     from llava.model.adapter import check_finite
     from llava.model.builder import load_pretrained_model
     from llava.model.checkpoint import open_checkpoint
-    from llava.model.saving import save_published
 
     checkpoint = open_checkpoint(arguments.model_path, arguments.model_base, system=arguments.system)
     dtype = _written_dtype(arguments.dtype, checkpoint)
@@ -73,12 +97,7 @@ def merge(arguments: argparse.Namespace) -> None:
         model.to(dtype)
         model.config.dtype = dtype
     _check_range(model, dtype)
-    if arguments.layout == "published":
-        save_published(model, arguments.save_model_path, checkpoint.config, checkpoint.tokenizer_folder)
-    else:
-        with atomic_folder(arguments.save_model_path) as folder:
-            model.save_pretrained(folder)
-    print(f"saved {arguments.save_model_path} ({arguments.layout} layout)")
+    return checkpoint, model
 
 
 def _written_dtype(name: str, checkpoint: "Checkpoint") -> "torch.dtype":

@@ -41,7 +41,7 @@ PAGES_OF_FLAGS = {
     "docs/several-gpus.md": [["eval"], ["detect"]],
     "docs/slurm.md": [],
     "docs/kubernetes.md": [],
-    "docs/serving.md": [["serve"], ["detect"]],
+    "docs/serving.md": [["serve"], ["detect"], ["export"], ["eval"]],
     "docs/training.md": [["train"], ["train", "--recipe", "fakereasoning"], NETWORK, ["detect"]],
     "docs/checkpoints.md": [["merge"], ["detect"]],
     "docs/data.md": [["data", name] for name in front.DATA],
@@ -60,7 +60,15 @@ PAGES_OF_FLAGS = {
     "docs/contrast.md": [["train"]],
     "docs/ablations.md": [["train"]],
     "CONTRIBUTING.md": [["eval"]],
-    "CHANGELOG.md": [NETWORK, ["train"], ["train", "--recipe", "fakereasoning"], ["merge"], ["eval"], ["detect"]],
+    "CHANGELOG.md": [
+        NETWORK,
+        ["train"],
+        ["train", "--recipe", "fakereasoning"],
+        ["merge"],
+        ["export"],
+        ["eval"],
+        ["detect"],
+    ],
 }
 """The verbs whose flags each page names in its text."""
 ELSEWHERE = {

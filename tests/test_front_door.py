@@ -160,6 +160,7 @@ COMMANDS = {
     "serve": (["serve"], "llava.detector.ForgeryDetector.from_pretrained"),
     "train": (["train", "--recipe", "fakereasoning", "--dry-run"], "llava.train.launcher.read_recipe"),
     "merge": (["merge", "--model-path", "m", "--save-model-path", "{world}/merged"], "llava.merge.merge"),
+    "export": (["export", "--model-path", "m", "--save-model-path", "{world}/exported"], "llava.export.export"),
     "doctor": (["doctor"], "llava.doctor.examine"),
     **{
         f"data {name}": (["data", name], verb.command.replace(":main", ".build_parser"))
@@ -204,6 +205,7 @@ MISTAKES = {
     "serve": ["serve", "--api-keys", "{world}/absent"],
     "train": ["train", "--recipe", "no_such_recipe"],
     "merge": ["merge", "--model-path", "{world}/absent", "--save-model-path", "{world}/merged"],
+    "export": ["export", "--model-path", "{world}/absent", "--save-model-path", "{world}/exported"],
     "data show": ["data", "show", "{world}/absent.json", "--tokenizer", "{world}"],
     "data validate": ["data", "validate", "{world}/absent.json"],
     "data convert": ["data", "convert", "{world}/absent.json", "--to", "fakevlm", "--out", "{world}/o.json"],

@@ -45,6 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "llava.__main__": BELOW | ASK | {"llava"},
     "llava.doctor": BELOW | ASK | {"llava"},
     "llava.merge": BELOW | ASK | {"llava.model"},
+    "llava.export": BELOW | ASK | {"llava.model", "llava.merge", "llava.systems.language_model"},
     "forgery_eval": BELOW | ASK | {"llava", "llava.detector", "llava.report_page", "forgery_eval"},
     "mmfr_generation": BELOW
     | {"llava.data.records", "llava.data.summary"}
@@ -85,6 +86,7 @@ TORCH_FREE = [
     "llava.data.image_check",
     "llava.__main__",
     "llava.doctor",
+    "llava.export",
     "forgery_eval.inference",
     "forgery_eval.eval",
     "forgery_eval.compare",

@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 PROJECTOR_FILE = "mm_projector.bin"
 """Projectors alone, as LLaVA's trainer leaves them."""
+SERVED = "served"
+"""Field of the config of a model whose layers are elsewhere: where, and in which dtype."""
 _BUFFERS = ("rotary_emb.inv_freq", "position_ids")
 """Stored by old versions of transformers; computed now."""
 _TRAINED = {"tune_mm_mlp_adapter", "freeze_mm_mlp_adapter"}
@@ -135,6 +137,11 @@ def open_checkpoint(
     if (folder / "adapter_config.json").is_file():
         return _open_lora(files, model_base, system)
     config = read_json(folder / "config.json")
+    if config.get(SERVED):
+        raise CheckpointError(
+            f"{folder} is the client of a language model that is served elsewhere: it answers about images (forgery "
+            "detect, forgery eval), and cannot be trained, merged or exported"
+        )
     words = folder if is_projector_delta(folder) else _words_folder(folder, config, model_base)
     processor = config.get("mm_image_processor") or read_image_processor(folder) or read_image_processor(words)
     if processor is not None:

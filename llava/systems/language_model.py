@@ -22,7 +22,9 @@ from llava.model.builder import load_pretrained_model
 from llava.model.cpu_bfloat16 import lay_out
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.multimodal_fusion.builder import fusion_class
+from llava.model.served import ServedAnswering, ServedAnswers, load_client, served_settings
 from llava.report import ForgeryReport
+from llava.systems import registry
 from llava.systems.base import AnalyzeOptions, AnswerFormat, Listener
 
 
@@ -85,10 +87,21 @@ class LanguageModelSystem(ABC):
 
     @classmethod
     def load(cls, path: str, **options: Any) -> "LanguageModelSystem":
-        """Opens a checkpoint; ``options`` are those of ``load_pretrained_model``."""
-        opened = load_pretrained_model(path, **{"system": cls.name, **options})
-        lay_out(opened[1])
-        return cls(*opened)
+        """Opens a checkpoint, or the client of a served one; ``options`` are those of ``load_pretrained_model``."""
+        settings = served_settings(path)
+        if settings is None:
+            opened = load_pretrained_model(path, **{"system": cls.name, **options})
+            lay_out(opened[1])
+            return cls(*opened)
+        client = load_client(path, settings, registry.spec(cls.name).name, **options)
+        system = cls(client.tokenizer, client.model, client.image_processor, client.context_length)
+        system.answering = ServedAnswering(client, cls.answer_format, temperature=system.verdict_temperature)
+        return system
+
+    @property
+    def served(self) -> ServedAnswering | None:
+        """What asks the language model, if that is served elsewhere."""
+        return self.answering if isinstance(self.answering, ServedAnswering) else None
 
     @abstractmethod
     def prompt(self, options: Any) -> str:
@@ -136,7 +149,8 @@ class LanguageModelSystem(ABC):
     def describe(self, options: Any) -> dict[str, Any]:
         """All that changes an answer beside weights, options and pixels; the dtype is what ``auto`` came to."""
         dtype = str(self.model.dtype).removeprefix("torch.")
-        return {"prompt": self.prompt(options), "notice": self.notice, "dtype": dtype}
+        described = {"prompt": self.prompt(options), "notice": self.notice, "dtype": dtype}
+        return described if self.served is None else {**described, "served": self.served.endpoint.model}
 
     def prepare(self, image: Image.Image) -> PreparedImage:
         """Pads or crops, resizes and normalises an image."""
@@ -175,11 +189,14 @@ class LanguageModelSystem(ABC):
         embeddings = encoded.embeddings
         if options.score_only:
             scores = self.answering.prompt_scores(self.prompt(options), embeddings, len(prepared))
-            reports = [self.score_report(score) for score in scores]
+            reports = [
+                self.score_report(score) if isinstance(score, float) else self._failed(score) for score in scores
+            ]
         else:
             reports = self._answer(embeddings, prepared, options)
         readings = [{name: values[row] for name, values in encoded.readings.items()} for row in range(len(prepared))]
-        reports = [self.add_readings(*each, options) for each in zip(reports, readings, prepared, strict=True)]
+        triples = zip(reports, readings, prepared, strict=True)
+        reports = [each[0] if each[0].error else self.add_readings(*each, options) for each in triples]
         if encoded.description is not None:
             features = encoded.description.cpu().numpy()
             reports = [replace(report, features=row) for report, row in zip(reports, features, strict=True)]
@@ -217,7 +234,19 @@ class LanguageModelSystem(ABC):
             prefix=self.answer_prefix(options),
             score_prompt=self.reports_prompt_score(options),
         )
-        return [self.report(each, options) for each in answers]
+        return [self._served_report(e, options) if self.served else self.report(e, options) for e in answers]
+
+    def _served_report(self, answers: ImageAnswers, options: AnalyzeOptions) -> ForgeryReport:
+        """Returns the report of what a served model answered; its details say where P(fake) comes from."""
+        assert isinstance(answers, ServedAnswers)
+        if answers.error:
+            return self._failed(answers.error)
+        report = self.report(answers, options)
+        report = replace(report, details={**report.details, "score": answers.score})
+        return report if answers.has_score else replace(report, fake_probability=None, score_source=None)
+
+    def _failed(self, error: Any) -> ForgeryReport:
+        return ForgeryReport(None, None, None, system=self.name, error=str(error))
 
     def score_report(self, score: float) -> ForgeryReport:
         """Returns the report of an image of which only P(fake) without an answer was asked."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from llava.endpoints import KEY_VARIABLE, Endpoint, EndpointDownError, EndpointError, Reply
+from llava.endpoints import KEY_VARIABLE, Endpoint, EndpointError, FailuresInARow, Reply
 from llava.errors import CheckpointError, OptionError
 from llava.files import JsonlLog, digest_json
 from llava.report import ForgeryReport
@@ -22,7 +22,6 @@ from llava.systems.endpoint.scores import verdict_probability
 
 _ONE_AFTER_ANOTHER = 4
 """Images of a batch for each request under way, so that a slow answer does not hold the others up."""
-_FAILURES_IN_A_ROW = 5
 _FIELDS = ("base_url", "model", "words", "key_variable")
 
 
@@ -55,8 +54,7 @@ class EndpointSystem:
         self.options: type[AnalyzeOptions] = resolve(registry.spec(words).options)
         self.concurrency = 8
         self._replies = _Replies()
-        self._failed_in_a_row = 0
-        self._lock = threading.Lock()
+        self._failures = FailuresInARow()
 
     @classmethod
     def load(cls, path: str, **options: Any) -> "EndpointSystem":
@@ -153,20 +151,11 @@ class EndpointSystem:
             try:
                 reply = self.endpoint.ask([{"role": "user", "content": parts}], logprobs=True, **settings)
             except EndpointError as error:
-                self._count_failure(error)
+                self._failures.add(error, self.endpoint.base_url)
                 return ForgeryReport(None, None, None, system=self.name, error=str(error))
-            self._failed_in_a_row = 0
+            self._failures.reset()
             self._replies.add(key, reply, self._token_probability(reply, options))
         return self._report(reply, self._replies.probability(key), options)
-
-    def _count_failure(self, error: EndpointError) -> None:
-        with self._lock:
-            self._failed_in_a_row += 1
-            if self._failed_in_a_row >= _FAILURES_IN_A_ROW:
-                raise EndpointDownError(
-                    f"{self.endpoint.base_url} failed for {self._failed_in_a_row} images in a row, the last time: "
-                    f"{error}. Replies that came are kept; run the same command again to resume"
-                ) from error
 
     def _token_probability(self, reply: Reply, options: AnalyzeOptions) -> float | None:
         if self.answer_format.parse(reply.text, tolerant=options.tolerant).verdict is None:
