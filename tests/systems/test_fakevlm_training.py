@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from forgery_eval.eval import run as evaluate
@@ -78,6 +78,43 @@ def test_a_model_is_asked_as_it_was_trained(whole, tmp_path, style):
     turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
     processor = LlavaProcessor.from_pretrained(final)
     assert processor.apply_chat_template(turn, add_generation_prompt=True) == fill_conversation(style, QUESTION)
+
+
+def write_tower_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """Writes the authors' adapter with updates of the tower, which theirs leaves at 0; returns the tower with them."""
+    shutil.copytree(GOLDENS / "lora", folder)
+    settings = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(BASE)}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    base = {k: v for file in BASE.glob("*.safetensors") for k, v in load_file(file).items()}
+    expected, generator = {}, torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if "vision_tower" in name and "lora_B" in name]:
+        tensors[name] = 0.05 * torch.randn(tensors[name].shape, generator=generator)
+        update = tensors[name] @ tensors[name.replace("lora_B", "lora_A")].float()
+        own = name.removeprefix("base_model.model.").replace(".lora_B", "")
+        expected[own] = base[own].float() + settings["lora_alpha"] / settings["r"] * update
+    save_file(tensors, folder / "adapter_model.safetensors")
+    assert expected and all((value - base[name]).abs().max() > 1e-3 for name, value in expected.items())
+    return expected
+
+
+def test_a_lora_folder_with_tower_modules_is_merged_and_trained_further(tmp_path):
+    """A run starts from the base with the whole update in it, the tower's too."""
+    adapter, merged, output = tmp_path / "adapter", tmp_path / "merged", tmp_path / "run"
+    expected = write_tower_adapter(adapter)
+    words = ["--model-path", str(adapter), "--model-base", str(BASE), "--system", "fakevlm", "--layout", "published"]
+    assert merge([*words, "--save-model-path", str(merged), "--dtype", "float32"]) == 0
+    given = options(output_dir=output, model_name_or_path=adapter, max_steps=1, learning_rate=1e-6)
+    assert train([*given, "--recipe", "fakevlm"]) == 0
+    for folder in (merged, output / "final"):
+        found = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+        assert all((found[name] - value).abs().max() < 1e-5 for name, value in expected.items())
+    model = load_pretrained_model(adapter, model_base=BASE, system="fakevlm", device="cpu", merge_lora=False)[1]
+    whole = load_pretrained_model(merged, device="cpu")[1]
+    pixels = torch.rand(1, 3, *[whole.get_vision_tower().vision_tower.config.image_size] * 2)
+    with torch.no_grad():
+        features = [one.get_vision_tower()(pixels).features for one in (model, whole)]
+    assert (features[0] - features[1]).abs().max() < 1e-4
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")

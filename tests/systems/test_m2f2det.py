@@ -208,6 +208,22 @@ def test_the_answer_follows_the_detectors_token(merged):
     assert (logits_when_detected(3.0, -3.0) - logits_when_detected(-3.0, 3.0)).abs().max() > 0.1
 
 
+def test_the_tokens_value_can_be_swapped_to_see_what_answers_make_of_it(merged, stage1):
+    detector = ForgeryDetector.from_pretrained(merged)
+    images = [GOLDENS / "images" / f"img{number}.png" for number in range(2)]
+    own, swapped = (
+        list(detector.analyze_many(images, detector_token=token, max_new_tokens=3)) for token in ("own", "swapped")
+    )
+    for before, after in zip(own, swapped, strict=True):
+        assert after.fake_probability == before.fake_probability and after.label == before.label
+        assert after.answer_probability != pytest.approx(before.answer_probability, abs=1e-4)
+        assert "exchanged" in after.notice and "exchanged" not in before.notice
+    with pytest.raises(OptionError, match="must be one of own, swapped"):
+        detector.analyze(images[0], detector_token="none")
+    with pytest.raises(OptionError, match="puts no token into a prompt"):
+        ForgeryDetector.from_pretrained(stage1).analyze(images[0], detector_token="swapped")
+
+
 def test_the_published_files_come_back(merged, tmp_path):
     out = tmp_path / "published"
     given = ["--model-path", str(merged), "--save-model-path", str(out), "--layout", "published"]

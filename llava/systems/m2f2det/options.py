@@ -9,6 +9,7 @@ from llava.systems.base import AnalyzeOptions
 from llava.systems.m2f2det.answer import PROMPTS
 
 PROMPT_CHOICES = ("auto", *PROMPTS)
+TOKEN_CHOICES = ("own", "swapped")
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,17 @@ class M2F2DetOptions(AnalyzeOptions):
     Attributes:
         prompt: ``judge`` or ``explain`` as the authors ask, ``training`` as they train; ``auto``: as the model was
             trained if that was here, else ``judge``, or ``explain`` for a question.
+        detector_token: ``own``: the prompt's token is made of the detector's two probabilities; ``swapped``: of the two
+            exchanged, so that one sees whether answers follow it. Label and score are the detector's either way.
     """
 
     prompt: Literal["auto", "judge", "explain", "training"] = option(
         "auto", "judge or explain as the authors ask, training as they train; auto (default)", choices=PROMPT_CHOICES
+    )
+    detector_token: Literal["own", "swapped"] = option(
+        "own",
+        "own (default); swapped: exchange P(real) and P(fake) in the prompt's token, to see whether answers follow it",
+        choices=TOKEN_CHOICES,
     )
 
     def __post_init__(self) -> None:
@@ -33,5 +41,7 @@ class M2F2DetOptions(AnalyzeOptions):
         super().__post_init__()
         if self.prompt not in PROMPT_CHOICES:
             raise OptionError(f"prompt must be one of {', '.join(PROMPT_CHOICES)}, not {self.prompt!r}")
+        if self.detector_token not in TOKEN_CHOICES:
+            raise OptionError(f"detector_token must be one of {', '.join(TOKEN_CHOICES)}, not {self.detector_token!r}")
         if self.prompt == "judge" and self.question is not None:
             raise OptionError("the prompt judge has its own question; ask yours with the prompt explain or training")

@@ -26,12 +26,13 @@ from llava.systems.m2f2det.answer import FORMAT, PUBLISHED, fill_prompt, parse_a
 from llava.systems.m2f2det.checkpoint import open_detector, open_tower
 from llava.systems.m2f2det.detector_net import M2F2Detector
 from llava.systems.m2f2det.options import M2F2DetOptions
-from llava.systems.m2f2det.token import MAP, NAME, PROBABILITIES
+from llava.systems.m2f2det.token import MAP, NAME, PROBABILITIES, SWAPPED
 
 NOTICE = (
     "The published training of this detector leaves the prompt of the forgery map at random, so the map says nothing "
     "of where an image was changed."
 )
+SWAPPED_NOTICE = "This answer was given to a token whose two probabilities were exchanged, as a test."
 _BATCH = {"cuda": 64}
 _LANGUAGE_OPTIONS = (
     "model_base",
@@ -108,8 +109,10 @@ class DetectorAlone:
         """Returns a report an image; the map is its ``attention`` where that is asked for.
 
         Raises:
-            OptionError: A question was given, which a detector cannot answer.
+            OptionError: A question was given, which a detector cannot answer, or another token for a prompt.
         """
+        if getattr(options, "detector_token", "own") != "own":
+            raise OptionError(f"{self.name} without its language model puts no token into a prompt")
         if options.question or getattr(options, "prompt", "auto") != "auto":
             raise OptionError(f"{self.name} without its language model answers no question")
         pixels = torch.stack([pixels for pixels, _ in prepared]).to(self.device)
@@ -182,6 +185,17 @@ class M2F2Det(LanguageModelSystem):
         """No: the detector's map says where it looked."""
         return False
 
+    def analyze_batch(self, prepared: Sequence[PreparedImage], options: M2F2DetOptions) -> list[ForgeryReport]:
+        """Analyses a batch; with a swapped token where that is asked for.
+
+        Raises:
+            OptionError: The options cannot be met.
+        """
+        if options.detector_token == "swapped":
+            mark = torch.ones(1)
+            prepared = [replace(item, extras={**item.extras, SWAPPED: mark}) for item in prepared]
+        return super().analyze_batch(prepared, options)
+
     def report(self, answers: ImageAnswers, options: M2F2DetOptions) -> ForgeryReport:
         """Turns answers into a report: text of the first one, mean of the scores."""
         first, scores = answers.answers[0], [answer.fake_probability for answer in answers.answers]
@@ -198,7 +212,7 @@ class M2F2Det(LanguageModelSystem):
         )
 
     def add_readings(
-        self, report: ForgeryReport, readings: Mapping[str, Tensor], image: PreparedImage, options: AnalyzeOptions
+        self, report: ForgeryReport, readings: Mapping[str, Tensor], image: PreparedImage, options: M2F2DetOptions
     ) -> ForgeryReport:
         """Puts the detector's label, score and map into a report; what the answer says stands beside them."""
         fake_probability = float(readings[PROBABILITIES].float()[1])
@@ -214,6 +228,7 @@ class M2F2Det(LanguageModelSystem):
             answer_probability=report.fake_probability,
             attention=self._overlay(grid, image) if options.attention else None,
             details={**report.details, "forgery_map": rounded(grid)},
+            notice=f"{report.notice} {SWAPPED_NOTICE}".strip() if options.detector_token == "swapped" else report.notice,
         )
 
     def _overlay(self, grid: np.ndarray, image: PreparedImage) -> np.ndarray:

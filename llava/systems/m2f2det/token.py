@@ -17,6 +17,8 @@ NAME = "deepfake"
 """Of the token source in a model's config."""
 PIXELS = "deepfake_pixels"
 """Input with the pixels of the whole image's middle, where the shared ones are padded."""
+SWAPPED = "deepfake_swapped"
+"""Input whose presence exchanges the two probabilities that the token is made of."""
 PROBABILITIES, MAP = "deepfake_probabilities", "deepfake_map"
 _PROJECTOR_STD = 0.1
 
@@ -65,10 +67,11 @@ class DeepfakeToken(TokenSource):
         return self.read(context)[0]
 
     def read(self, context: VisionContext) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Returns the token, P(real) and P(fake) ``[B, 2]``, and the forgery map ``[B, P]``."""
+        """Returns the token, P(real) and P(fake) ``[B, 2]``, and the forgery map ``[B, P]``, which are never swapped."""
         output = self.detect(context)
         probabilities_B2 = output.logits.softmax(-1)
-        token_BD = self.mm_projector(probabilities_B2)
+        shown_B2 = probabilities_B2.flip(-1) if SWAPPED in context.extras else probabilities_B2
+        token_BD = self.mm_projector(shown_B2)
         return token_BD[:, None], {PROBABILITIES: probabilities_B2, MAP: output.scores}
 
     def detect(self, context: VisionContext) -> DetectorOutput:
