@@ -12,13 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoTokenizer, LlamaForCausalLM, LlavaForConditionalGeneration
 
 from llava import ForgeryDetector, load_pretrained_model
 from llava.export import main as export
 from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.checkpoint_files import read_tensors
 from llava.model.checkpoint_layout import stored_state_dict
 from llava.model.serving_files import add_image_word, llama_tensors
+from llava.systems.language_model import fill_conversation
 from tests.conftest import GOLDENS
 from tests.small_models import small_model
 from tests.test_published_size import model as published_13b  # noqa: F401
@@ -196,3 +199,29 @@ def test_what_cannot_be_exported_is_refused(written, trained, tmp_path, capsys):
     (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     assert export(["--model-path", str(quantised), "--save-model-path", target]) == 1
     assert "quantised already" in capsys.readouterr().err and not Path(target).exists()
+
+
+def test_an_explainer_whose_tokenizer_lacks_the_image_word_is_written(tmp_path):
+    shield = GOLDENS.parent / "goldens_fakeshield"
+    prefix = "model.vision_tower.vision_tower."
+    shutil.copytree(shield / "clip", tmp_path / "clip")
+    own = {n.removeprefix(prefix): t[...] for n, t in read_tensors(shield / "DTE-FDM").items() if n.startswith(prefix)}
+    save_file(own, tmp_path / "clip" / "model.safetensors", {"format": "pt"})
+    given = ["--model-path", str(shield / "DTE-FDM"), "--system", "fakeshield", "--dtype", "float32"]
+    target = tmp_path / "model"
+    assert export([*given, "--vision-tower", str(tmp_path / "clip"), "--save-model-path", str(target)]) == 0
+    theirs, words = LlavaForConditionalGeneration.from_pretrained(target).eval(), AutoTokenizer.from_pretrained(target)
+    options = {"system": "fakeshield", "device": "cpu", "dtype": "float32", "vision_tower": tmp_path / "clip"}
+    tokenizer, model, _, _ = load_pretrained_model(shield / "DTE-FDM", **options)
+    turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is it?"}]}]
+    text = words.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    ids, image_id = words(text, add_special_tokens=False).input_ids, theirs.config.image_token_id
+    asked = tokenizer_image_token(fill_conversation("llava_v1", "Is it?"), tokenizer, return_tensors="pt")
+    assert ids == [image_id if index < 0 else index for index in asked.tolist()]
+    number, side = theirs.config.image_seq_length, model.config.pixel_format()["size"]
+    places = [index for index in ids for _ in range(number if index == image_id else 1)]
+    pixels = torch.randn(1, 3, side, side)
+    with torch.no_grad():
+        found = theirs(input_ids=torch.tensor([places]), pixel_values=pixels).logits
+        wanted = model(input_ids=asked[None], images=pixels).logits
+    assert (found[..., : wanted.shape[-1]] - wanted).abs().max() < 1e-5
