@@ -1,6 +1,6 @@
-"""Tables of several evaluations of the same images, in Markdown: clean figures with intervals, and each step of delivery.
+"""Tables of several evaluations of the same images, in Markdown: clean figures with intervals, and each delivery.
 
-    python scripts/baselines_table.py "small CNN=results/cnn" "embedded model=results/embedded"
+To be called as ``python scripts/baselines_table.py "small CNN=results/cnn" "embedded model=results/embedded"``.
 """
 
 import argparse

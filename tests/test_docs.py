@@ -39,7 +39,7 @@ PAGES_OF_FLAGS = {
     "docs/inference.md": [["detect"]],
     "docs/evaluation.md": [["eval"]],
     "docs/several-gpus.md": [["eval"], ["detect"]],
-    "docs/slurm.md": [],
+    "docs/slurm.md": [["eval"]],
     "docs/kubernetes.md": [],
     "docs/serving.md": [["serve"], ["detect"], ["export"], ["eval"]],
     "docs/training.md": [["train"], ["train", "--recipe", "fakereasoning"], NETWORK, ["detect"]],

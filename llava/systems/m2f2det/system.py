@@ -219,6 +219,7 @@ class M2F2Det(LanguageModelSystem):
         scores_P = readings[MAP].float().cpu().numpy()
         side = round(len(scores_P) ** 0.5)
         grid = scores_P.reshape(side, side)
+        told = SWAPPED_NOTICE if options.detector_token == "swapped" else ""
         return replace(
             report,
             label=LABELS[int(fake_probability >= 0.5)],
@@ -228,7 +229,7 @@ class M2F2Det(LanguageModelSystem):
             answer_probability=report.fake_probability,
             attention=self._overlay(grid, image) if options.attention else None,
             details={**report.details, "forgery_map": rounded(grid)},
-            notice=f"{report.notice} {SWAPPED_NOTICE}".strip() if options.detector_token == "swapped" else report.notice,
+            notice=f"{report.notice} {told}".strip(),
         )
 
     def _overlay(self, grid: np.ndarray, image: PreparedImage) -> np.ndarray:

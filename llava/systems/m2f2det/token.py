@@ -67,7 +67,7 @@ class DeepfakeToken(TokenSource):
         return self.read(context)[0]
 
     def read(self, context: VisionContext) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Returns the token, P(real) and P(fake) ``[B, 2]``, and the forgery map ``[B, P]``, which are never swapped."""
+        """Returns the token, P(real) and P(fake) ``[B, 2]``, and the map ``[B, P]``; these two are never swapped."""
         output = self.detect(context)
         probabilities_B2 = output.logits.softmax(-1)
         shown_B2 = probabilities_B2.flip(-1) if SWAPPED in context.extras else probabilities_B2
