@@ -185,13 +185,13 @@ class M2F2Det(LanguageModelSystem):
         """No: the detector's map says where it looked."""
         return False
 
-    def analyze_batch(self, prepared: Sequence[PreparedImage], options: M2F2DetOptions) -> list[ForgeryReport]:
+    def analyze_batch(self, prepared: Sequence[PreparedImage], options: AnalyzeOptions) -> list[ForgeryReport]:
         """Analyses a batch; with a swapped token where that is asked for.
 
         Raises:
             OptionError: The options cannot be met.
         """
-        if options.detector_token == "swapped":
+        if _is_swapped(options):
             mark = torch.ones(1)
             prepared = [replace(item, extras={**item.extras, SWAPPED: mark}) for item in prepared]
         return super().analyze_batch(prepared, options)
@@ -212,14 +212,14 @@ class M2F2Det(LanguageModelSystem):
         )
 
     def add_readings(
-        self, report: ForgeryReport, readings: Mapping[str, Tensor], image: PreparedImage, options: M2F2DetOptions
+        self, report: ForgeryReport, readings: Mapping[str, Tensor], image: PreparedImage, options: AnalyzeOptions
     ) -> ForgeryReport:
         """Puts the detector's label, score and map into a report; what the answer says stands beside them."""
         fake_probability = float(readings[PROBABILITIES].float()[1])
         scores_P = readings[MAP].float().cpu().numpy()
         side = round(len(scores_P) ** 0.5)
         grid = scores_P.reshape(side, side)
-        told = SWAPPED_NOTICE if options.detector_token == "swapped" else ""
+        told = SWAPPED_NOTICE if _is_swapped(options) else ""
         return replace(
             report,
             label=LABELS[int(fake_probability >= 0.5)],
@@ -270,3 +270,7 @@ def over_image(grid: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     top, left = (height - side) // 2, (width - side) // 2
     whole[top : top + side, left : left + side] = np.asarray(square).clip(0, 1)
     return whole
+
+
+def _is_swapped(options: AnalyzeOptions) -> bool:
+    return isinstance(options, M2F2DetOptions) and options.detector_token == "swapped"
