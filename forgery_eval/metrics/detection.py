@@ -25,6 +25,8 @@ FALSE_POSITIVE_RATES = {"tpr_at_1_fpr": 0.01, "tpr_at_5_fpr": 0.05}
 RANKING_METRICS = ("auroc", "average_precision", *FALSE_POSITIVE_RATES)
 SCORE_METRICS = (*RANKING_METRICS, "ece", "nll", "brier")
 INTERVAL = (2.5, 97.5)
+_NORMAL = 1.959964
+"""Quantile of the normal distribution that an interval of 95 % ends at."""
 NO_ANSWER = -1
 _CELLS = 2_000_000
 """Weights held at a time, so that the bootstrap takes flat memory."""
@@ -200,6 +202,19 @@ def interval(values: Array) -> list[float] | None:
     """Returns the percentile interval of a metric's draws, None if it is undefined in all."""
     known = values[~np.isnan(values)]
     return [float(value) for value in np.percentile(known, INTERVAL)] if len(known) else None
+
+
+def wilson(count: int, of: int) -> tuple[float, float]:
+    """Returns the 95 % interval of a share by its score (Wilson, 1927).
+
+    Args:
+        count: Successes.
+        of: Trials, at least one.
+    """
+    share, square = count / of, _NORMAL**2 / of
+    middle = (share + square / 2) / (1 + square)
+    half = _NORMAL * np.sqrt(share * (1 - share) / of + square / of / 4) / (1 + square)
+    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
 
 
 def draw_weights(outcomes: Outcomes, draws: int, rng: np.random.Generator) -> Iterator[Array]:

@@ -8,31 +8,40 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn import metrics as sk
 
-from forgery_eval.metrics.detection import BINS, score_bins
+from forgery_eval.metrics.detection import BINS, score_bins, wilson
 from forgery_eval.pages.base import COLOURS
 from llava.labels import LABELS
 
-Draw = Callable[[Axes, np.ndarray, np.ndarray], None]
+Draw = Callable[..., None]
+_INK = "#010203"
+"""Colour of axes and words, which becomes the page's own, light or dark."""
+_LOOK = {
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
+    "axes.facecolor": "none",
+    "legend.facecolor": "none",
+    "svg.fonttype": "none",
+    "font.sans-serif": ["DejaVu Sans"],
+}
 
 
-def charts(labels: np.ndarray, scores: np.ndarray) -> list[Markup]:
-    """Returns ROC, precision and recall (where both classes are there), reliability, and a histogram.
+def score_charts(labels: np.ndarray, scores: np.ndarray) -> dict[str, Markup]:
+    """Returns drawings by name: ``reliability`` and ``histogram``; with both classes ``roc`` and ``precision_recall``.
 
     Args:
         labels: 0 real, 1 fake, shape (N,).
         scores: P(fake), shape (N,); none are drawn where N is 0.
     """
     if not len(scores):
-        return []
-    drawings: list[Draw] = [_reliability, _histogram]
+        return {}
+    drawings: dict[str, Draw] = {"reliability": _reliability, "histogram": _histogram}
     if len(set(labels.tolist())) == 2:
-        drawings = [_roc, _precision_recall, *drawings]
-    return [_svg(drawing, labels, scores) for drawing in drawings]
+        drawings = {"roc": _roc, "precision_recall": _precision_recall, **drawings}
+    return {name: figure(partial(draw, labels=labels, scores=scores), name) for name, draw in drawings.items()}
 
 
 def robustness_charts(found: Mapping[str, Any]) -> list[Markup]:
@@ -78,8 +87,8 @@ def _balanced(metrics: Mapping[str, Any]) -> float | None:
     return metrics.get("text_balanced_accuracy") if of_score is None else of_score
 
 
-def risk_coverage_chart(curve: Sequence[Sequence[float]], given: Mapping[str, Any]) -> Markup:
-    """Returns the error among the surest images against their share, and where the rule stands.
+def risk_coverage_chart(curve: Sequence[Sequence[float]], given: Mapping[str, Any] | None = None) -> Markup:
+    """Returns the error among the surest images against their share, and where the rule stands, if there is one.
 
     Args:
         curve: Points of coverage and error.
@@ -88,9 +97,9 @@ def risk_coverage_chart(curve: Sequence[Sequence[float]], given: Mapping[str, An
     return figure(partial(_risk_coverage, curve=curve, given=given), "risk coverage")
 
 
-def _risk_coverage(axes: Axes, *, curve: Sequence[Sequence[float]], given: Mapping[str, Any]) -> None:
+def _risk_coverage(axes: Axes, *, curve: Sequence[Sequence[float]], given: Mapping[str, Any] | None) -> None:
     axes.plot([point[0] for point in curve], [point[1] for point in curve], color=COLOURS["fake"])
-    if given["error_among_given"] is not None:
+    if given and given["error_among_given"] is not None:
         axes.plot([given["coverage"]], [given["error_among_given"]], "o", color=COLOURS["real"], label="by the rule")
         axes.legend()
     axes.set(title="Risk and coverage", xlabel="share of images, the surest first", ylabel="error among them")
@@ -98,22 +107,25 @@ def _risk_coverage(axes: Axes, *, curve: Sequence[Sequence[float]], given: Mappi
     axes.set_ylim(bottom=0)
 
 
-def _svg(draw: Draw, labels: np.ndarray, scores: np.ndarray) -> Markup:
-    return figure(lambda axes: draw(axes, labels, scores), draw.__name__)
-
-
 def figure(draw: Callable[[Axes], None], name: str) -> Markup:
-    """Returns what is drawn, as SVG; equal drawings of one name are equal to the byte."""
-    drawn = Figure(figsize=(4.6, 3.8), layout="constrained")
-    axes = drawn.subplots()
-    draw(axes)
-    axes.grid(alpha=0.25)
-    stream = io.StringIO()
+    """Returns what is drawn, as SVG; equal drawings of one name are equal to the byte.
+
+    Args:
+        draw: Draws into the axes it is given.
+        name: What a screen reader calls the drawing.
+    """
     # A fixed salt and no date: equal results give equal pages.
-    with matplotlib.rc_context({"svg.hashsalt": name}):
+    with matplotlib.rc_context({**_LOOK, "svg.hashsalt": name}):
+        drawn = Figure(figsize=(4.6, 3.6), layout="constrained", facecolor="none")
+        axes = drawn.subplots()
+        draw(axes)
+        axes.grid(alpha=0.25, color="#808080")
+        stream = io.StringIO()
         drawn.savefig(stream, format="svg", metadata={"Date": None})
     text = stream.getvalue()
-    return Markup(text[text.index("<svg") :])  # drawn here from numbers and the words of this module alone
+    head = f'<svg role="img" aria-label="{escape(name.replace("_", " "))}"'
+    # Drawn here from numbers, and from words that matplotlib escapes.
+    return Markup(text[text.index("<svg") :].replace("<svg", head, 1).replace(_INK, "currentColor"))
 
 
 def _roc(axes: Axes, labels: np.ndarray, scores: np.ndarray) -> None:
@@ -136,7 +148,9 @@ def _reliability(axes: Axes, labels: np.ndarray, scores: np.ndarray) -> None:
     filled = counts > 0
     mean_score = np.bincount(bins, weights=scores, minlength=BINS)[filled] / counts[filled]
     share_of_fakes = np.bincount(bins, weights=labels, minlength=BINS)[filled] / counts[filled]
+    bounds = np.array([wilson(round(s * n), n) for s, n in zip(share_of_fakes, counts[filled], strict=True)])
     axes.plot([0, 1], [0, 1], color="grey", linestyle=":")
+    axes.vlines(mean_score, bounds[:, 0], bounds[:, 1], color="grey", linewidth=1)
     axes.scatter(mean_score, share_of_fakes, s=12 + 150 * counts[filled] / counts.sum(), color=COLOURS["fake"])
     axes.set(title="Reliability (size: share of images)", xlabel="P(fake)", ylabel="share of fakes")
 

@@ -1,25 +1,27 @@
 """The report of an evaluation: one HTML file that needs nothing else."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from markupsafe import Markup
+from PIL import Image
 
 from forgery_eval.localize import ABOVE
 from forgery_eval.masks import read_mask
+from forgery_eval.metrics.abstention import risk_coverage
 from forgery_eval.metrics.scoring import ALL, Scored
-from forgery_eval.pages.base import image_source, render
-from forgery_eval.pages.charts import charts, risk_coverage_chart, robustness_charts
+from forgery_eval.pages.base import THUMBNAIL, image_source, render, thumbnail
+from forgery_eval.pages.charts import risk_coverage_chart, robustness_charts, score_charts
 from forgery_eval.pages.overlay import draw_grey_mask
+from forgery_eval.pages.summary import tiles, verdict_source, worst_parts
+from forgery_eval.pages.tables import Cell, Table, metric_cell, metrics_table, number
 from llava.labels import LABELS
 from llava.systems.base import EvaluationProtocol
 from llava.tampered import read_changed
 
 WORST = 24
-_THUMBNAIL = 224
 _MOST_FAILURES = 200
 _DETECTION = {
     "text_accuracy": "accuracy (text)",
@@ -79,36 +81,6 @@ _REASONING = {
 _PUBLISHED_MEANS = {"bleu_1": "BLEU-1", "rouge_l": "ROUGE-L", "css": "CSS", "failure_rate": "failures"}
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A cell of a table.
-
-    Attributes:
-        text: What it shows.
-        notes: Smaller lines below.
-        reason: Why it shows no value; seen on pointing at it.
-    """
-
-    text: str
-    notes: tuple[str, ...] = ()
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table with one row of headings.
-
-    Attributes:
-        head: Headings.
-        rows: Cells, as many in each row.
-        left_out: What would have been dashes from top to bottom, and why; empty if nothing was.
-    """
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-    left_out: str = ""
-
-
 def report_page(
     metrics: Mapping[str, Any],
     rows: Sequence[Scored],
@@ -126,8 +98,12 @@ def report_page(
     """
     detection, reasoning = metrics["detection"], metrics["reasoning"]
     seconds = [row.prediction.seconds for row in rows if row.prediction.seconds]
-    known = [row for row in rows if not np.isnan(row.score)]
     failures = metrics["failures"]
+    counted_by, shown_tiles = tiles(metrics)
+    known = [row for row in rows if not np.isnan(row.score)]
+    drawn = score_charts(
+        np.array([row.sample.label for row in known], int), np.array([row.score for row in known], float)
+    )
     return render(
         "report.html",
         data=metrics["data"],
@@ -137,40 +113,68 @@ def report_page(
         speed=1 / float(np.mean(seconds)) if seconds else None,
         calibration=_calibration(metrics["calibration"]),
         notice=metrics.get("settings", {}).get("notice") or "",
+        counted_by=counted_by,
+        tiles=shown_tiles,
+        first_charts=[
+            *(drawn[name] for name in ("roc", "reliability") if name in drawn),
+            *_risk_coverage(metrics, known),
+        ],
+        charts=[drawn[name] for name in ("precision_recall", "histogram") if name in drawn],
+        worst_parts=worst_parts(detection),
         paper=_paper_table(metrics["paper"], published) if "paper" in metrics else None,
-        detection=_metrics_table(_named(detection), _DETECTION, _published_accuracy(detection["sets"], published)),
-        groups={name: _metrics_table(values, _DETECTION, {}) for name, values in detection["groups"].items()},
-        confusion=_confusion(detection[ALL]["metrics"]),
-        charts=charts(
-            np.array([row.sample.label for row in known], int), np.array([row.score for row in known], float)
-        ),
         given=_given(metrics["abstention"]) if "abstention" in metrics else None,
         robustness=_robustness(metrics["robustness"]) if "robustness" in metrics else None,
-        two_scores=_two_scores(metrics) if "answer_score" in metrics else None,
-        published_means=_published_means(published),
-        reasoning=[
-            (title, _metrics_table(_kind(reasoning, kind), _REASONING, {}))
-            for kind, title in (("all", "All answers; failures count 0"), ("parsed", "Answers with a verdict"))
-        ],
         localization=_localization(metrics["localization"], published) if "localization" in metrics else None,
         worst_masks=_worst_masks(metrics.get("localization"), rows, masks),
+        published_means=_published_means(published),
+        reasoning=_reasoning(reasoning),
         worst=[_card(row, masks) for row in worst_mistakes(rows)],
-        failures=[[Cell(failure["id"]), Cell(failure["reason"])] for failure in failures[:_MOST_FAILURES]],
+        tables=_tables(metrics, published),
+        failures=Table(["image", "reason"], [[Cell(f["id"]), Cell(f["reason"])] for f in failures[:_MOST_FAILURES]]),
         more_failures=max(0, len(failures) - _MOST_FAILURES),
     )
 
 
-def _number(value: float | int | None) -> str:
-    if value is None:
-        return "–"
-    return str(value) if isinstance(value, int) else f"{value:.4f}"
+def _risk_coverage(metrics: Mapping[str, Any], known: Sequence[Scored]) -> list[Markup]:
+    """The curve of the rule, or of the scores alone where there is no rule; nothing where there is no score."""
+    if "abstention" in metrics:
+        everything = metrics["abstention"][ALL]
+        return [risk_coverage_chart(everything["risk_coverage"], everything)]
+    labels, scores = np.array([r.sample.label for r in known], int), np.array([r.uncalibrated for r in known], float)
+    curve, _ = risk_coverage(labels, scores, [""] * len(known))
+    return [risk_coverage_chart(curve)] if curve else []
+
+
+def _tables(metrics: Mapping[str, Any], published: EvaluationProtocol | None) -> dict[str, Table]:
+    """Every table of detection by its title, the worst rows first; means and sums stay on top."""
+    detection = metrics["detection"]
+    worst = f"{verdict_source(detection[ALL]['metrics'])}_accuracy"
+    known = _published_accuracy(detection["sets"], published)
+    found = {"Sets": metrics_table(_named(detection), _DETECTION, known, worst=worst, pinned=("macro", ALL))}
+    for name, values in detection["groups"].items():
+        found[f"By {name}"] = metrics_table(values, _DETECTION, worst=worst)
+    found["Confusion"] = _confusion(detection[ALL]["metrics"])
+    if "answer_score" in metrics:
+        found["With and without the answer"] = _two_scores(metrics)
+    return found
+
+
+def _reasoning(found: Mapping[str, Any]) -> list[tuple[str, Table]]:
+    """A table of all answers and one of those with a verdict; none where no part has any metric."""
+    titles = {"all": "All answers; failures count 0", "parsed": "Answers with a verdict"}
+    if not any(value for name, value in found[ALL]["all"]["metrics"].items()):
+        return []
+    return [
+        (title, metrics_table(_kind(found, kind), _REASONING, worst="rouge_l", pinned=(ALL,)))
+        for kind, title in titles.items()
+    ]
 
 
 def _calibration(found: Mapping[str, Any] | None) -> str:
     if not found:
         return "Scores are as the model gives them."
     where = "on some of these ids; the rest is reported" if found["fitted_here"] else "before, elsewhere"
-    before = ", ".join(f"{name.upper()} {_number(found['before']['metrics'][name])}" for name in ("ece", "nll"))
+    before = ", ".join(f"{name.upper()} {number(found['before']['metrics'][name])}" for name in ("ece", "nll"))
     return (
         f"Scores are calibrated: temperature {found['temperature']:.4g}, bias {found['bias']:.4g}, fitted {where}. "
         f"Before, over all reported images: {before}."
@@ -206,47 +210,6 @@ def _kind(reasoning: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return {name: found[kind] for name, found in [*reasoning["sets"].items(), (ALL, reasoning[ALL])]}
 
 
-def _metrics_table(
-    found: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str], published: Mapping[str, Any]
-) -> Table:
-    """One row a part; below a metric its interval, and the published one of a set of that name.
-
-    A metric that no part has gets no column.
-    """
-    shown = {m: title for m, title in columns.items() if any(p["metrics"].get(m) is not None for p in found.values())}
-    absent = {metric: title for metric, title in columns.items() if metric not in shown}
-
-    def cell(name: str, part: Mapping[str, Any], metric: str) -> Cell:
-        value = part["metrics"].get(metric)
-        if value is None:
-            return Cell(_number(None), reason=part["undefined"].get(metric) or "")
-        low_high = part["intervals"].get(metric)
-        notes = [f"{low_high[0]:.3f}–{low_high[1]:.3f}"] if low_high else []
-        known = published.get(name)
-        known = known.get(metric) if isinstance(known, Mapping) else known if metric == "text_accuracy" else None
-        if known is not None:
-            notes.append(f"published {known:.4f}")
-        return Cell(_number(value), tuple(notes))
-
-    counts = {name: part["metrics"].get("images") for name, part in found.items()}
-    with_images = any(count is not None for count in counts.values())
-    head = ["", *(["images"] if with_images else []), *shown.values()]
-    rows = []
-    for name, part in found.items():
-        count = [Cell("" if counts[name] is None else str(counts[name]))] if with_images else []
-        rows.append([Cell(name), *count, *(cell(name, part, metric) for metric in shown)])
-    return Table(head, rows, _left_out(absent, found.values()))
-
-
-def _left_out(absent: Mapping[str, str], parts: Collection[Mapping[str, Any]]) -> str:
-    """Says which metrics have no column, by the reasons of it."""
-    by_reason: dict[str, list[str]] = {}
-    for metric, title in absent.items():
-        reasons = {str(reason) for part in parts if (reason := part["undefined"].get(metric))}
-        by_reason.setdefault("; ".join(sorted(reasons)) or "not defined here", []).append(title)
-    return ". ".join(f"Without {', '.join(titles)}: {reason}" for reason, titles in by_reason.items())
-
-
 def _paper_table(found: Mapping[str, Mapping[str, Any]], published: EvaluationProtocol | None) -> Table:
     names = list(next(iter(found.values()), {}))
     accuracy = published.PUBLISHED_ACCURACY if published else {}
@@ -257,12 +220,12 @@ def _paper_table(found: Mapping[str, Mapping[str, Any]], published: EvaluationPr
     rows = [
         [
             Cell(name),
-            *(Cell(_number(values[key])) for key in names),
-            *(Cell(_number(known.get(name, {}).get(key))) for key in told),
+            *(Cell(number(values[key])) for key in names),
+            *(Cell(number(known.get(name, {}).get(key))) for key in told),
         ]
         for name, values in found.items()
     ]
-    return Table(["", *names, *(f"published {key}" for key in told)], rows)
+    return Table(["", *names, *(f"published {key}" for key in told)], rows).without_dashes()
 
 
 def _confusion(metrics: Mapping[str, Any]) -> Table:
@@ -291,17 +254,16 @@ def _given(found: Mapping[str, Any]) -> dict[str, Any]:
         [
             Cell(name),
             Cell(str(part["images"])),
-            *(Cell(_number(part[key])) for key in _GIVEN),
+            *(metric_cell(key, part[key]) for key in _GIVEN),
             *(Cell(str(count)) for count in part["no_verdict"].values()),
         ]
-        for name, part in parts.items()
+        for name, part in sorted(parts.items(), key=lambda item: (item[0] != ALL, -(item[1]["error_among_given"] or 0)))
     ]
     return {
         "rule": f"Called {', '.join(bounds)}{limit}{steps}. Chosen for an error of {rule['error_level']:g} among given "
         f"verdicts{', on some of these ids' if found['fitted_here'] else ', elsewhere'}. "
-        f"Area under the curve of risk against coverage: {_number(everything['risk_coverage_area'])}.",
-        "table": Table(["", "images", *_GIVEN.values(), *everything["no_verdict"]], rows),
-        "chart": risk_coverage_chart(everything["risk_coverage"], everything),
+        f"Area under the curve of risk against coverage: {number(everything['risk_coverage_area'])}.",
+        "table": Table(["", "images", *_GIVEN.values(), *everything["no_verdict"]], rows, pinned=1).without_dashes(),
     }
 
 
@@ -310,29 +272,33 @@ def _robustness(found: Mapping[str, Any]) -> dict[str, Any]:
     columns = {name: _DETECTION[name] for name in _ROBUSTNESS}
     conditions = {f"{part['step']} {part['strength']}": part for part in found["conditions"]}
     parts = {"clean": found["clean"], **conditions}
-    table = _metrics_table(parts, columns, {})
+    table = metrics_table(parts, columns, pinned=("clean",))
     head = [*table.head, "reals called fake", "fakes called real", f"reals, clean {found['clean_rate']:.0%}"]
     with_rule = any("abstention" in part for part in conditions.values())
     head += ["coverage", "error among given", "reals called fake, given"] if with_rule else []
     rows = []
     for row, part in zip(table.rows, parts.values(), strict=True):
         at_clean = part["at_clean_threshold"] or {}
-        values = [part["reals_called_fake"], part["fakes_called_real"], at_clean.get("reals_called_fake")]
+        called = {"reals_called_fake": part["reals_called_fake"], "fakes_called_real": part["fakes_called_real"]}
+        values = [*called.items(), ("reals_called_fake", at_clean.get("reals_called_fake"))]
         if with_rule:
             given = part.get("abstention", {})
-            values += [given.get(name) for name in ("coverage", "error_among_given", "reals_called_fake")]
-        rows.append([*row, *(Cell(_number(value)) for value in values)])
-    return {"table": Table(head, rows, table.left_out), "charts": robustness_charts(found)}
+            values += [(name, given.get(name)) for name in ("coverage", "error_among_given", "reals_called_fake")]
+        rows.append([*row, *(metric_cell(name, value) for name, value in values)])
+    shown = Table(head, rows, table.left_out, table.pinned).without_dashes()
+    return {"table": shown, "charts": robustness_charts(found)}
 
 
 def _localization(found: Mapping[str, Any], published: EvaluationProtocol | None) -> dict[str, Any]:
     """The rules in words, and tables of the sets and of each group; below an IoU or F1 the published one."""
     parts = {**found["sets"], ALL: found["all"]}
     known: Mapping[str, Mapping[str, float]] = getattr(published, "PUBLISHED_LOCALIZATION", {})
-    tables = {"": _metrics_table(parts, _LOCALIZATION, known)}
-    tables |= {name: _metrics_table(values, _LOCALIZATION, {}) for name, values in found["groups"].items()}
+    tables = {"Sets": metrics_table(parts, _LOCALIZATION, known, worst="iou", pinned=(ALL,))}
+    for name, values in found["groups"].items():
+        tables[f"By {name}"] = metrics_table(values, _LOCALIZATION, worst="iou")
     rule = found["rule"][0].upper() + found["rule"][1:]
-    return {"rule": f"{rule}; {found['truth']}.", "tables": tables}
+    tiles = Table(tables["Sets"].head, tables["Sets"].rows[:1])
+    return {"rule": f"{rule}; {found['truth']}.", "all": tiles, "tables": tables}
 
 
 def _worst_masks(
@@ -352,7 +318,7 @@ def _worst_masks(
     shown: list[dict[str, str]] = []
     for entry in [*changed, *marked[: most - len(changed)]]:
         row = by_id[entry["id"]]
-        image = _thumbnail(row.sample.image)
+        image = thumbnail(row.sample.image)
         predicted = read_mask(masks, row.prediction.mask) if masks and row.prediction.mask else None
         truth = _true_mask(row.sample.masks)
         shown.append(
@@ -373,7 +339,7 @@ def _true_mask(files: Sequence[Path]) -> Image.Image | None:
 
 def _small(mask: Image.Image) -> Image.Image:
     small = mask.convert("L")
-    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
     return small
 
 
@@ -387,13 +353,13 @@ def _two_scores(metrics: Mapping[str, Any]) -> Table:
         ("at the answer's verdict", metrics["answer_score"], metrics["answer_score"]["calibration"]),
     ):
         before, after = (calibration["before"], found) if calibration else (found, {"metrics": {}})
-        values = [before["metrics"][metric] for metric in plain]
-        pairs = [part["metrics"].get(metric) for metric in calibrated for part in (before, after)]
-        rows.append([Cell(name), *(Cell(_number(value)) for value in [*values, *pairs])])
+        values = [(metric, before["metrics"][metric]) for metric in plain]
+        values += [(metric, part["metrics"].get(metric)) for metric in calibrated for part in (before, after)]
+        rows.append([Cell(name), *(metric_cell(metric, value) for metric, value in values)])
     head = ["P(fake)", *plain.values()]
     for title in calibrated.values():
         head += [title, f"{title}, calibrated"]
-    return Table(head, rows)
+    return Table(head, rows).without_dashes()
 
 
 def worst_mistakes(rows: Sequence[Scored], most: int = WORST) -> list[Scored]:
@@ -413,7 +379,7 @@ def worst_mistakes(rows: Sequence[Scored], most: int = WORST) -> list[Scored]:
 
 def _card(row: Scored, masks: Path | None) -> dict[str, str]:
     """What the page shows of one mistake."""
-    image = _thumbnail(row.sample.image)
+    image = thumbnail(row.sample.image)
     mask = read_mask(masks, row.prediction.mask) if masks and row.prediction.mask else None
     return {
         "image": image_source(image) if image else "",
@@ -421,16 +387,6 @@ def _card(row: Scored, masks: Path | None) -> dict[str, str]:
         "id": row.sample.id,
         "label": LABELS[row.sample.label],
         "verdict": row.prediction.verdict or "neither",
-        "score": "no score" if np.isnan(row.score) else f"P(fake) {row.score:.4f}",
+        "score": "no score" if np.isnan(row.score) else f"P(fake) {row.score:.3f}",
         "text": row.explanation or row.prediction.text or "no reasoning",
     }
-
-
-def _thumbnail(file: Path) -> Image.Image | None:
-    try:
-        with Image.open(file) as image:
-            small = ImageOps.exif_transpose(image).convert("RGB")
-        small.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    except Exception:  # Pillow's plugins raise many kinds; an image that cannot be shown is no fault of the report
-        return None
-    return small
