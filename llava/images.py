@@ -104,6 +104,7 @@ def walk_images(folder: Path, *, sniff: bool = False, passed_over: list[Path] | 
         passed_over.extend(sorted(others))
 
 
+_FILE, _FOLDER, _LINK = "file", "folder", "link"
 _Folder = tuple[int, int]
 """Device and inode."""
 
@@ -132,22 +133,18 @@ def _walk(
             return
         if linked is not None:
             linked.add(here)
-        names, folders = [], {}
-        with os.scandir(folder) as scan:  # entries are large: of a million files, only the names are kept
-            for entry in scan:
-                names.append(entry.name)
-                if _is_folder(entry):
-                    folders[entry.name] = entry.is_symlink()
-        names.sort()
+        listing = _listing(folder)
     except OSError:
         unread.append(folder)
         return
-    for name in names:
+    for line in listing:
+        name, kind = line.split("\0")
         if name.startswith(".") or name.lower() in _LITTER:
             continue
         path = folder / name
-        if name in folders:
-            below = set[_Folder]() if linked is None and folders[name] else linked
+        # Where links lead is asked when they are reached: of a million links, that takes long.
+        if kind == _FOLDER or (kind == _LINK and _is_folder(path)):
+            below = set[_Folder]() if linked is None and kind == _LINK else linked
             yield from _walk(path, above | {here}, below, notes, sniff)
         elif path.suffix.lower() in IMAGE_SUFFIXES or (sniff and _opens(path)):
             yield path
@@ -155,9 +152,21 @@ def _walk(
             others.append(path)
 
 
-def _is_folder(entry: "os.DirEntry[str]") -> bool:
+def _listing(folder: Path) -> list[str]:
+    """The names in a folder, sorted, each with a zero and its kind; a million entries or pairs would be large."""
+    with os.scandir(folder) as scan:
+        return sorted(f"{entry.name}\0{_kind(entry)}" for entry in scan)
+
+
+def _kind(entry: "os.DirEntry[str]") -> str:
+    if entry.is_symlink():
+        return _LINK
+    return _FOLDER if entry.is_dir(follow_symlinks=False) else _FILE
+
+
+def _is_folder(path: Path) -> bool:
     try:
-        return entry.is_dir()
+        return path.is_dir()
     except OSError:  # a link to itself: whoever opens it says so
         return False
 

@@ -20,7 +20,7 @@ from llava.labels import LABELS
 Draw = Callable[..., None]
 _INK = "#010203"
 """Colour of axes and words, which becomes the page's own, light or dark."""
-_LOOK = {
+_LOOK: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
     "axes.facecolor": "none",
     "legend.facecolor": "none",
