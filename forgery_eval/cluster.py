@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -14,21 +13,18 @@ from llava.errors import OptionError
 _STORE_BYTES = 256 << 20
 _JOINING_S = 300
 """How long the machines of a cluster may take to join it."""
-_MARK = "FORGERY_RAY"
-"""Environment variable by which the processes that were started here, and those that they start, are known."""
 _WATCH = """
-import os, pathlib, sys, time
+import os, pathlib, sys
 sys.stdin.read()
-for _ in range(10):
-    for process in pathlib.Path("/proc").glob("[0-9]*"):
-        try:
-            if sys.argv[1].encode() in (process / "environ").read_bytes():
-                os.kill(int(process.name), 9)
-        except OSError:
-            pass
-    time.sleep(0.5)
+for file in pathlib.Path("/proc").glob("[0-9]*/fd/*"):
+    try:
+        is_open = os.readlink(file).startswith(sys.argv[1] + "/")
+        if is_open and (file.parents[1] / "cmdline").read_bytes().startswith(b"ray::"):
+            os.kill(int(file.parts[2]), 9)
+    except OSError:
+        pass
 """
-"""Waits until whoever holds its input has ended, then ends the processes with a mark, also those still starting."""
+"""Waits until whoever holds its input has ended, then ends Ray's processes that have files of a folder open."""
 
 
 def connect(ray: Any, workers: int, address: str | None) -> Callable[[], None]:
@@ -49,30 +45,20 @@ def connect(ray: Any, workers: int, address: str | None) -> Callable[[], None]:
             raise OptionError(f"--ray-address {address}: no Ray cluster answers there: {error}") from None
         return lambda: ray.shutdown()
     cores = max(os.cpu_count() or 1, workers)
-    watch = _start_watch()
-    try:
-        # An address in the environment would be taken before a start of its own.
-        ray.init("local", num_cpus=cores, object_store_memory=_STORE_BYTES, include_dashboard=False, **common)
-    except BaseException:
-        watch.communicate()
-        raise
+    # An address in the environment would be taken before a start of its own.
+    started = ray.init("local", num_cpus=cores, object_store_memory=_STORE_BYTES, include_dashboard=False, **common)
+    # Ray's helpers would outlive a killed command by a minute.
+    watch = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _WATCH, started.address_info["session_dir"]],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
 
     def end() -> None:
         ray.shutdown()
-        watch.kill()
         watch.communicate()
 
     return end
-
-
-def _start_watch() -> "subprocess.Popen[bytes]":
-    """Marks what starts from now on, and starts what ends it; Ray's helpers outlive a killed command by a minute."""
-    mark = uuid.uuid4().hex
-    watch = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _WATCH, mark], stdin=subprocess.PIPE, start_new_session=True
-    )
-    os.environ[_MARK] = mark
-    return watch
 
 
 def _nothing() -> None:

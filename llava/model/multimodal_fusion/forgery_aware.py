@@ -47,7 +47,8 @@ class ForgeryAwareFusion(CrossAttentionFusion):
         """Returns the bias ``[B, H, P, P]`` from the DINO tower's attention ``[B, G, P, P]``."""
         assert tower_attention_BGPP is not None
         weight = next(self.attention_mlp.parameters())
-        if weight.device.type == "cpu" and not torch.is_grad_enabled():
+        # Weights that ZeRO-3 has put away have one dimension, and come back for the layers' own call only.
+        if weight.device.type == "cpu" and weight.ndim == 4 and not torch.is_grad_enabled():
             return self._bias_in_parts(tower_attention_BGPP, weight.dtype)
         log_attention = torch.log(tower_attention_BGPP.float() + _LOG_FLOOR)
         return self.attention_mlp(log_attention.to(weight.dtype))
