@@ -268,8 +268,7 @@ def check_device_map(device_map: str | dict[str, Any]) -> str | dict[str, Any]:
 def resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     """Returns the dtype for ``auto`` or a name.
 
-    ``auto`` is that of the language model in the checkpoint. On a CPU it is bfloat16 for 16 bits where the processor
-    multiplies it natively, else float32: others compute half precision slowly or not at all.
+    ``auto`` follows from that of the language model in the checkpoint, see ``automatic_dtype``.
 
     Raises:
         OptionError: The name is no floating-point dtype.
@@ -281,7 +280,15 @@ def resolve_dtype(dtype: str | torch.dtype, checkpoint: Checkpoint, device: torc
         if not isinstance(found, torch.dtype) or not found.is_floating_point:
             raise OptionError(f"unknown dtype {dtype!r}; it must be auto, float32, bfloat16 or float16")
         return found
-    stored = stored_dtype(checkpoint)
+    return automatic_dtype(stored_dtype(checkpoint), device)
+
+
+def automatic_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """Returns what ``auto`` is for weights that are stored so.
+
+    It is the same, but on a CPU 16 bits are bfloat16 where the processor multiplies it natively, else float32: others
+    compute half precision slowly or not at all.
+    """
     if device.type != "cpu" or stored.itemsize > 2:
         return stored
     return torch.bfloat16 if multiplies_bfloat16() else torch.float32

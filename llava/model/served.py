@@ -23,6 +23,7 @@ from llava.errors import CheckpointError, OptionError
 from llava.files import read_json
 from llava.model.answering import Answer, Answering, Embeddings, ImageAnswers
 from llava.model.builder import (
+    automatic_dtype,
     check_aspect_ratio,
     load_tokenizer,
     materialize,
@@ -147,8 +148,7 @@ def load_client(path: str | os.PathLike[str], settings: Mapping[str, Any], syste
 def _dtype(name: str | torch.dtype, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     if name != "auto":
         return resolve_dtype(name, checkpoint, device)
-    stored = main_dtype(checkpoint.tensors)
-    return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
+    return automatic_dtype(main_dtype(checkpoint.tensors), device)
 
 
 class ServedAnswering(Answering):

@@ -11,6 +11,7 @@ from llava.errors import CheckpointError
 from llava.model.branches import FIRST
 from llava.model.checkpoint_layout import KeyMap, Rename
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.multimodal_encoder.clip_encoder import MODEL_FIELDS
 
 IMAGE_TOKEN = "<image>"
 _TOWER = "model.vision_tower.vision_tower.vision_model."
@@ -52,16 +53,6 @@ LANGUAGE_FIELDS = (
     "mlp_bias",
     "bos_token_id",
     "eos_token_id",
-)
-TOWER_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "image_size",
-    "patch_size",
-    "hidden_act",
-    "layer_norm_eps",
 )
 SELECTED = {"default": "patch", "full": "cls_patch"}
 """LLaVA's names of the tower's features by transformers' names."""
@@ -176,7 +167,7 @@ def _transformers_config(model: LlavaLlamaForCausalLM, image_id: int) -> dict[st
         "vision_feature_layer": config.mm_vision_select_layer,
         "vision_feature_select_strategy": _strategy(config),
         "text_config": {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **language, **rope_fields},
-        "vision_config": {"model_type": "clip_vision_model", **{name: getattr(tower, name) for name in TOWER_FIELDS}},
+        "vision_config": {"model_type": "clip_vision_model", **{name: getattr(tower, name) for name in MODEL_FIELDS}},
         # Not transformers': how the model is asked here, and what it was trained as.
         "system": config.system,
         "conv_mode": config.conv_mode,

@@ -94,6 +94,7 @@ class LanguageModelSystem(ABC):
             lay_out(opened[1])
             return cls(*opened)
         client = load_client(path, settings, registry.spec(cls.name).name, **options)
+        lay_out(client.model)
         system = cls(client.tokenizer, client.model, client.image_processor, client.context_length)
         system.answering = ServedAnswering(client, cls.answer_format, temperature=system.verdict_temperature)
         return system
@@ -182,8 +183,8 @@ class LanguageModelSystem(ABC):
             raise OptionError(f"the fusion {fusion!r} has no attention, so it cannot say where the model looked")
         pixels = torch.stack([item.pixels for item in prepared]).to(self.model.device)  # each tower casts its own
         extras = {
-            name: torch.stack([item.extras[name] for item in prepared]).to(self.model.device, self.model.dtype)
-            for name in prepared[0].extras
+            name: values.to(self.model.device, self.model.dtype)
+            for name, values in self.further_inputs(prepared, options).items()
         }
         encoded = self.answering.encode(pixels, extras, attention=options.attention and self.looks_by_attention)
         embeddings = encoded.embeddings
@@ -204,6 +205,10 @@ class LanguageModelSystem(ABC):
             return reports
         maps = self._attention_maps(encoded.attention, prepared)
         return [replace(report, attention=grid) for report, grid in zip(reports, maps, strict=True)]
+
+    def further_inputs(self, prepared: Sequence[PreparedImage], options: Any) -> dict[str, Tensor]:
+        """Returns what the model takes of a batch beside its pixels, by name, each ``[B, ...]``."""
+        return {name: torch.stack([item.extras[name] for item in prepared]) for name in prepared[0].extras}
 
     @torch.no_grad()
     def image_features(self, prepared: Sequence[PreparedImage]) -> np.ndarray:

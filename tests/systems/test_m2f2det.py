@@ -25,6 +25,7 @@ from llava.systems.m2f2det.training import DetectorTraining
 from llava.train import networks
 from llava.train.train import main as train
 from tests.parity.m2f2det_reference import BASE, Reference
+from tests.test_export import client, engine
 from tests.trained import picture
 from tests.training_runs import QUICK
 
@@ -222,6 +223,22 @@ def test_the_tokens_value_can_be_swapped_to_see_what_answers_make_of_it(merged, 
         detector.analyze(images[0], detector_token="none")
     with pytest.raises(OptionError, match="puts no token into a prompt"):
         ForgeryDetector.from_pretrained(stage1).analyze(images[0], detector_token="swapped")
+
+
+def test_its_language_model_can_be_served_elsewhere(merged, tmp_path):
+    target, images = tmp_path / "served", [GOLDENS / "images" / f"img{number}.png" for number in range(2)]
+    assert main(["export", "--model-path", str(merged), "--save-model-path", str(target), "--dtype", "float32"]) == 0
+    whole = ForgeryDetector.from_pretrained(merged, device="cpu", dtype="float32")
+    with engine(target / "language_model", []) as url:
+        served = client(target, tmp_path / "client", url)
+        for token in ("own", "swapped"):
+            reports = [
+                list(each.analyze_many(images, max_new_tokens=6, detector_token=token)) for each in (whole, served)
+            ]
+            for own, other in zip(*reports, strict=True):
+                assert not other.error and (other.text, other.label) == (own.text, own.label)
+                assert other.fake_probability == pytest.approx(own.fake_probability, abs=1e-6)
+                assert other.answer_probability == pytest.approx(own.answer_probability, abs=1e-5)
 
 
 def test_the_published_files_come_back(merged, tmp_path):

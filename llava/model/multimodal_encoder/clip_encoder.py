@@ -20,7 +20,7 @@ _OPENAI_HEAD_WIDTH = 64
 _OPENAI_MEAN = [0.48145466, 0.4578275, 0.40821073]
 OPENAI_STD = [0.26862954, 0.26130258, 0.27577711]
 _STORED_PREFIX = "vision_tower.vision_model."
-_MODEL_FIELDS = (
+MODEL_FIELDS = (
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
@@ -30,12 +30,13 @@ _MODEL_FIELDS = (
     "hidden_act",
     "layer_norm_eps",
 )
+"""What a tower's config has of ``CLIPVisionConfig``."""
 
 
 class CLIPVisionTower(VisionTower):
     """CLIP's vision transformer (arXiv 2103.00020).
 
-    Config: the fields of ``CLIPVisionConfig`` in ``_MODEL_FIELDS``; ``select_layer``, index into the hidden states
+    Config: ``MODEL_FIELDS``; ``select_layer``, index into the hidden states
     (published: -2); ``select_feature``, ``patch`` or ``cls_patch``.
     """
 
@@ -43,7 +44,7 @@ class CLIPVisionTower(VisionTower):
 
     def __init__(self, config: Mapping[str, Any], shared: PixelFormat) -> None:
         super().__init__(config, shared)
-        model_config = CLIPVisionConfig(**{name: config[name] for name in _MODEL_FIELDS if name in config})
+        model_config = CLIPVisionConfig(**{name: config[name] for name in MODEL_FIELDS if name in config})
         self.vision_tower = CLIPVisionModel(model_config)
         self.image_size = model_config.image_size
         depth = model_config.num_hidden_layers
@@ -74,9 +75,9 @@ class CLIPVisionTower(VisionTower):
         processor_file = folder / "preprocessor_config.json"
         # Old files give sizes as plain numbers; the processor itself knows what they mean.
         processor = CLIPImageProcessorPil(**read_json(processor_file)).to_dict() if processor_file.is_file() else None
-        own = CLIPVisionConfig(**{name: config[name] for name in _MODEL_FIELDS if name in config})
+        own = CLIPVisionConfig(**{name: config[name] for name in MODEL_FIELDS if name in config})
         return TowerSource(
-            config={"type": cls.tower_type, **{name: getattr(own, name) for name in _MODEL_FIELDS}},
+            config={"type": cls.tower_type, **{name: getattr(own, name) for name in MODEL_FIELDS}},
             tensors=_tower_tensors(read_tensors(folder)),
             origin=str(folder),
             image_processor=processor or image_processor_settings(own.image_size),

@@ -15,7 +15,8 @@ from llava.errors import CheckpointError
 from llava.model.branches import FIRST
 from llava.model.checkpoint_files import TensorLike
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
-from llava.model.transformers_llava import KEY_MAP, LANGUAGE_FIELDS, SELECTED, TOWER_FIELDS, llava_files
+from llava.model.multimodal_encoder.clip_encoder import MODEL_FIELDS
+from llava.model.transformers_llava import KEY_MAP, LANGUAGE_FIELDS, SELECTED, llava_files
 from llava.systems.base import CheckpointFormat
 
 
@@ -53,7 +54,7 @@ class _Format:
             "mm_projector_type": "mlp2x_gelu",
             "vision_tower_config": {
                 "type": "clip",
-                **{name: vision[name] for name in TOWER_FIELDS},
+                **{name: vision[name] for name in MODEL_FIELDS},
                 "select_layer": theirs.vision_feature_layer,
                 "select_feature": SELECTED[select],
             },

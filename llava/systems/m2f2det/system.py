@@ -185,16 +185,10 @@ class M2F2Det(LanguageModelSystem):
         """No: the detector's map says where it looked."""
         return False
 
-    def analyze_batch(self, prepared: Sequence[PreparedImage], options: AnalyzeOptions) -> list[ForgeryReport]:
-        """Analyses a batch; with a swapped token where that is asked for.
-
-        Raises:
-            OptionError: The options cannot be met.
-        """
-        if _is_swapped(options):
-            mark = torch.ones(1)
-            prepared = [replace(item, extras={**item.extras, SWAPPED: mark}) for item in prepared]
-        return super().analyze_batch(prepared, options)
+    def further_inputs(self, prepared: Sequence[PreparedImage], options: AnalyzeOptions) -> dict[str, Tensor]:
+        """Returns what the detector takes of a batch, and whether the token is to be swapped."""
+        inputs = super().further_inputs(prepared, options)
+        return {**inputs, SWAPPED: torch.ones(len(prepared))} if _is_swapped(options) else inputs
 
     def report(self, answers: ImageAnswers, options: M2F2DetOptions) -> ForgeryReport:
         """Turns answers into a report: text of the first one, mean of the scores."""
