@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,20 +12,40 @@ from llava.cli import log
 from llava.errors import OptionError
 
 _STORE_BYTES = 256 << 20
+_TEMPORARY = "/tmp"
+"""Where Ray's folder lies: the paths of its sockets have 107 characters at most."""
 _JOINING_S = 300
 """How long the machines of a cluster may take to join it."""
 _WATCH = """
-import os, pathlib, sys
-sys.stdin.read()
-for file in pathlib.Path("/proc").glob("[0-9]*/fd/*"):
+import os, pathlib, shutil, sys, time
+folder, driver = sys.argv[1:]
+spared = {str(os.getpid()), driver}
+
+def belongs(process):
     try:
-        is_open = os.readlink(file).startswith(sys.argv[1] + "/")
-        if is_open and (file.parents[1] / "cmdline").read_bytes().startswith(b"ray::"):
-            os.kill(int(file.parts[2]), 9)
+        if folder.encode() in (process / "cmdline").read_bytes():
+            return True
+        return any(os.readlink(file).startswith(folder + "/") for file in (process / "fd").iterdir())
     except OSError:
-        pass
+        return False
+
+sys.stdin.read()
+calm = 0
+while calm < 3:
+    found = [p.name for p in pathlib.Path("/proc").glob("[0-9]*") if p.name not in spared and belongs(p)]
+    for name in found:
+        try:
+            os.kill(int(name), 9)
+        except OSError:
+            pass
+    calm = 0 if found else calm + 1
+    time.sleep(0.2)
+shutil.rmtree(folder, ignore_errors=True)
 """
-"""Waits until whoever holds its input has ended, then ends Ray's processes that have files of a folder open."""
+"""Waits until whoever holds its input has ended, then ends all processes of Ray's folder, and removes it.
+
+A process names the folder in its command line, or has files in it open. Some begin late, so it looks several times.
+"""
 
 
 def connect(ray: Any, workers: int, address: str | None) -> Callable[[], None]:
@@ -45,11 +66,10 @@ def connect(ray: Any, workers: int, address: str | None) -> Callable[[], None]:
             raise OptionError(f"--ray-address {address}: no Ray cluster answers there: {error}") from None
         return lambda: ray.shutdown()
     cores = max(os.cpu_count() or 1, workers)
-    # An address in the environment would be taken before a start of its own.
-    started = ray.init("local", num_cpus=cores, object_store_memory=_STORE_BYTES, include_dashboard=False, **common)
-    # Ray's helpers would outlive a killed command by a minute.
+    folder = tempfile.mkdtemp(prefix="forgery-", dir=os.environ.get("RAY_TMPDIR", _TEMPORARY))
+    # Before Ray starts: what a killed command leaves would live on for a minute, or for ever.
     watch = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _WATCH, started.address_info["session_dir"]],
+        [sys.executable, "-I", "-S", "-c", _WATCH, folder, str(os.getpid())],
         stdin=subprocess.PIPE,
         start_new_session=True,
     )
@@ -58,6 +78,13 @@ def connect(ray: Any, workers: int, address: str | None) -> Callable[[], None]:
         ray.shutdown()
         watch.communicate()
 
+    try:
+        # An address in the environment would be taken before a start of its own.
+        sizes = {"num_cpus": cores, "object_store_memory": _STORE_BYTES}
+        ray.init("local", _temp_dir=folder, include_dashboard=False, **sizes, **common)
+    except BaseException:
+        end()
+        raise
     return end
 
 
