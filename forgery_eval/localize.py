@@ -53,7 +53,10 @@ def _predicted(prediction: Prediction, masks: Path | None) -> np.ndarray | None:
 def localization(
     samples: Sequence[Sample], predictions: Sequence[Prediction], masks: Path | None, *, above: int = ABOVE
 ) -> dict[str, Any] | None:
-    """Returns the metrics of the predicted masks; None where no true mask, or no predicted one, is there."""
+    """Returns the metrics of the predicted masks; None where no true mask, or no predicted one, is there.
+
+    ``resized`` names the images whose predicted and true mask differ in size.
+    """
     images = localized_images(samples, predictions, masks, above=above)
     if not images or not any(prediction.mask for prediction in predictions):
         return None
@@ -61,8 +64,13 @@ def localization(
     values = pixel_metrics(
         {key: of_image[:, FIXED] for key, of_image in curves([i.pixels for _, _, i in images]).items()}
     )
+    resized = [sample.id for sample, _, image in images if image.pixels.resized]
+    truth = f"grey values above {above} of a true mask are changed"
+    if resized:
+        truth += f"; predicted masks that were resized to the size of the true ones: {len(resized)}"
     return {
-        "truth": f"grey values above {above} of a true mask are changed",
+        "truth": truth,
+        "resized": resized,
         **found,
         "images": [
             {"id": sample.id, "iou": round(float(iou), 6), "f1": round(float(f1), 6), "missing": image.pixels.missing}

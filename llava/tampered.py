@@ -174,7 +174,10 @@ def _by_stem(folder: Path) -> dict[str, Path]:
 
 
 def _check_pairs(folder: Path, images: Sequence[Path], masks: Mapping[str, Path]) -> None:
-    stems = {image.stem for image in images}
+    stems: dict[str, Path] = {}
+    for image in images:
+        if (other := stems.setdefault(image.stem, image)) != image:
+            raise DataError(f"{folder} has two images of one name for one mask: {other.name} and {image.name}")
     without = sorted(image.name for image in images if image.stem not in masks)
     lonely = sorted(file.name for stem, file in masks.items() if stem not in stems)
     if without or lonely:

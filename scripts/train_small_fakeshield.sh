@@ -6,7 +6,7 @@
 #     bash scripts/train_small_fakeshield.sh [FOLDER]
 #
 # FOLDER (default: small_fakeshield) takes everything; the system is FOLDER/system. IMAGES=24000 rendered images, of
-# which those with a local fault are taken, REGIONS=1600 with a small region beside them, and as many real ones; EVAL=100
+# which those with a local fault are taken, REGIONS=6400 with a small region beside them, and as many real ones; EVAL=100
 # fresh fakes of each of three kinds; TAGGER_STEPS=100, STEPS=2000 of the segmenter, SEED=1, PYTHON=.venv/bin/python.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -17,7 +17,7 @@ if [ "${1:-}" = "--help" ]; then
 fi
 mkdir -p "${1:-small_fakeshield}"
 out=$(cd "${1:-small_fakeshield}" && pwd)
-images=${IMAGES:-24000} regions=${REGIONS:-1600} eval=${EVAL:-100} seed=${SEED:-1}
+images=${IMAGES:-24000} regions=${REGIONS:-6400} eval=${EVAL:-100} seed=${SEED:-1}
 tagger_steps=${TAGGER_STEPS:-100} steps=${STEPS:-2000}
 cd "$root"
 python=${PYTHON:-$root/.venv/bin/python}

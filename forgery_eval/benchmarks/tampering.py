@@ -4,7 +4,7 @@ Images in a folder without ``mask`` beside it are real. A file of conversations 
 ``conversations``) lies in or beside the folders that its paths start from.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from forgery_eval.benchmarks.base import Sample
@@ -17,10 +17,10 @@ _FIELDS = ("image", "conversations")
 
 
 def opens(path: Path) -> bool:
-    """Whether there are such folders, or it is a file of conversations whose images lie in such."""
+    """Whether there are such folders, or it is a file of conversations about images in such."""
     if path.is_dir():
         return tampered.opens(path)
-    return path.suffix.lower() == ".json" and _root_of(path) is not None
+    return path.suffix.lower() == ".json" and path.is_file() and bool(_names(path))
 
 
 def read(path: Path) -> Iterator[Sample]:
@@ -33,10 +33,10 @@ def read(path: Path) -> Iterator[Sample]:
         for image in tampered.read_tampered(path):
             yield _sample(image)
         return
-    root = _root_of(path)
-    assert root is not None
+    names = _names(path)
+    root = _root_of(path, names)
     known = {image.name: image for image in tampered.read_tampered(root, texts_of=path)}
-    for name in dict.fromkeys(str(entry["image"]) for entry in read_json(path)):
+    for name in names:
         if name not in known:
             raise DataError(f"{path} names {name}, but {root} has no such image in a folder beside its masks")
         yield _sample(known[name])
@@ -49,15 +49,28 @@ def _sample(image: tampered.TamperedImage) -> Sample:
     )
 
 
-def _root_of(file: Path) -> Path | None:
-    """The folder that the paths of a file of conversations start from."""
-    if not file.is_file():
-        return None
+def _names(file: Path) -> list[str]:
+    """The images that a file of conversations names, each once; none if it is no such file."""
     content = read_json(file)
-    first = content[0] if isinstance(content, list) and content else None
-    if not isinstance(first, dict) or any(name not in first for name in _FIELDS):
-        return None
-    name = str(first["image"])
-    if PurePosixPath(name).parent.name != tampered.IMAGES:
-        return None
-    return next((root for root in (file.parent, *file.parent.parents[:2]) if (root / name).is_file()), None)
+    entries = content if isinstance(content, list) else []
+    if not entries or any(
+        not isinstance(entry, dict) or any(name not in entry for name in _FIELDS) for entry in entries
+    ):
+        return []
+    names = list(dict.fromkeys(str(entry["image"]) for entry in entries))
+    return names if PurePosixPath(names[0]).parent.name == tampered.IMAGES and "label" not in entries[0] else []
+
+
+def _root_of(file: Path, names: Sequence[str]) -> Path:
+    """The folder that the paths of a file of conversations start from.
+
+    Raises:
+        DataError: None of the images is there.
+    """
+    roots = (file.parent, *file.parent.parents[:2])
+    for name in names:
+        for root in roots:
+            if (root / name).is_file():
+                return root
+    where = ", ".join(map(str, roots))
+    raise DataError(f"{file} names {names[0]} and others, but none lies in {where}; put the images of the set there")

@@ -46,12 +46,14 @@ class Pixels:
         unchanged: Among the others, shape (256,).
         missing: Whether there is no predicted mask.
         binary: Whether the predicted mask is black and white.
+        resized: Whether the predicted mask was of another size than the truth.
     """
 
     changed: Array
     unchanged: Array
     missing: bool
     binary: bool
+    resized: bool = False
 
     @property
     def any_changed(self) -> bool:
@@ -72,7 +74,8 @@ class Pixels:
         changed = np.bincount(grey[truth], minlength=LEVELS)
         unchanged = np.bincount(grey[~truth], minlength=LEVELS)
         binary = bool(np.isin(np.flatnonzero(changed + unchanged), (0, LEVELS - 1)).all())
-        return cls(changed, unchanged, predicted is None, binary)
+        resized = predicted is not None and predicted.shape != shape
+        return cls(changed, unchanged, predicted is None, binary, resized)
 
 
 def _of_shape(mask: Array, shape: tuple[int, ...]) -> Array:

@@ -311,10 +311,16 @@ def resolve_attention(attn_implementation: str, device: torch.device, dtype: tor
     return "flash_attention_2" if usable and importlib.util.find_spec("flash_attn") else "sdpa"
 
 
+_PACKED_ROWS, _PACKED_COLUMNS = 32, 64
+"""bitsandbytes packs 4-bit weights for a CPU in blocks of this size, and fails on a layer that does not fill them."""
+
+
 def quantization(
     config: LlavaConfig, load_8bit: bool, load_4bit: bool, dtype: torch.dtype
 ) -> BitsAndBytesConfig | None:
     """Returns how the language model is quantised, everything else left as it is; None if it is not.
+
+    Layers of a model so small that they cannot be packed in 4 bits stay as they are too.
 
     Raises:
         OptionError: bitsandbytes is not installed.
@@ -329,8 +335,24 @@ def quantization(
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=[*_vision_parts(config), "lm_head"],
+        llm_int8_skip_modules=[*_vision_parts(config), "lm_head", *(_unpackable_layers(config) if load_4bit else ())],
     )
+
+
+def _unpackable_layers(config: LlavaConfig) -> list[str]:
+    head, width, inner = config.head_dim, config.hidden_size, config.intermediate_size
+    head = head or width // config.num_attention_heads
+    queries, keys = head * config.num_attention_heads, head * config.num_key_value_heads
+    shapes = {
+        "self_attn.q_proj": (queries, width),
+        "self_attn.k_proj": (keys, width),
+        "self_attn.v_proj": (keys, width),
+        "self_attn.o_proj": (width, queries),
+        "mlp.gate_proj": (inner, width),
+        "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+    }
+    return [name for name, (rows, columns) in shapes.items() if rows % _PACKED_ROWS or columns % _PACKED_COLUMNS]
 
 
 def _vision_parts(config: LlavaConfig) -> list[str]:

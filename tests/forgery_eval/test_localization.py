@@ -162,6 +162,14 @@ def test_a_file_of_conversations():
     assert {sample.label for sample in samples} == {0, 1}
 
 
+def test_a_file_of_conversations_without_its_images_says_so(tmp_path):
+    """The published file is text alone: its images are fetched apart."""
+    entry = {"image": "photoshop/CASIAv2_Tp/image/a.jpg", "conversations": [{"from": "gpt", "value": "It was edited."}]}
+    (tmp_path / "MMTD.json").write_text(json.dumps([entry]))
+    with pytest.raises(DataError, match=r"names photoshop/CASIAv2_Tp/image/a\.jpg and others, but none lies in"):
+        open_benchmark(tmp_path / "MMTD.json")
+
+
 def test_descriptions_of_the_loaders_own_layout():
     by_explainer = {i.name: i.description for i in read_tampered(GOLDENS / "dataset_mflm")}
     annotated = {i.name: i.description for i in read_tampered(GOLDENS / "dataset_mflm", described_by="gt")}
@@ -185,6 +193,12 @@ def test_pairs_must_have_one_name(pairs):
     assert [image.masks[0].stem for image in read_tampered(pairs)] == ["a", "b"]
     (pairs / "set_Tp" / "mask" / "b.png").rename(pairs / "set_Tp" / "mask" / "c.png")
     with pytest.raises(DataError, match=r"no mask for b\.jpg; no image for the mask c\.png"):
+        list(read_tampered(pairs))
+
+
+def test_two_images_for_one_mask_are_refused(pairs):
+    Image.new("RGB", (8, 6)).save(pairs / "set_Tp" / "image" / "a.webp")
+    with pytest.raises(DataError, match=r"two images of one name for one mask: a\.jpg and a\.webp"):
         list(read_tampered(pairs))
 
 
@@ -258,9 +272,22 @@ def test_an_evaluation_compares_masks(pairs, tmp_path):
     assert found["giou"] == pytest.approx(2 / 3, abs=1e-5) and found["ciou"] == 0.5 and found["iou_best"] == 0.5
     rows = list(csv.reader((tmp_path / "out" / "metrics.csv").open()))
     assert ["localization", "set", "iou"] in [row[:3] for row in rows]
+    assert metrics["localization"]["resized"] == []
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "Where it was changed" in page and page.count("no mask</i>") == 1 and "IoU 0.000" in page
+    assert "Where it was changed" in page and "resized" not in page
+    assert page.count("no mask</i>") == 1 and "IoU 0.000" in page
     assert page.index("IoU 0.000") < page.index("IoU 1.000") and "predicted mask</figcaption>" in page
+
+
+def test_true_masks_of_another_size_than_their_image_are_told(pairs, tmp_path):
+    Image.new("L", (3, 3), 255).save(pairs / "set_Tp" / "mask" / "a.png")
+    path = write_mask(tmp_path, "run", "set_Tp/image/a.jpg", np.ones((6, 8), np.float32))
+    samples = open_benchmark(pairs)
+    given = {"set_Tp/image/a.jpg": path}
+    predictions = [Prediction(sample.id, sample.label, mask=given.get(sample.id, "")) for sample in samples]
+    found = localization(samples, predictions, tmp_path)
+    assert found is not None and found["resized"] == ["set_Tp/image/a.jpg"]
+    assert found["truth"].endswith("resized to the size of the true ones: 1")
 
 
 def test_of_the_worst_masks_a_quarter_may_be_of_marked_real_images(tmp_path):
