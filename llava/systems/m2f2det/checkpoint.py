@@ -140,6 +140,8 @@ def infer_config(tensors: Mapping[str, TensorLike], given: Mapping[str, Any], wh
         raise CheckpointError(f"{where} is no detector of M2F2-Det: it has empty tensors, {list_keys(empty)}")
     try:
         fields = _inferred_fields(shapes, given.get("strides", EFFICIENTNET_STRIDES))
+    except CheckpointError:
+        raise
     except (IndexError, ValueError, ZeroDivisionError) as error:  # a tensor of another rank or size
         raise CheckpointError(f"{where} is no detector of M2F2-Det: its tensors have other shapes ({error})") from error
     for name, value in given.items():
