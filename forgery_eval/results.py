@@ -14,6 +14,7 @@ from forgery_eval.answers import AnswerKind
 from forgery_eval.benchmarks import Sample
 from forgery_eval.localize import ABOVE, ABOVE_PUBLISHED, localization
 from forgery_eval.metrics.calibration import Calibration, fit, is_for_fitting, kind_of_score
+from forgery_eval.metrics.choices import choice_metrics
 from forgery_eval.metrics.robustness import robustness
 from forgery_eval.metrics.scoring import ALL, Scored, Scoring, Similarity, protocol_metrics, score, with_scores
 from forgery_eval.metrics.videos import video_metrics
@@ -110,6 +111,8 @@ def write_results(
         metrics["localization"] = found
     if any(row.sample.video for row in rows):
         metrics["videos"] = video_metrics(rows, scoring)
+    if any(row.sample.chosen_from for row in rows):
+        metrics["choices"] = choice_metrics(rows, draws=scoring.draws, seed=scoring.seed)
     if any(p.answer_probability is not None for p in kept_predictions):
         own = _fit(for_fitting, "answer_probability", "answer") if for_fitting else None
         metrics["answer_score"] = _answer_score(rows, scoring, own)
@@ -220,6 +223,8 @@ def _parts(metrics: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]
     yield from (("detection", name, found[name]) for name in ("macro", ALL))
     if "videos" in metrics:
         yield "detection", "all, by video", metrics["videos"]
+    if "choices" in metrics:
+        yield "detection", "choices between images", metrics["choices"]
     if "answer_score" in metrics:
         yield "detection", "all, score of the answer", metrics["answer_score"]
     for condition in metrics.get("robustness", {}).get("conditions", []):

@@ -21,6 +21,8 @@ class Sample:
         questions: Further questions about the image, each with what good answers to it say.
         masks: Files whose union is what was changed in the image; none for a real one, or where that is not known.
         video: Video that the image is a frame of; empty for a single image.
+        chosen_from: For each question that asks which of several images is of this one's class: the ids of the others,
+            none of which is.
     """
 
     id: str
@@ -34,3 +36,4 @@ class Sample:
     questions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     masks: tuple[Path, ...] = ()
     video: str = ""
+    chosen_from: tuple[tuple[str, ...], ...] = ()

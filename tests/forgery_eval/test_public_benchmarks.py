@@ -125,6 +125,49 @@ def test_choices_of_loki_are_read_by_their_letter(tmp_path):
         open_benchmark(tree)
 
 
+def choose(kind: str, answer: str, *paths: str, **changes) -> dict:
+    """A question of LOKI's that asks which of some images is of a class."""
+    images = [f"/mnt/FakeImage_dataset/{path}" for path in paths]
+    choices = ["The first one.", "The second one.", "The third one."][: len(paths)]
+    asked = {"question_type": f"image_{kind}_doc", "metric": "multi-choice", "choices": choices, "answer": answer}
+    return {**asked, "image_path": images, **changes}
+
+
+def test_choices_between_images_of_loki_say_what_each_is(tmp_path):
+    real, fake, others = "doc/real/paper/en/d_02.png", "animal/fake/a_01.png", ("doc/b.png", "doc/c.png")
+    questions = [
+        choose("fake_from_real", "B", real, fake),
+        choose("real_from_fake", "A", real, fake),  # the same pair in the other wording
+        choose("real_from_fake", "C", fake, others[0], others[1]),
+    ]
+    samples = open_benchmark(changed(copied(LOKI, tmp_path), LOKI_LIST, lambda rows: rows + questions))
+    assert {s.id: s.label for s in samples} == {real: REAL, fake: FAKE, others[0]: FAKE, others[1]: REAL}
+    chosen = {s.id: s.chosen_from for s in samples}
+    assert chosen == {real: (), fake: ((real,),), others[0]: (), others[1]: ((fake, others[0]),)}
+    assert {s.id: s.groups["category"] for s in samples}[others[0]] == "doc"
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        (
+            choose("fake_from_real", "A", "doc/real/paper/en/d_02.png", "doc/x.png"),
+            "is fake, but by .*row 1 it is real",
+        ),
+        (choose("fake_from_real", "C", "doc/x.png", "doc/y.png"), "the answer 'C' is none of the choices"),
+        (choose("fake_from_real", "A", "doc/x.png", "doc/y.png", choices=["Left", "Right"]), "as in 'The first one"),
+        (choose("fake_from_real", "The third one.", "doc/x.png", "doc/y.png"), "image 3, but there are 2"),
+        (choose("real_from_fake", "A", "doc/x.png"), "must list the images to choose from"),
+        (choose("real_from_fake", "A", "doc/x.png", "doc/x.png"), "lists an image twice"),
+        (choose("real_from_fake", "A", "doc/x.png", "doc/y.png", image_path="doc/x.png"), "must list the images"),
+    ],
+)
+def test_a_wrong_choice_between_images_of_loki_is_named(tmp_path, question, message):
+    tree = changed(copied(LOKI, tmp_path), LOKI_LIST, lambda rows: [*rows, question])
+    with pytest.raises(DataError, match=f"row 5: .*{message}"):
+        open_benchmark(tree)
+
+
 def test_open_questions_of_loki_give_the_reference_text(tmp_path, capsys):
     def explain(rows):
         open_question = {"question_type": "image_abnormal_explanation_animal", "choices": [], "question": "Why?"}

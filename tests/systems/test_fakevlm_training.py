@@ -193,3 +193,18 @@ def test_it_is_evaluated_on_its_data_sets_by_the_papers_protocol(whole, tmp_path
         assert metrics["settings"]["image_mode"] == "crop"
         page = (result / "report.html").read_text()
         assert "published acc" in page and "published f1" in page
+
+
+def test_choices_between_images_of_loki_are_answered_by_their_scores(whole, tmp_path):
+    shutil.copytree(GOLDENS / "loki", tmp_path / "loki")
+    paths = ["x/FakeImage_dataset/doc/real/paper/en/d_02.png", "x/FakeImage_dataset/animal/fake/a_01.png"]
+    asked = {"question_type": "image_fake_from_real_doc", "choices": ["The first one.", "The second one."]}
+    question = {**asked, "image_path": paths, "answer": "B"}
+    (tmp_path / "loki" / "data" / "image" / "image_mc.json").write_text(json.dumps([question]))
+    words = ["--model-path", whole, "--dataset_path", tmp_path / "loki", "--result_folder", tmp_path / "results"]
+    assert evaluate([*map(str, words), "--max_new_tokens", "4", "--device", "cpu"]) == 0
+    metrics = json.loads((tmp_path / "results" / "metrics.json").read_text())
+    assert metrics["detection"]["all"]["metrics"]["images"] == 2
+    auroc = metrics["detection"]["all"]["metrics"]["auroc"]  # of one image of each class: whether the fake one is above
+    assert metrics["choices"]["metrics"] == {"choices": 1, "accuracy": auroc}
+    assert "detection,choices between images,accuracy" in (tmp_path / "results" / "metrics.csv").read_text()

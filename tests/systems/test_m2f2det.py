@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
 from llava import ForgeryDetector
@@ -18,7 +18,7 @@ from llava.errors import CheckpointError, OptionError
 from llava.labels import LABELS
 from llava.model.builder import load_pretrained_model
 from llava.systems.m2f2det.answer import FORMAT, arrange, complete_to_verdict, fill_prompt, parse_answer, write_answer
-from llava.systems.m2f2det.checkpoint import infer_config, read_detector_tensors
+from llava.systems.m2f2det.checkpoint import infer_config, open_detector, read_detector_tensors
 from llava.systems.m2f2det.layout import KEY_MAP
 from llava.systems.m2f2det.token import NAME
 from llava.systems.m2f2det.training import DetectorTraining
@@ -317,9 +317,26 @@ def test_bad_files_are_told_in_one_sentence(merged, tmp_path, stage1):
     torch.save({"deepfake_encoder.conv0.weight": torch.ones(1)}, tmp_path / "half.pth")
     with pytest.raises(CheckpointError, match="is incomplete: it lacks"):
         load_pretrained_model(merged, device="cpu", detector=tmp_path / "half.pth")
+    torch.save({"vision_tower.embedding": torch.ones(2, 2)}, tmp_path / "tower.pth")
+    with pytest.raises(
+        CheckpointError, match=r"tower\.pth is no detector of M2F2-Det, or is incomplete: it lacks output\.weight$"
+    ):
+        load_pretrained_model(merged, device="cpu", detector=tmp_path / "tower.pth")
     _, model, _, _ = load_pretrained_model(merged, device="cpu")
     with pytest.raises(ValueError, match="no images were given"):
         model(input_ids=torch.tensor([[1, 5, -300]]))
+
+
+@pytest.mark.parametrize("damage", ["missing", "of another rank", "empty"])
+def test_a_damaged_detector_is_told_whatever_is_damaged(stage1, tmp_path, damage):
+    whole = load_file(stage1 / "model.safetensors")
+    for name in (name for name in whole if name.endswith(("weight", "alpha", "prompt_tokens"))):
+        bad = {"missing": {}, "of another rank": {name: torch.ones(())}, "empty": {name: torch.ones(2, 0)}}[damage]
+        if name in bad and bad[name].shape == whole[name].shape:
+            continue
+        save_file({**{key: value for key, value in whole.items() if key != name}, **bad}, tmp_path / "it.safetensors")
+        with pytest.raises(CheckpointError, match=r"it\.safetensors"):
+            open_detector(tmp_path / "it.safetensors")
 
 
 # --- the three trainings

@@ -133,13 +133,33 @@ def infer_config(tensors: Mapping[str, TensorLike], given: Mapping[str, Any], wh
         where: The file, for messages.
 
     Raises:
-        CheckpointError: A tensor is missing, or a given field is unknown.
+        CheckpointError: A tensor is missing or of another shape, or a given field is unknown.
     """
     shapes = _Shapes({name: tuple(value.shape) for name, value in tensors.items()}, where)
-    cnn = _Shapes({n.removeprefix(_CNN): shape for n, shape in shapes.items() if n.startswith(_CNN)}, where)
+    if empty := [name for name, shape in shapes.items() if 0 in shape]:
+        raise CheckpointError(f"{where} is no detector of M2F2-Det: it has empty tensors, {list_keys(empty)}")
+    try:
+        fields = _inferred_fields(shapes, given.get("strides", EFFICIENTNET_STRIDES))
+    except CheckpointError:
+        raise
+    except (IndexError, ValueError, ZeroDivisionError) as error:  # a tensor of another rank or size
+        raise CheckpointError(f"{where} is no detector of M2F2-Det: its tensors have other shapes ({error})") from error
+    for name, value in given.items():
+        if name != "strides":
+            fields[name] = {**fields[name], **value} if isinstance(fields.get(name), dict) else value
+    try:
+        return DetectorConfig(**fields)
+    except TypeError as error:
+        raise CheckpointError(f"{where}: its config is none of a detector: {error}") from None
+
+
+def _inferred_fields(shapes: _Shapes, strides: Sequence[int]) -> dict[str, Any]:
+    """Returns the fields of ``DetectorConfig`` that shapes tell."""
+    head = shapes["output.weight"]
+    cnn = _Shapes({n.removeprefix(_CNN): shape for n, shape in shapes.items() if n.startswith(_CNN)}, shapes.where)
     fields: dict[str, Any] = {
         "fusion": "bridge" if f"{_VISION}embeddings.class_embedding" in shapes else "cosine",
-        "cnn": infer_cnn(cnn, given.get("strides", EFFICIENTNET_STRIDES)),
+        "cnn": infer_cnn(cnn, strides),
         "text": {
             **_clip_fields(shapes, _TEXT, shapes["clip_text_encoder.prompt_tokens"][2]),
             "vocab_size": shapes[f"{_TEXT}embeddings.token_embedding.weight"][0],
@@ -153,14 +173,8 @@ def infer_config(tensors: Mapping[str, TensorLike], given: Mapping[str, Any], wh
     if fields["fusion"] == "bridge":
         fields |= _bridge_fields(shapes)
     else:
-        fields["vision"]["num_patches"] = shapes["output.weight"][1] - 2 * fields["width"]
-    for name, value in given.items():
-        if name != "strides":
-            fields[name] = {**fields[name], **value} if isinstance(fields.get(name), dict) else value
-    try:
-        return DetectorConfig(**fields)
-    except TypeError as error:
-        raise CheckpointError(f"{where}: its config is none of a detector: {error}") from None
+        fields["vision"]["num_patches"] = head[1] - 2 * fields["width"]
+    return fields
 
 
 def _prompt_fields(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:

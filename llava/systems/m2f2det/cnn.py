@@ -185,8 +185,9 @@ def infer_cnn(shapes: Mapping[str, Sequence[int]], strides: Sequence[int] = EFFI
 def _stage(shapes: Mapping[str, Sequence[int]], number: int, stride: int) -> list[int]:
     """Returns the settings of one EfficientNet stage."""
     found = [match for name in shapes if (match := re.match(rf"{number}\.(\d+)\.block\.(\d+)\.0\.weight", name))]
-    layers = 1 + max(int(match[1]) for match in found)
-    project = max(int(match[2]) for match in found if match[1] == "0")
+    layers = 1 + max((int(match[1]) for match in found), default=0)
+    # Without any block the lookup below says which tensor is missing.
+    project = max((int(match[2]) for match in found if match[1] == "0"), default=2)
     depthwise = shapes[f"{number}.0.block.{project - 2}.0.weight"]
     width = shapes[f"{number}.0.block.0.0.weight"][1] if project == 3 else depthwise[0]
     return [
