@@ -31,7 +31,8 @@ def run_replicas(arguments: argparse.Namespace, limits: Limits, keys: Sequence[s
     from llava.serve.command import open_service
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # or Ray would tell its makers
-    ray.init(include_dashboard=False, log_to_driver=False)
+    # Not a cluster that the environment names, or that was here once: the replicas are for this machine.
+    ray.init("local", include_dashboard=False, log_to_driver=False)
     gpus = int(ray.cluster_resources().get("GPU", 0))
     if 0 < gpus < arguments.replicas:
         raise OptionError(f"--replicas {arguments.replicas}: there are only {gpus} GPUs here")

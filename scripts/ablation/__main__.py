@@ -114,7 +114,8 @@ def work_on_ray(place: Workplace, options: argparse.Namespace) -> list[str]:
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # or Ray would tell its makers
     root = str(Path(__file__).parents[2])
-    ray.init(include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": root}})
+    address = os.environ.get("RAY_ADDRESS") or "local"  # without one, not a cluster that was here once either
+    ray.init(address, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": root}})
     remote = ray.remote(num_cpus=options.threads or 1)(do)
     faults = []
     try:

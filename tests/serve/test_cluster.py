@@ -28,7 +28,9 @@ def test_two_processes_answer_on_one_port_and_end_together():
     pytest.importorskip("ray")
     port = free_port()
     command = [sys.executable, "-m", "llava", "serve", "--replicas", "2", "--port", str(port), "--device", "cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    elsewhere = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}  # no cluster answers there, and none is asked
+    process = subprocess.Popen(command, env=elsewhere, **quiet)
     url = f"http://127.0.0.1:{port}"
     try:
         end = time.monotonic() + 300
@@ -63,7 +65,7 @@ def test_without_ray_it_is_explained(monkeypatch, capsys):
 
 def test_more_processes_than_gpus_are_refused(monkeypatch, capsys):
     ray = pytest.importorskip("ray")
-    monkeypatch.setattr(ray, "init", lambda **settings: None)
+    monkeypatch.setattr(ray, "init", lambda address, **settings: None)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 1.0})
     arguments = build_parser().parse_args(["--replicas", "2"])
     with pytest.raises(ValueError, match="only 1 GPUs"):
