@@ -18,7 +18,7 @@ fi
 installed test || {
     # DeepSpeed compiles what it needs when it is used, not when it is installed.
     export DS_BUILD_OPS=0
-    install torch torchvision --editable ".[annotate,captions,dev,eval,quant,serve,synthetic,test-serve,timm,train,video]"
+    install torch torchvision --editable ".[annotate,captions,cluster,dev,eval,quant,serve,synthetic,test-serve,timm,train,video]"
     .venv/bin/python scripts/install_torchvision_shim.py
     # The page's tests need a browser; where none can be got they are skipped.
     command -v chromium chromium-browser google-chrome >/dev/null ||
