@@ -157,13 +157,12 @@ SMALLEST = ("--images", "48", "--evaluated", "1", "--sampled", "1", "--epochs", 
 
 @pytest.mark.slow
 def test_the_smallest_setting_ends_in_a_table_and_resumes(tmp_path, capsys):
-    given = ["--out", str(tmp_path), *SMALLEST, "--new_tokens", "4", "--seeds", "1", "--variants", BASE, "facl"]
-    given += ["--threads", "1"]
+    given = ["--out", str(tmp_path), *SMALLEST, "--new_tokens", "4", "--seeds", "1", "--threads", "1"]
+    given += ["--variants", BASE, "facl", "clip"]  # of two towers, of others, and of one
     assert command.main(given) == 0
     table = (tmp_path / "table.md").read_text()
-    assert (
-        "| forgery-aware fusion | 1 |" in table and "| with FACL | 1 |" in table and "| CLIP only | not run |" in table
-    )
+    assert all(f"| {row} | 1 |" in table for row in ("forgery-aware fusion", "with FACL", "CLIP only"))
+    assert "| DINO only | not run |" in table
     assert "cannot be told: fewer than three seeds" in table
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["images"] == 44 and len(found["scores"]) == 3 and found["mapper"][0]["seeds"] == 1

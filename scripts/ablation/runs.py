@@ -252,6 +252,8 @@ def train_and_evaluate(place: Workplace, name: str, seed: int) -> bool:
 
 
 def _train(place: Workplace, variant: Variant, seed: int, folder: Path) -> None:
+    from llava.model.branches import tower_name
+    from llava.model.multimodal_fusion.builder import fusion_class
     from llava.train.train import main as train
 
     plan, towers = place.plan, last_stage(place, variant.towers, seed)
@@ -261,7 +263,8 @@ def _train(place: Workplace, variant: Variant, seed: int, folder: Path) -> None:
         train,
         *("--output_dir", folder / "model", "--model_config", folder / "config.json"),
         *("--tokenizer", place.out / "tokenizer"),
-        *("--vision_tower", towers / "vision_tower", "--dino_weights", towers / "dino_tower"),
+        *("--vision_tower", towers / tower_name("clip")),
+        *(("--dino_weights", towers / tower_name("dino")) if "dino" in fusion_class(variant.fusion).branches else ()),
         *("--data_path", place.data / "forgery_reasoning_cot.json", "--image_folder", place.data),
         *("--cache_features", place.out / "features" / f"{variant.towers}_{seed}_{variant.fusion}"),
         *("--contrast", CONTRAST if variant.contrast else "none", "--cpm_weight", variant.mapper),
