@@ -3,17 +3,17 @@
 Each has a predictions file of its own in a folder below the clean run's, and is resumed like it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from forgery_eval.benchmarks import Sample
 from forgery_eval.features import compute_features, stored_features
-from forgery_eval.perturbations import Perturbation, keep_images
+from forgery_eval.perturbations import GRID, Perturbation, keep_images
 from forgery_eval.runner import fill_store, image_source
 from forgery_eval.store import Prediction, Run, RunStore, read_run
 from llava.abstention import LIGHT_DELIVERIES
@@ -95,8 +95,7 @@ class Conditions:
         """
         run, folder, change = self.run, self.folder, None
         if perturbation is not None:
-            steps = [step.to_json() for step in perturbation.fixed]
-            run = replace(run, settings={**run.settings, "perturbation": [perturbation.name, steps]})
+            run = _perturbed_run(run, perturbation)
             folder = _folder(self.folder, perturbation)
             change = perturbation if images is None else keep_images(perturbation, images / perturbation.folder)
             inform(f"perturbed: {perturbation.name}")
@@ -128,6 +127,34 @@ class Conditions:
 
 def _folder(predictions: Path, perturbation: Perturbation) -> Path:
     return predictions / _PERTURBED / perturbation.folder
+
+
+def _perturbed_run(run: Run, perturbation: Perturbation) -> Run:
+    steps = [step.to_json() for step in perturbation.fixed]
+    return replace(run, settings={**run.settings, "perturbation": [perturbation.name, steps]})
+
+
+def read_perturbed(
+    clean: Path, settings: Mapping[str, Any], names: Collection[str], answer_format: str | None = None
+) -> dict[str, dict[str, Prediction]]:
+    """Reads what one run predicted of perturbed images, of the perturbations that lie there.
+
+    Args:
+        clean: The clean run's file.
+        settings: The clean run's.
+        names: Names of perturbations.
+        answer_format: As for ``read_run``.
+
+    Returns:
+        Predictions by id, by the perturbation's name.
+    """
+    found = {}
+    for cell in GRID:
+        run = _perturbed_run(Run(settings, {}, 0), cell)
+        file = _folder(clean.parent, cell) / f"{run.key}.jsonl"
+        if cell.name in names and file.is_file():
+            found[cell.name] = read_run(file, answer_format)[1]
+    return found
 
 
 def read_evidence(

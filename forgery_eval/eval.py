@@ -11,10 +11,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from forgery_eval import backends
@@ -35,7 +33,7 @@ from forgery_eval.perturbations import Perturbation, choose_perturbations
 from forgery_eval.store import Prediction, Run, read_run, system_of
 from forgery_eval.workers import WorkerPool, add_workers, check_workers
 from llava.abstention import LIGHT_DELIVERIES, AbstentionRule
-from llava.cli import SOME_FAILED, OptionParser, format_list, inform, log, positive_int, run_cli, share
+from llava.cli import SOME_FAILED, OptionParser, format_list, inform, log, needs_extra, positive_int, run_cli, share
 from llava.errors import DataError, MissingFileError, OptionError
 from llava.images import describe_passed_over
 from llava.labels import LABELS
@@ -193,7 +191,7 @@ class Predicted:
         samples: The samples.
         predictions: One a sample.
         answers: What the answers of their system can have.
-        folder: Where the predictions lie, and their masks.
+        file: Where the predictions lie, and their masks beside it.
         about: What was run; stands in ``metrics.json``.
         evidence: What a rule of abstention needs beside the predictions.
         perturbed: What was predicted after perturbations.
@@ -202,7 +200,7 @@ class Predicted:
     samples: Sequence[Sample]
     predictions: Sequence[Prediction]
     answers: AnswerKind
-    folder: Path
+    file: Path
     about: dict[str, Any]
     evidence: RunEvidence = field(default_factory=RunEvidence)
     perturbed: Mapping[Perturbation, RunEvidence] = field(default_factory=dict)
@@ -214,9 +212,10 @@ def main(arguments: argparse.Namespace) -> int:
     Raises:
         UserError: Nothing could be done: wrong options, data, model or files.
     """
-    results = _results()
-    from forgery_eval.metrics.calibration import SHARE
-    from forgery_eval.verdicts import Evidence, FitSettings, Judgement
+    with needs_extra("eval"):
+        from forgery_eval import results
+        from forgery_eval.metrics.calibration import SHARE
+        from forgery_eval.verdicts import Evidence, FitSettings, Judgement
 
     # Opened first, so that what is wrong with them is known before hours of analysis.
     calibration = results.Calibration.load(arguments.calibration) if arguments.calibration else None
@@ -242,13 +241,13 @@ def main(arguments: argparse.Namespace) -> int:
         arguments.result_folder,
         found.samples,
         found.predictions,
-        {"data": arguments.dataset_path.resolve().name, **found.about},
+        {"data": arguments.dataset_path.resolve().name, "source": _source(arguments, found), **found.about},
         found.answers,
         similarity=similarity,
         calibration=calibration,
         fit_share=fit_share if arguments.calibrate else 0.0,
         protocol=_protocol(found.answers) if arguments.paper_protocol else None,
-        masks=found.folder,
+        masks=found.file.parent,
         judgement=Judgement(rule, fit, Evidence(found.evidence.features, found.evidence.delivered)),
         perturbed={
             (cell.step, cell.strength): Evidence(run.features, predictions=run.predictions)
@@ -260,6 +259,16 @@ def main(arguments: argparse.Namespace) -> int:
     if failed:
         log(f"{failed} images could not be analysed; metrics.json names them")
     return SOME_FAILED if failed else 0
+
+
+def _source(arguments: argparse.Namespace, found: Predicted) -> dict[str, str]:
+    """Where a comparison finds the data and the predictions, these from the result folder on, and in whose words."""
+    file, folder = found.file.resolve(), arguments.result_folder.resolve()
+    return {
+        "data": str(arguments.dataset_path.resolve()),
+        "predictions": str(file.relative_to(folder) if file.is_relative_to(folder) else file),
+        "answers": found.answers.system,
+    }
 
 
 def _rule(arguments: argparse.Namespace) -> AbstentionRule | None:
@@ -277,15 +286,6 @@ def _deliveries(arguments: argparse.Namespace, rule: AbstentionRule | None) -> i
     if arguments.no_abstain:
         return 0
     return (arguments.stability or 0) if arguments.calibrate else rule.deliveries if rule else 0
-
-
-def _results() -> ModuleType:
-    try:
-        return import_module("forgery_eval.results")
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in ("forgery_eval", "llava"):
-            raise
-        raise OptionError(f"{error.name} is not installed; it comes with: pip install 'fakereasoning[eval]'") from None
 
 
 def read_predicted(arguments: argparse.Namespace, plan: Plan) -> Predicted:
@@ -309,7 +309,7 @@ def read_predicted(arguments: argparse.Namespace, plan: Plan) -> Predicted:
     answers = AnswerKind.of(arguments.answer_format or system_of(header))
     about = {"run": file.stem, "settings": header.get("settings", {})}
     evidence, perturbed = read_evidence(file, samples, plan, arguments.answer_format)
-    return Predicted(samples, match(samples, predictions), answers, file.parent, about, evidence, perturbed)
+    return Predicted(samples, match(samples, predictions), answers, file, about, evidence, perturbed)
 
 
 def _replayed(arguments: argparse.Namespace) -> Path:
@@ -406,7 +406,7 @@ def predict(arguments: argparse.Namespace, plan: Plan) -> Predicted:
         usage = {} if isinstance(model, WorkerPool) else backends.finish(model.system, arguments)
     about = {"run": run.key, "settings": run.settings, **usage}
     answers = AnswerKind.of(arguments.options_of)
-    return Predicted(samples, predictions, answers, path.parent, about, evidence, perturbed)
+    return Predicted(samples, predictions, answers, path, about, evidence, perturbed)
 
 
 def _open_model(

@@ -102,7 +102,8 @@ def write_results(
     metrics: dict[str, Any] = {"protocol": PROTOCOLS[protocol is not None], **about, "calibration": None}
     if calibration:
         before = scoring.overall(with_scores(rows, [p.fake_probability for p in kept_predictions]))
-        metrics["calibration"] = {**asdict(calibration), "fitted_here": bool(fit_share), "before": before}
+        fitted = {"fitted_here": bool(fit_share), "share": fit_share}
+        metrics["calibration"] = {**asdict(calibration), **fitted, "before": before}
     if protocol:
         metrics["paper"] = protocol_metrics(kept, kept_predictions, protocol, similarity)
     metrics |= scoring.all_metrics(rows)

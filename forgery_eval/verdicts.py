@@ -12,7 +12,7 @@ from forgery_eval.metrics.abstention import about_rule, abstention_metrics, agre
 from forgery_eval.metrics.calibration import SHARE, is_for_fitting
 from forgery_eval.metrics.scoring import Scored
 from forgery_eval.store import Prediction
-from llava.abstention import AbstentionRule
+from llava.abstention import REASONS, AbstentionRule
 from llava.cli import note
 
 
@@ -144,7 +144,7 @@ def raw_scores(predictions: Iterable[Prediction]) -> np.ndarray:
 
 
 def given_verdicts(rule: AbstentionRule, rows: Sequence[Scored], evidence: Evidence) -> dict[str, Any]:
-    """Measures the verdicts that a rule gives, of all rows, and of each set and group.
+    """Measures the verdicts that a rule gives, of all rows, and of each set and group; names those it withholds.
 
     Args:
         rule: The rule.
@@ -172,6 +172,10 @@ def given_verdicts(rule: AbstentionRule, rows: Sequence[Scored], evidence: Evide
     groups = dict.fromkeys(name for row in rows for name in row.sample.groups)
     return {
         "rule": about_rule(rule),
+        "withheld": {
+            name: [row.sample.id for row, reason in zip(rows, reasons, strict=True) if reason == name]
+            for name in REASONS
+        },
         "all": measured(range(len(rows))),
         "sets": parts([row.sample.set for row in rows]),
         "groups": {name: parts([row.sample.groups.get(name) for row in rows]) for name in groups},
@@ -184,4 +188,5 @@ def _without_curve(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 def given_under(rule: AbstentionRule, rows: Sequence[Scored], evidence: Evidence) -> dict[str, Any]:
     """Measures the verdicts that a rule gives on perturbed images, without the curve."""
-    return _without_curve(given_verdicts(rule, rows, evidence)["all"])
+    found = given_verdicts(rule, rows, evidence)
+    return {**_without_curve(found["all"]), "withheld": found["withheld"]}

@@ -64,7 +64,7 @@ DATA = {
 VERBS = {
     "detect": Verb("say of images whether they are fake, and why", "forgery_eval.inference:run", adapt=name_image),
     "eval": Verb("evaluate a model on a data set", "forgery_eval.eval:run"),
-    "compare": Verb("put evaluations side by side in a table", "forgery_eval.compare:run"),
+    "compare": Verb("compare evaluations, paired on the same images", "forgery_eval.compare:run"),
     "serve": Verb("serve a model on this machine: a page for people, an API for programs", "llava.serve.command:main"),
     "train": Verb("train a model, by a recipe or by its options", "llava.train.launcher:main"),
     "merge": Verb("merge a LoRA folder, or write another layout", "llava.merge:main"),

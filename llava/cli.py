@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type
 
 from tqdm import tqdm
 
-from llava.errors import UserError
+from llava.errors import OptionError, UserError
 from llava.interrupts import INTERRUPTED, begin_work, leave_at_once
 
 Options = TypeVar("Options")
@@ -278,6 +278,22 @@ def format_list(names: Sequence[str], limit: int = 20) -> str:
     if len(names) > limit:
         lines.append(f"  … and {len(names) - limit} more")
     return "\n".join(lines)
+
+
+@contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Says of a package that is imported inside the block and is not installed with which extra it comes.
+
+    Raises:
+        OptionError: It is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("forgery_eval", "llava"):
+            raise
+        raise OptionError(f"{package} is not installed; it comes with: pip install 'fakereasoning[{extra}]'") from None
 
 
 def exit_status(*, done: int, left_out: int) -> int:

@@ -37,7 +37,7 @@ NETWORK = ["train", "--network", "m2f2det:detector"]
 PAGES_OF_FLAGS = {
     "README.md": [["eval"]],
     "docs/inference.md": [["detect"]],
-    "docs/evaluation.md": [["eval"]],
+    "docs/evaluation.md": [["eval"], ["compare"]],
     "docs/several-gpus.md": [["eval"], ["detect"]],
     "docs/slurm.md": [["eval"]],
     "docs/kubernetes.md": [],
@@ -67,6 +67,7 @@ PAGES_OF_FLAGS = {
         ["merge"],
         ["export"],
         ["eval"],
+        ["compare"],
         ["detect"],
     ],
 }

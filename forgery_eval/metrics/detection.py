@@ -239,10 +239,10 @@ def weighted_metrics(outcomes: Outcomes, weights_DN: Array) -> dict[str, Array]:
     with np.errstate(divide="ignore", invalid="ignore"):
         metrics: dict[str, Array] = {}
         for prefix, verdicts in (("text", outcomes.verdicts), ("score", outcomes.by_score)):
-            found = _weighted_verdicts(outcomes.labels, verdicts, weights_DN)
+            found = weighted_verdicts(outcomes.labels, verdicts, weights_DN)
             metrics |= {f"{prefix}_{name}": values for name, values in found.items()}
         scored = ~np.isnan(outcomes.scores)
-        metrics |= _weighted_ranks(outcomes.labels[scored], outcomes.ranks[scored], weights_DN[:, scored])
+        metrics |= weighted_ranks(outcomes.labels[scored], outcomes.ranks[scored], weights_DN[:, scored])
         metrics |= _weighted_scores(outcomes.labels[scored], outcomes.scores[scored], weights_DN[:, scored])
         both = scored & (outcomes.verdicts != NO_ANSWER)
         differ = both & (outcomes.verdicts != outcomes.by_score)
@@ -256,7 +256,8 @@ def _share(weights_DN: Array, counted: Array, among: Array) -> Array:
     return shares
 
 
-def _weighted_verdicts(labels: Array, verdicts: Array, weights_DN: Array) -> dict[str, Array]:
+def weighted_verdicts(labels: Array, verdicts: Array, weights_DN: Array) -> dict[str, Array]:
+    """Computes the accuracies and F1 for many weightings at once, shape (D,); an image without a verdict is wrong."""
     right = labels == verdicts
     recalls, f1 = [], []
     for number in (0, 1):
@@ -275,7 +276,8 @@ def _weighted_verdicts(labels: Array, verdicts: Array, weights_DN: Array) -> dic
     }
 
 
-def _weighted_ranks(labels: Array, scores: Array, weights_DN: Array) -> dict[str, Array]:
+def weighted_ranks(labels: Array, scores: Array, weights_DN: Array) -> dict[str, Array]:
+    """Computes the metrics of ranking for many weightings at once, shape (D,); no score may be NaN."""
     # The curves' points for falling thresholds: how many fakes and reals, by weight, have at least that score.
     order = np.argsort(-scores, kind="stable")
     labels, scores, weights_DN = labels[order], scores[order], weights_DN[:, order]

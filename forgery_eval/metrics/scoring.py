@@ -255,6 +255,11 @@ class Scoring:
         return {"metrics": metrics, "intervals": intervals, "undefined": undefined}
 
 
+def verdict_source(metrics: Mapping[str, Any]) -> str:
+    """Whose verdicts stand first: ``text`` where answers give any, else ``score``."""
+    return "score" if metrics["text_accuracy"] is None else "text"
+
+
 def _of_text(name: str) -> bool:
     return name.startswith("text_") or name in ("disagreement", "confusion_text")
 

@@ -20,6 +20,8 @@ from llava.labels import LABELS
 Draw = Callable[..., None]
 _INK = "#010203"
 """Colour of axes and words, which becomes the page's own, light or dark."""
+_SERIES = (COLOURS["fake"], COLOURS["real"], "grey")
+_LONGEST_NAME = 24
 _LOOK: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
     "axes.facecolor": "none",
@@ -107,16 +109,55 @@ def _risk_coverage(axes: Axes, *, curve: Sequence[Sequence[float]], given: Mappi
     axes.set_ylim(bottom=0)
 
 
-def figure(draw: Callable[[Axes], None], name: str) -> Markup:
+def forest_chart(
+    rows: Mapping[str, Mapping[str, tuple[float, Sequence[float] | None]]], title: str, *, zero: bool = False
+) -> Markup:
+    """Returns values with their intervals, a line a row, the first on top.
+
+    Args:
+        rows: Values and both ends of their intervals by what they are, by the row's name.
+        title: What the chart is of.
+        zero: Whether the values are differences, and no difference is marked.
+    """
+    return figure(partial(_forest, rows=rows, title=title, zero=zero), title, height=1.1 + 0.45 * len(rows))
+
+
+def _forest(
+    axes: Axes, *, rows: Mapping[str, Mapping[str, tuple[float, Sequence[float] | None]]], title: str, zero: bool
+) -> None:
+    series = list(dict.fromkeys(name for row in rows.values() for name in row))
+    for number, name in enumerate(series):
+        colour = _SERIES[number % len(_SERIES)]
+        points = [(place, *row[name]) for place, row in enumerate(rows.values()) if name in row]
+        heights = [place + 0.18 * (number - (len(series) - 1) / 2) for place, _, _ in points]
+        bounds = np.array([(value, value) if ends is None else ends for _, value, ends in points])
+        axes.hlines(heights, bounds[:, 0], bounds[:, 1], color=colour, linewidth=1.5)
+        axes.plot([value for _, value, _ in points], heights, "o", color=colour, markersize=5, label=name)
+    if zero:
+        axes.axvline(0, color="grey", linestyle=":")
+    axes.set(title=title, ylim=(len(rows) - 0.5, -0.5))
+    # Names come from outside: a dollar sign in them begins no formula.
+    axes.set_yticks(range(len(rows)), [_shortened(name) for name in rows], parse_math=False)
+    axes.locator_params(axis="x", nbins=5)
+    axes.figure.legend(loc="outside lower center", ncols=len(series), frameon=False)
+
+
+def _shortened(name: str) -> str:
+    """A name as short as an axis can show it, its end being what tells it from others."""
+    return name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}"
+
+
+def figure(draw: Callable[[Axes], None], name: str, *, height: float = 3.6) -> Markup:
     """Returns what is drawn, as SVG; equal drawings of one name are equal to the byte.
 
     Args:
         draw: Draws into the axes it is given.
         name: What a screen reader calls the drawing.
+        height: In inches; the width is 4.6.
     """
     # A fixed salt and no date: equal results give equal pages.
     with matplotlib.rc_context({**_LOOK, "svg.hashsalt": name}):
-        drawn = Figure(figsize=(4.6, 3.6), layout="constrained", facecolor="none")
+        drawn = Figure(figsize=(4.6, height), layout="constrained", facecolor="none")
         axes = drawn.subplots()
         draw(axes)
         axes.grid(alpha=0.25, color="#808080")

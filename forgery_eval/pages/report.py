@@ -11,11 +11,11 @@ from PIL import Image
 from forgery_eval.localize import ABOVE
 from forgery_eval.masks import read_mask
 from forgery_eval.metrics.abstention import risk_coverage
-from forgery_eval.metrics.scoring import ALL, Scored
+from forgery_eval.metrics.scoring import ALL, Scored, verdict_source
 from forgery_eval.pages.base import THUMBNAIL, image_source, render, thumbnail
 from forgery_eval.pages.charts import risk_coverage_chart, robustness_charts, score_charts
 from forgery_eval.pages.overlay import draw_grey_mask
-from forgery_eval.pages.summary import tiles, verdict_source, worst_parts
+from forgery_eval.pages.summary import tiles, worst_parts
 from forgery_eval.pages.tables import Cell, Table, metric_cell, metrics_table, number
 from llava.labels import LABELS
 from llava.systems.base import EvaluationProtocol

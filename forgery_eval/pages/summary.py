@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forgery_eval.metrics.detection import wilson
-from forgery_eval.metrics.scoring import ALL
+from forgery_eval.metrics.scoring import ALL, verdict_source
 from forgery_eval.pages.tables import Cell, Table, heat, interval_words, metric_cell, number
 
 MOST_GROUPS = 10
@@ -38,11 +38,6 @@ class Tile:
     value: str
     interval: str
     heat: int
-
-
-def verdict_source(metrics: Mapping[str, Any]) -> str:
-    """Whose verdicts stand first: ``text`` where answers give any, else ``score``."""
-    return "score" if metrics["text_accuracy"] is None else "text"
 
 
 def tiles(metrics: Mapping[str, Any]) -> tuple[str, list[Tile]]:

@@ -111,6 +111,28 @@ def interval_words(bounds: Sequence[float]) -> str:
     return f"{bounds[0]:.3f}–{bounds[1]:.3f}"
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table as plain text, its columns side by side."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def signed(value: float | None) -> str:
+    """Returns a difference as tables show it."""
+    return DASH if value is None else f"{value:+.3f}".replace("-", "−")
+
+
+def signed_interval(bounds: Sequence[float]) -> str:
+    """Returns the interval of a difference in words."""
+    return f"{signed(bounds[0])} to {signed(bounds[1])}"
+
+
+def p_value(value: float | None) -> str:
+    """Returns a p-value as tables show it."""
+    return DASH if value is None else "<0.001" if value < 0.0005 else f"{value:.3f}"
+
+
 def heat(metric: str, value: float | int) -> int:
     """Returns how bad a metric's value is, from 0 to ``HEATS``; 0 for a metric that is neither good nor bad."""
     words = metric.split("_")

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from forgery_eval.compare import run as compare
 from forgery_eval.eval import run as evaluate
 from tests.serve.test_page import Opened, browser  # noqa: F401 - a fixture
 from tests.trained import picture
@@ -61,6 +62,44 @@ def test_a_report_is_sorted_by_a_click_and_fits_a_phone(browser, results):  # no
         "macro",
         "all",
     ]
+    page.set_viewport_size({"width": 400, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    assert refused == []
+    opened.close()
+
+
+def test_a_comparison_is_sorted_by_a_click_and_fits_a_phone(browser, results):  # noqa: F811
+    lines = [json.loads(line) for line in (results.parent / "p.jsonl").read_text().splitlines()]
+    runs = [str(results)]
+    for number in (1, 2):
+        changed = [
+            {**line, "fake_probability": abs(line["fake_probability"] - 0.4 * (k % (number + 2) == 0)), "verdict": None}
+            for k, line in enumerate(lines)
+        ]
+        file = results.parent / f"changed-{number}.jsonl"
+        file.write_text("".join(json.dumps({k: v for k, v in line.items() if v}) + "\n" for line in changed))
+        runs.append(str(results.parent / f"a-run-with-a-name-that-is-far-too-long-for-a-phone-{number}"))
+        given = ["--dataset_path", str(results.parent / "data"), "--result_folder", runs[-1], "--rescore", str(file)]
+        assert evaluate(given) == 0
+    shown = results.parent / "comparison.html"
+    assert compare([*runs, "--html", str(shown)]) == 0
+    opened = Opened(browser, shown.as_uri())
+    page = opened.page
+    refused: list[str] = []
+    page.on("console", lambda said: refused.append(said.text))
+    page.reload()
+    assert page.locator("svg").count() == 2 and page.locator("svg").last.is_visible()
+    # The first screen has the runs and the pairs.
+    assert page.locator("h2", has_text="Pairs").bounding_box()["y"] < 900
+    page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+    table = "h2:has-text('Pairs') + .scroll table"
+    heading = page.locator(f"{table} th button", has_text="AUROC")
+    column = 1 + page.locator(f"{table} th").all_inner_texts().index(heading.inner_text())
+    heading.click()
+    cells = page.locator(f"{table} tbody tr td:nth-child({column})")
+    values = [float(cell.get_attribute("data-order")) for cell in cells.all()]
+    assert len(values) == 3 and values == sorted(values)
+    assert page.locator(".card img").count() > 0
     page.set_viewport_size({"width": 400, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
     assert refused == []

@@ -17,6 +17,7 @@ from forgery_eval.metrics.robustness import clean_threshold, error_rates
 from forgery_eval.perturbations import GRID, Perturbation, choose_perturbations
 from forgery_eval.store import Prediction
 from forgery_eval.verdicts import Evidence, FitSettings, Judgement
+from llava.__main__ import main as forgery
 from llava.cli import SOME_FAILED
 from llava.errors import OptionError
 from llava.image_operations import Step
@@ -99,6 +100,38 @@ def test_a_second_run_analyses_nothing_and_rescoring_needs_no_model(evaluated, m
     monkeypatch.setattr("forgery_eval.eval.open_detector", None)
     assert run([*given, "--rescore"]) == 0
     assert {name: (evaluated / name).read_bytes() for name in before} == before
+
+
+def compared(folder: Path, *runs: Path) -> dict:
+    out = folder / "compared.json"
+    assert forgery(["compare", *map(str, runs), "--json", str(out), "--resamples", "20"]) == 0
+    return json.loads(out.read_text("utf-8"))
+
+
+def test_perturbed_images_are_compared_alike_with_alike(evaluated, data, tmp_path, capsys):
+    shutil.copytree(evaluated, tmp_path / "other")
+    # The other run says the opposite of every image after jpeg:50, and has not all of the conditions.
+    (file,) = (tmp_path / "other" / "predictions" / "perturbed" / "jpeg_50").glob("*.jsonl")
+    header, *lines = file.read_text("utf-8").splitlines()
+    turned = [{**(row := json.loads(line)), "fake_probability": 1 - row["fake_probability"]} for line in lines]
+    file.write_text("".join(f"{line}\n" for line in (header, *map(json.dumps, turned))), "utf-8")
+    given = ["--dataset_path", str(data), "--result_folder", str(tmp_path / "other"), "--rescore"]
+    assert run([*given, "--perturb", "jpeg:50", "blur:1.0"]) == 0
+    found = compared(tmp_path, evaluated, tmp_path / "other")
+    assert set(found["perturbed"]) == {"jpeg:50", "blur:1.0"}
+    assert set(found["perturbed_in_some_only"]) == {"blur:0.5", "blur:2.0", "chain:2"}
+    assert found["clean"]["pairs"][0]["agreement"] == found["perturbed"]["blur:1.0"]["pairs"][0]["agreement"] == 1
+    one, other = found["perturbed"]["jpeg:50"]["runs"]
+    (condition,) = [c for c in metrics_of(evaluated)["robustness"]["conditions"] if c["step"] == "jpeg"]
+    assert one["metrics"]["auroc"] == pytest.approx(condition["metrics"]["auroc"])
+    assert other["metrics"]["auroc"] == pytest.approx(1 - condition["metrics"]["auroc"])
+    pairs = [part["pairs"][0] for part in found["perturbed"].values()]
+    assert min(pair["p_holm"] for pair in pairs) == pytest.approx(min(1, 2 * min(pair["p"] for pair in pairs)))
+    assert "after perturbations, alike:" in capsys.readouterr().out
+    page = tmp_path / "page.html"
+    assert forgery(["compare", str(evaluated), str(tmp_path / "other"), "--html", str(page), "--resamples", "20"]) == 0
+    text = page.read_text("utf-8")
+    assert "Under perturbations" in text and "Not compared, since not every run has it: blur:0.5" in text
 
 
 def test_what_was_not_predicted_cannot_be_rescored(evaluated, data, capsys):
@@ -207,6 +240,7 @@ def test_calibrating_fits_and_measures_a_rule(calibrated):
     assert everything["coverage"] == pytest.approx(everything["given"] / everything["images"])
     assert everything["risk_coverage"][-1][0] == 1.0 and 0 <= everything["risk_coverage_area"] <= 1
     assert everything["no_verdict"]["unlike"] / everything["images"] < 0.25
+    assert {name: len(ids) for name, ids in found["withheld"].items()} == everything["no_verdict"]
     (condition,) = metrics_of(results)["robustness"]["conditions"]
     assert "coverage" in condition["abstention"] and "risk_coverage" not in condition["abstention"]
     names = {file.name for file in results.iterdir() if file.is_file()}
@@ -215,6 +249,20 @@ def test_calibrating_fits_and_measures_a_rule(calibrated):
     assert "Given verdicts" in page and "error among given" in page
     rows = list(csv.DictReader((results / "metrics.csv").read_text("utf-8").splitlines()))
     assert any(row["part"] == "abstention" and row["metric"] == "coverage" for row in rows)
+
+
+def test_what_the_rule_withholds_is_no_verdict_in_a_comparison(calibrated, model, tmp_path):
+    data, results = calibrated
+    given = ["--dataset_path", str(data), "--result_folder", str(tmp_path / "plain"), *model]
+    assert run([*given, "--no-abstain"]) == 0
+    found = compared(tmp_path, results, tmp_path / "plain")
+    rule = metrics_of(results)["abstention"]["all"]
+    own, plain = found["clean"]["runs"]
+    assert found["clean"]["images"] == rule["images"] and found["runs"][0]["calibrated_on"] == 720 - rule["images"]
+    assert own["with_verdict"] == rule["given"] < plain["with_verdict"] == rule["images"]
+    assert own["metrics"]["accuracy"] == pytest.approx(1 - rule["error_among_given"])
+    assert own["metrics"]["balanced_accuracy"] == pytest.approx(rule["balanced_accuracy_of_given"])
+    assert found["clean"]["pairs"][0]["images"] == rule["given"]
 
 
 def test_the_rule_is_applied_to_other_data_and_can_be_left_out(calibrated, model, data, tmp_path):
