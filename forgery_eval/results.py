@@ -238,3 +238,4 @@ def _parts(metrics: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]
             yield from (("localization", f"{group}={value}", part) for value, part in values.items())
     for name, kinds in [*metrics["reasoning"]["sets"].items(), (ALL, metrics["reasoning"][ALL])]:
         yield from ((f"reasoning, {kind} answers", name, part) for kind, part in kinds.items())
+    yield from (("attribute", name, part) for name, part in metrics["reasoning"]["attributes"].items())

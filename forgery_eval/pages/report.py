@@ -11,6 +11,7 @@ from PIL import Image
 from forgery_eval.localize import ABOVE
 from forgery_eval.masks import read_mask
 from forgery_eval.metrics.abstention import risk_coverage
+from forgery_eval.metrics.localization import TOLERANCE
 from forgery_eval.metrics.scoring import ALL, Scored
 from forgery_eval.pages.base import THUMBNAIL, image_source, render, thumbnail
 from forgery_eval.pages.charts import risk_coverage_chart, robustness_charts, score_charts
@@ -58,6 +59,9 @@ _LOCALIZATION = {
     "recall": "recall",
     "mcc": "MCC",
     "auroc": "pixel AUROC",
+    "pointing": "pointing",
+    "pointing_exact": "pointing, exact",
+    "hit_by_chance": "pointing by chance",
     "iou_best": "IoU, best threshold",
     "f1_best": "F1, best threshold",
     "giou": "gIoU",
@@ -77,6 +81,13 @@ _REASONING = {
     "attribute_recall": "attribute recall",
     "attribute_f1": "attribute F1",
     "words": "words",
+}
+_ATTRIBUTES = {
+    "attribute_there": "images that show it",
+    "attribute_named": "answers that name it",
+    "attribute_precision": "precision",
+    "attribute_recall": "recall",
+    "attribute_f1": "F1",
 }
 _PUBLISHED_MEANS = {"bleu_1": "BLEU-1", "rouge_l": "ROUGE-L", "css": "CSS", "failure_rate": "failures"}
 
@@ -164,10 +175,13 @@ def _reasoning(found: Mapping[str, Any]) -> list[tuple[str, Table]]:
     titles = {"all": "All answers; failures count 0", "parsed": "Answers with a verdict"}
     if not any(value for name, value in found[ALL]["all"]["metrics"].items()):
         return []
-    return [
+    tables = [
         (title, metrics_table(_kind(found, kind), _REASONING, worst="rouge_l", pinned=(ALL,)))
         for kind, title in titles.items()
     ]
+    if found["attributes"]:
+        tables.append(("Each attribute", metrics_table(found["attributes"], _ATTRIBUTES, worst="attribute_f1")))
+    return tables
 
 
 def _calibration(found: Mapping[str, Any] | None) -> str:
@@ -298,7 +312,7 @@ def _localization(found: Mapping[str, Any], published: EvaluationProtocol | None
         tables[f"By {name}"] = metrics_table(values, _LOCALIZATION, worst="iou")
     rule = found["rule"][0].upper() + found["rule"][1:]
     tiles = Table(tables["Sets"].head, tables["Sets"].rows[:1])
-    return {"rule": f"{rule}; {found['truth']}.", "all": tiles, "tables": tables}
+    return {"rule": f"{rule}; {found['truth']}.", "tolerance": TOLERANCE, "all": tiles, "tables": tables}
 
 
 def _worst_masks(
