@@ -44,6 +44,7 @@ from llava.systems.base import AnalyzeOptions, EvaluationProtocol
 from llava.tables import LABEL_MAP_HELP, parse_label_map
 
 if TYPE_CHECKING:
+    from forgery_eval.faithfulness import Faithfulness
     from llava import ForgeryDetector
 
 _VERSIONS = ("torch", "transformers", "pillow")
@@ -77,6 +78,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     check_workers(parsed, "eval", sys.argv[1:] if arguments is None else arguments)
     if parsed.workers and (parsed.rescore or parsed.backend in (backends.OPENAI, backends.REPLAY)):
         parser.error("--workers analyses with a model; leave it out with --rescore and the backends openai and replay")
+    if parsed.faithfulness and parsed.backend in (backends.OPENAI, backends.REPLAY):
+        parser.error(
+            f"--faithfulness analyses covered images, and --backend {parsed.backend} says of none where it looked"
+        )
     if parsed.answer_format and not (parsed.rescore or parsed.backend == backends.REPLAY):
         parser.error("--answer-format says how to read predictions that exist already; it needs --rescore")
     backends.check_backend(parser, parsed)
@@ -103,6 +108,13 @@ def _add_metrics(parser: argparse.ArgumentParser) -> None:
         "--score-maps",
         action="store_true",
         help="compare the model's attention or forgery map with the true masks, where it gives no mask",
+    )
+    metrics.add_argument(
+        "--faithfulness",
+        type=positive_int,
+        metavar="N",
+        help="of N images called fake, cover the region that the model's mask or map names, and others of its size and "
+        "shape: does P(fake) fall more",
     )
     metrics.add_argument("--paper-protocol", action="store_true", help="the authors' protocol, quirks included")
     metrics.add_argument(
@@ -197,6 +209,7 @@ class Predicted:
         about: What was run; stands in ``metrics.json``.
         evidence: What a rule of abstention needs beside the predictions.
         perturbed: What was predicted after perturbations.
+        faithfulness: What was predicted of images whose regions are covered; None where that was not asked for.
     """
 
     samples: Sequence[Sample]
@@ -206,6 +219,7 @@ class Predicted:
     about: dict[str, Any]
     evidence: RunEvidence = field(default_factory=RunEvidence)
     perturbed: Mapping[Perturbation, RunEvidence] = field(default_factory=dict)
+    faithfulness: "Faithfulness | None" = None
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -216,6 +230,7 @@ def main(arguments: argparse.Namespace) -> int:
     """
     results = _results()
     from forgery_eval.metrics.calibration import SHARE
+    from forgery_eval.pages.summary import summary_lines
     from forgery_eval.verdicts import Evidence, FitSettings, Judgement
 
     # Opened first, so that what is wrong with them is known before hours of analysis.
@@ -238,7 +253,7 @@ def main(arguments: argparse.Namespace) -> int:
     if fits:
         level, share = arguments.error_level or 0.1, arguments.known_share or 0.95
         fit = FitSettings(level, share, arguments.stability or 0, arguments.calibrate_perturbed, fit_share)
-    results.write_results(
+    metrics = results.write_results(
         arguments.result_folder,
         found.samples,
         found.predictions,
@@ -254,7 +269,10 @@ def main(arguments: argparse.Namespace) -> int:
             (cell.step, cell.strength): Evidence(run.features, predictions=run.predictions)
             for cell, run in found.perturbed.items()
         },
+        faithfulness=found.faithfulness,
     )
+    for line in summary_lines(metrics):
+        print(line)
     print(f"written: {arguments.result_folder / 'metrics.json'} and {arguments.result_folder / 'report.html'}")
     failed = sum(1 for prediction in found.predictions if prediction.error)
     if failed:
@@ -294,6 +312,7 @@ def read_predicted(arguments: argparse.Namespace, plan: Plan) -> Predicted:
     Raises:
         UserError: There are none, they cannot be read, or they are of other data.
     """
+    from forgery_eval import faithfulness
     from forgery_eval.metrics.scoring import match
 
     file = _predictions_file(arguments)
@@ -305,11 +324,14 @@ def read_predicted(arguments: argparse.Namespace, plan: Plan) -> Predicted:
         max_sample=arguments.max_sample or chosen.get("max_sample"),
         label_map=arguments.label_map,
     )
-    predictions = _by_sample(predictions, samples, file, whole=not (arguments.sets or arguments.max_sample or chosen))
+    known = _by_sample(predictions, samples, file, whole=not (arguments.sets or arguments.max_sample or chosen))
+    matched = match(samples, known)
     answers = AnswerKind.of(arguments.answer_format or system_of(header))
     about = {"run": file.stem, "settings": header.get("settings", {})}
     evidence, perturbed = read_evidence(file, samples, plan, arguments.answer_format)
-    return Predicted(samples, match(samples, predictions), answers, file.parent, about, evidence, perturbed)
+    most = arguments.faithfulness
+    covered = faithfulness.read(file, header, samples, matched, most) if most else None
+    return Predicted(samples, matched, answers, file.parent, about, evidence, perturbed, covered)
 
 
 def _replayed(arguments: argparse.Namespace) -> Path:
@@ -372,6 +394,8 @@ def predict(arguments: argparse.Namespace, plan: Plan) -> Predicted:
     Raises:
         UserError: The data or the model cannot be opened, the options cannot be met, or a file cannot be written.
     """
+    from forgery_eval import faithfulness
+
     samples = open_benchmark(
         arguments.dataset_path,
         sets=arguments.sets,
@@ -396,6 +420,9 @@ def predict(arguments: argparse.Namespace, plan: Plan) -> Predicted:
     with ExitStack() as stack:
         # Every prediction is kept whole; which verdicts are given is decided afterwards.
         model, run = _open_model(arguments, options, settings, stack)
+        if arguments.faithfulness and model.has_attention:
+            options = replace(options, attention=True)
+            run = replace(run, settings={**run.settings, "attention": True})
         conditions = Conditions(
             model, samples, options, run, arguments.result_folder / _PREDICTIONS, not arguments.paper_protocol
         )
@@ -403,10 +430,12 @@ def predict(arguments: argparse.Namespace, plan: Plan) -> Predicted:
         if passed_over := list_passed_over(arguments.dataset_path):
             inform(describe_passed_over(passed_over))
         evidence, perturbed = conditions.evidence(path, plan)
+        most = arguments.faithfulness
+        covered = faithfulness.measure(conditions, path, predictions, most) if most else None
         usage = {} if isinstance(model, WorkerPool) else backends.finish(model.system, arguments)
     about = {"run": run.key, "settings": run.settings, **usage}
     answers = AnswerKind.of(arguments.options_of)
-    return Predicted(samples, predictions, answers, path.parent, about, evidence, perturbed)
+    return Predicted(samples, predictions, answers, path.parent, about, evidence, perturbed, covered)
 
 
 def _open_model(

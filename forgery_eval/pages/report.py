@@ -8,6 +8,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from forgery_eval.covering import Covered, cover
 from forgery_eval.localize import ABOVE
 from forgery_eval.masks import read_mask
 from forgery_eval.metrics.abstention import risk_coverage
@@ -15,7 +16,7 @@ from forgery_eval.metrics.localization import TOLERANCE
 from forgery_eval.metrics.scoring import ALL, Scored
 from forgery_eval.pages.base import THUMBNAIL, image_source, render, thumbnail
 from forgery_eval.pages.charts import risk_coverage_chart, robustness_charts, score_charts
-from forgery_eval.pages.overlay import draw_grey_mask
+from forgery_eval.pages.overlay import draw_grey_mask, draw_mask
 from forgery_eval.pages.summary import tiles, verdict_source, worst_parts
 from forgery_eval.pages.tables import Cell, Table, metric_cell, metrics_table, number
 from llava.labels import LABELS
@@ -24,6 +25,7 @@ from llava.tampered import read_changed
 
 WORST = 24
 _MOST_FAILURES = 200
+_MOST_COVERED = 12
 _DETECTION = {
     "text_accuracy": "accuracy (text)",
     "score_accuracy": "accuracy (score)",
@@ -68,6 +70,13 @@ _LOCALIZATION = {
     "ciou": "cIoU",
     "real_without_mask": "reals without mask",
 }
+_FAITHFULNESS = {
+    "fall_named": "fall, named region",
+    "fall_random": "fall, random regions",
+    "fall_difference": "difference",
+    "named_falls_more": "named falls more",
+    "area": "share covered",
+}
 _REASONING = {
     "texts": "texts",
     "bleu_1": "BLEU-1",
@@ -98,6 +107,7 @@ def report_page(
     *,
     published: EvaluationProtocol | None = None,
     masks: Path | None = None,
+    covered: Mapping[str, Sequence[Covered]] | None = None,
 ) -> str:
     """Returns the page.
 
@@ -106,6 +116,7 @@ def report_page(
         rows: The scored samples.
         published: Has the numbers that the system's authors published.
         masks: Folder that the predictions' masks are named from.
+        covered: How each image is covered whose faithfulness was measured, by its id.
     """
     detection, reasoning = metrics["detection"], metrics["reasoning"]
     seconds = [row.prediction.seconds for row in rows if row.prediction.seconds]
@@ -137,6 +148,7 @@ def report_page(
         robustness=_robustness(metrics["robustness"]) if "robustness" in metrics else None,
         localization=_localization(metrics["localization"], published) if "localization" in metrics else None,
         worst_masks=_worst_masks(metrics.get("localization"), rows, masks),
+        faithfulness=_faithfulness(metrics["faithfulness"], covered or {}) if "faithfulness" in metrics else None,
         published_means=_published_means(published),
         reasoning=_reasoning(reasoning),
         worst=[_card(row, masks) for row in worst_mistakes(rows)],
@@ -345,6 +357,37 @@ def _worst_masks(
             }
         )
     return shown
+
+
+def _faithfulness(found: Mapping[str, Any], covered: Mapping[str, Sequence[Covered]]) -> dict[str, Any]:
+    """What is done in words, tables of all images and of the sets, and the least faithful images."""
+    parts = {**found["sets"], ALL: found["all"]}
+    table = metrics_table(parts, _FAITHFULNESS, worst="fall_difference", pinned=(ALL,))
+    left_out = [f"{count} with {reason}" for reason, count in found["left_out"].items() if count]
+
+    def difference(image: Mapping[str, Any]) -> float:
+        return float(np.mean(image["random"])) - float(image["named"])
+
+    worst = sorted(found["images"], key=lambda image: (difference(image), image["id"]))[:_MOST_COVERED]
+    return {
+        "method": found["method"],
+        "left_out": f"Left out: {', '.join(left_out)}." if left_out else "",
+        "all": Table(table.head, table.rows[:1], table.left_out),
+        "sets": table if len(found["sets"]) > 1 else None,
+        "cards": [_covered_card(image, covered[image["id"]]) for image in worst],
+    }
+
+
+def _covered_card(image: Mapping[str, Any], covered: Sequence[Covered]) -> dict[str, str]:
+    """An image with the named region lit, and with that and a random one covered."""
+    shown = dict.fromkeys(("region", "named", "random"), "")
+    if small := thumbnail(covered[0].image):
+        named, random = covered[0].regions[:2]
+        region = np.asarray(Image.fromarray(named).resize(small.size, Image.Resampling.NEAREST))
+        drawn = (draw_mask(small, region), cover(small, named), cover(small, random))
+        shown = {name: image_source(one) for name, one in zip(shown, drawn, strict=True)}
+    scores = f"P(fake) {image['before']:.3f}; without the named region {image['named']:.3f}"
+    return {"id": image["id"], **shown, "words": f"{scores}, without random ones {np.mean(image['random']):.3f}"}
 
 
 def _true_mask(files: Sequence[Path]) -> Image.Image | None:

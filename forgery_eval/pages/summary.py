@@ -75,6 +75,34 @@ def _given_tiles(given: Mapping[str, Any]) -> list[Tile]:
     return found
 
 
+def summary_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """Returns what a terminal shows of explanations that were put to the test.
+
+    Args:
+        metrics: What ``metrics.json`` holds.
+    """
+    lines = []
+    if "faithfulness" in metrics:
+        lines.append(f"faithfulness: {_faithfulness_words(metrics['faithfulness']['all'])}")
+    return lines
+
+
+def _faithfulness_words(part: Mapping[str, Any]) -> str:
+    if not part["metrics"]["images"]:
+        return str(part["undefined"]["fall_named"])
+    named, random, difference, more = (
+        _with_interval(part, name) for name in ("fall_named", "fall_random", "fall_difference", "named_falls_more")
+    )
+    return (
+        f"P(fake) falls by {named} when the named region is covered and by {random} when random ones are; difference "
+        f"{difference}; the named one falls more in a share of {more} of {part['metrics']['images']} images"
+    )
+
+
+def _with_interval(part: Mapping[str, Any], metric: str) -> str:
+    return f"{number(part['metrics'][metric])} ({interval_words(part['intervals'][metric])})"
+
+
 def worst_parts(detection: Mapping[str, Any], most: int = MOST_GROUPS) -> Table | None:
     """Returns the sets and groups with the lowest accuracy; None where there is one part only.
 
