@@ -22,6 +22,7 @@ from forgery_eval.answers import AnswerKind
 from forgery_eval.benchmarks import Sample, describe_layouts, list_passed_over, open_benchmark
 from forgery_eval.conditions import Conditions, Plan, RunEvidence, read_evidence
 from forgery_eval.fingerprints import images_digest, weight_locations, weights_digest
+from forgery_eval.judge import Judge, add_judge_options, check_judge
 from forgery_eval.model_options import (
     LOCATIONS,
     add_batch_size,
@@ -73,6 +74,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     _add_metrics(parser)
     _add_reliability(parser)
     backends.add_backend_options(parser)
+    add_judge_options(parser)
     add_model_options(parser)
     parsed = parse_with_system(parser, arguments)
     check_workers(parsed, "eval", sys.argv[1:] if arguments is None else arguments)
@@ -85,6 +87,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if parsed.answer_format and not (parsed.rescore or parsed.backend == backends.REPLAY):
         parser.error("--answer-format says how to read predictions that exist already; it needs --rescore")
     backends.check_backend(parser, parsed)
+    check_judge(parser, parsed)
     _check_reliability(parser, parsed)
     if parsed.paper_protocol:
         settings = dict(_protocol(AnswerKind.of(parsed.options_of)).SETTINGS)
@@ -237,6 +240,7 @@ def main(arguments: argparse.Namespace) -> int:
     calibration = results.Calibration.load(arguments.calibration) if arguments.calibration else None
     similarity = results.open_similarity(arguments.clip_path) if arguments.clip_path else None
     perturbations = choose_perturbations(arguments.perturb)
+    judge = Judge.of(arguments)
     rule = _rule(arguments)
     plan = Plan(
         perturbations,
@@ -270,6 +274,7 @@ def main(arguments: argparse.Namespace) -> int:
             for cell, run in found.perturbed.items()
         },
         faithfulness=found.faithfulness,
+        judge=judge,
     )
     for line in summary_lines(metrics):
         print(line)

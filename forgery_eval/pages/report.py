@@ -8,10 +8,12 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from forgery_eval.backends import usage_words
 from forgery_eval.covering import Covered, cover
 from forgery_eval.localize import ABOVE
 from forgery_eval.masks import read_mask
 from forgery_eval.metrics.abstention import risk_coverage
+from forgery_eval.metrics.grades import OVERALL
 from forgery_eval.metrics.localization import TOLERANCE
 from forgery_eval.metrics.scoring import ALL, Scored
 from forgery_eval.pages.base import THUMBNAIL, image_source, render, thumbnail
@@ -149,6 +151,7 @@ def report_page(
         localization=_localization(metrics["localization"], published) if "localization" in metrics else None,
         worst_masks=_worst_masks(metrics.get("localization"), rows, masks),
         faithfulness=_faithfulness(metrics["faithfulness"], covered or {}) if "faithfulness" in metrics else None,
+        judge=_judge(metrics["judge"]) if "judge" in metrics else None,
         published_means=_published_means(published),
         reasoning=_reasoning(reasoning),
         worst=[_card(row, masks) for row in worst_mistakes(rows)],
@@ -375,6 +378,27 @@ def _faithfulness(found: Mapping[str, Any], covered: Mapping[str, Sequence[Cover
         "all": Table(table.head, table.rows[:1], table.left_out),
         "sets": table if len(found["sets"]) > 1 else None,
         "cards": [_covered_card(image, covered[image["id"]]) for image in worst],
+    }
+
+
+def _judge(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Who graded by what, tables of all images and of the sets, and what could not be graded."""
+    parts = {**found["sets"], ALL: found[ALL]}
+    counts = {"explained": "explained", "graded": "graded", "not_graded": "not graded"}
+    grades = {OVERALL: "overall", **{name: name.replace("_", " ") for name in found["rubric"]}}
+    table = metrics_table(parts, counts | grades, worst=OVERALL, pinned=(ALL,))
+    refused = found["not_graded"]
+    rows = [[Cell(one["id"]), Cell(one["reason"])] for one in refused[:_MOST_FAILURES]]
+    return {
+        "model": found["model"],
+        "scale": found["scale"],
+        "rubric": {name.replace("_", " "): statement for name, statement in found["rubric"].items()},
+        "usage": usage_words(found["usage"]),
+        "prompt": found["prompt"],
+        "all": Table(table.head, table.rows[:1], table.left_out),
+        "sets": table if len(found["sets"]) > 1 else None,
+        "refused": Table(["image", "reason"], rows),
+        "count": len(refused),
     }
 
 

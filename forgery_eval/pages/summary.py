@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forgery_eval.metrics.detection import wilson
+from forgery_eval.metrics.grades import OVERALL
 from forgery_eval.metrics.scoring import ALL
 from forgery_eval.pages.tables import Cell, Table, heat, interval_words, metric_cell, number
 
@@ -84,7 +85,19 @@ def summary_lines(metrics: Mapping[str, Any]) -> list[str]:
     lines = []
     if "faithfulness" in metrics:
         lines.append(f"faithfulness: {_faithfulness_words(metrics['faithfulness']['all'])}")
+    if "judge" in metrics:
+        lines.append(f"judge: {_judge_words(metrics['judge'])}")
     return lines
+
+
+def _judge_words(found: Mapping[str, Any]) -> str:
+    part = found[ALL]
+    counts = part["metrics"]
+    left = f"; {counts['not_graded']} could not be graded" if counts["not_graded"] else ""
+    if not counts["graded"]:
+        return f"{part['undefined'][OVERALL]}{left}"
+    highest = found["scale"][1]
+    return f"{_with_interval(part, OVERALL)} of {highest} over {counts['graded']} explanations{left}"
 
 
 def _faithfulness_words(part: Mapping[str, Any]) -> str:
