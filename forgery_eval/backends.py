@@ -31,6 +31,7 @@ _OF = {
     PROBE: ("backbone", "train_data", "feature_cache"),
     REPLAY: ("replay_file",),
 }
+_ALSO_OF_THE_JUDGE = ("concurrency", "timeout", "retries")
 _FOLDER = "backend"
 _REPLIES = "replies.jsonl"
 
@@ -53,13 +54,17 @@ def add_backend_options(parser: argparse.ArgumentParser) -> None:
         metavar="VARIABLE",
         help=f"openai: environment variable that holds the key (default: {KEY_VARIABLE}); the key is never stored",
     )
-    group.add_argument("--concurrency", type=positive_int, help="openai: requests at a time (default: 8)")
-    group.add_argument("--timeout", type=positive_float, help="openai: longest wait for a reply, in s (default: 120)")
-    group.add_argument("--retries", type=positive_int, help="openai: how often a question is repeated (default: 5)")
+    group.add_argument("--concurrency", type=positive_int, help="openai, judge: requests at a time (default: 8)")
+    group.add_argument(
+        "--timeout", type=positive_float, help="openai, judge: longest wait for a reply, in s (default: 120)"
+    )
+    group.add_argument(
+        "--retries", type=positive_int, help="openai, judge: how often a question is repeated (default: 5)"
+    )
     group.add_argument(
         "--price",
         nargs=2,
-        type=_price,
+        type=price,
         metavar=("IN", "OUT"),
         help="openai: price of a million tokens of questions and of answers, to count the cost",
     )
@@ -94,7 +99,8 @@ def add_backend(group: Any) -> None:
     )
 
 
-def _price(text: str) -> float:
+def price(text: str) -> float:
+    """Reads a price, for ``type=`` of an option."""
     return 0.0 if text in ("0", "0.0") else positive_float(text)
 
 
@@ -102,7 +108,8 @@ def check_backend(parser: OptionParser, parsed: argparse.Namespace) -> None:
     """Refuses options that are missing, or that would do nothing."""
     for backend, names in _OF.items():
         for name in names:
-            if getattr(parsed, name) is not None and parsed.backend != backend:
+            used = parsed.backend == backend or (parsed.judge and name in _ALSO_OF_THE_JUDGE)
+            if getattr(parsed, name) is not None and not used:
                 parser.error(f"{_flag(name)} needs --backend {backend}")
     missing = [_flag(name) for name in _NEEDS.get(parsed.backend, ()) if getattr(parsed, name) is None]
     if missing:
@@ -171,16 +178,20 @@ def finish(system: Any, arguments: argparse.Namespace) -> dict[str, Any]:
     """Closes an endpoint's replies; returns what stands in the metrics: tokens, and the cost if prices are known."""
     if arguments.backend != OPENAI:
         return {}
-    usage: dict[str, Any] = dict(system.usage)
-    if arguments.price:
-        price = Price(*arguments.price)
-        millions = usage["prompt_tokens"] * price.prompt + usage["completion_tokens"] * price.completion
-        usage |= {"price": list(price), "cost": millions / 1e6}
+    usage = with_cost(system.usage, Price(*arguments.price) if arguments.price else None)
     system.close()
     inform(usage_words(usage))
     if system.endpoint.repeated:
         inform(f"{system.endpoint.repeated} questions were asked again")
     return {"usage": usage}
+
+
+def with_cost(usage: Mapping[str, Any], prices: Price | None) -> dict[str, Any]:
+    """Returns counted tokens with their prices and cost, if prices are known."""
+    if prices is None:
+        return dict(usage)
+    millions = usage["prompt_tokens"] * prices.prompt + usage["completion_tokens"] * prices.completion
+    return {**usage, "price": list(prices), "cost": millions / 1e6}
 
 
 def usage_words(usage: Mapping[str, Any]) -> str:

@@ -3,13 +3,14 @@
 Each has a predictions file of its own in a folder below the clean run's, and is resumed like it.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from forgery_eval.benchmarks import Sample
 from forgery_eval.features import compute_features, stored_features
@@ -99,10 +100,25 @@ class Conditions:
             folder = _folder(self.folder, perturbation)
             change = perturbation if images is None else keep_images(perturbation, images / perturbation.folder)
             inform(f"perturbed: {perturbation.name}")
+        path, found = self.analyze(run, folder, change)
+        return path, [found[sample.id] for sample in self.samples]
+
+    def analyze(
+        self, run: Run, folder: Path, change: Callable[[Sample, Image.Image], Image.Image] | None = None
+    ) -> tuple[Path, dict[str, Prediction]]:
+        """Analyses what is not analysed yet of some run.
+
+        Args:
+            run: The run.
+            folder: Where its predictions go.
+            change: Gives another image instead of a sample's.
+
+        Returns:
+            The run's file, and the predictions by id.
+        """
         with closing(RunStore(folder, run, [sample.id for sample in self.samples])) as store:
             fill_store(self.detector, self.samples, self.options, store, oriented=self.oriented, change=change)
-        _, found = read_run(store.path)
-        return store.path, [found[sample.id] for sample in self.samples]
+        return store.path, read_run(store.path)[1]
 
     def evidence(self, clean: Path, plan: Plan) -> tuple[RunEvidence, dict[Perturbation, RunEvidence]]:
         """Returns what is asked for of the clean images and of the perturbed ones.

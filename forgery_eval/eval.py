@@ -20,6 +20,7 @@ from forgery_eval.answers import AnswerKind
 from forgery_eval.benchmarks import Sample, describe_layouts, list_passed_over, open_benchmark
 from forgery_eval.conditions import Conditions, Plan, RunEvidence, read_evidence
 from forgery_eval.fingerprints import images_digest, weight_locations, weights_digest
+from forgery_eval.judge import Judge, add_judge_options, check_judge
 from forgery_eval.model_options import (
     LOCATIONS,
     add_batch_size,
@@ -42,6 +43,7 @@ from llava.systems.base import AnalyzeOptions, EvaluationProtocol
 from llava.tables import LABEL_MAP_HELP, parse_label_map
 
 if TYPE_CHECKING:
+    from forgery_eval.faithfulness import Faithfulness
     from llava import ForgeryDetector
 
 _VERSIONS = ("torch", "transformers", "pillow")
@@ -70,14 +72,20 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     _add_metrics(parser)
     _add_reliability(parser)
     backends.add_backend_options(parser)
+    add_judge_options(parser)
     add_model_options(parser)
     parsed = parse_with_system(parser, arguments)
     check_workers(parsed, "eval", sys.argv[1:] if arguments is None else arguments)
     if parsed.workers and (parsed.rescore or parsed.backend in (backends.OPENAI, backends.REPLAY)):
         parser.error("--workers analyses with a model; leave it out with --rescore and the backends openai and replay")
+    if parsed.faithfulness and parsed.backend in (backends.OPENAI, backends.REPLAY):
+        parser.error(
+            f"--faithfulness analyses covered images, and --backend {parsed.backend} says of none where it looked"
+        )
     if parsed.answer_format and not (parsed.rescore or parsed.backend == backends.REPLAY):
         parser.error("--answer-format says how to read predictions that exist already; it needs --rescore")
     backends.check_backend(parser, parsed)
+    check_judge(parser, parsed)
     _check_reliability(parser, parsed)
     if parsed.paper_protocol:
         settings = dict(_protocol(AnswerKind.of(parsed.options_of)).SETTINGS)
@@ -101,6 +109,13 @@ def _add_metrics(parser: argparse.ArgumentParser) -> None:
         "--score-maps",
         action="store_true",
         help="compare the model's attention or forgery map with the true masks, where it gives no mask",
+    )
+    metrics.add_argument(
+        "--faithfulness",
+        type=positive_int,
+        metavar="N",
+        help="of N images called fake, cover the region that the model's mask or map names, and others of its size and "
+        "shape: does P(fake) fall more",
     )
     metrics.add_argument("--paper-protocol", action="store_true", help="the authors' protocol, quirks included")
     metrics.add_argument(
@@ -195,6 +210,7 @@ class Predicted:
         about: What was run; stands in ``metrics.json``.
         evidence: What a rule of abstention needs beside the predictions.
         perturbed: What was predicted after perturbations.
+        faithfulness: What was predicted of images whose regions are covered; None where that was not asked for.
     """
 
     samples: Sequence[Sample]
@@ -204,6 +220,7 @@ class Predicted:
     about: dict[str, Any]
     evidence: RunEvidence = field(default_factory=RunEvidence)
     perturbed: Mapping[Perturbation, RunEvidence] = field(default_factory=dict)
+    faithfulness: "Faithfulness | None" = None
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -215,12 +232,14 @@ def main(arguments: argparse.Namespace) -> int:
     with needs_extra("eval"):
         from forgery_eval import results
         from forgery_eval.metrics.calibration import SHARE
+        from forgery_eval.pages.summary import summary_lines
         from forgery_eval.verdicts import Evidence, FitSettings, Judgement
 
     # Opened first, so that what is wrong with them is known before hours of analysis.
     calibration = results.Calibration.load(arguments.calibration) if arguments.calibration else None
     similarity = results.open_similarity(arguments.clip_path) if arguments.clip_path else None
     perturbations = choose_perturbations(arguments.perturb)
+    judge = Judge.of(arguments)
     rule = _rule(arguments)
     plan = Plan(
         perturbations,
@@ -237,7 +256,7 @@ def main(arguments: argparse.Namespace) -> int:
     if fits:
         level, share = arguments.error_level or 0.1, arguments.known_share or 0.95
         fit = FitSettings(level, share, arguments.stability or 0, arguments.calibrate_perturbed, fit_share)
-    results.write_results(
+    metrics = results.write_results(
         arguments.result_folder,
         found.samples,
         found.predictions,
@@ -253,7 +272,11 @@ def main(arguments: argparse.Namespace) -> int:
             (cell.step, cell.strength): Evidence(run.features, predictions=run.predictions)
             for cell, run in found.perturbed.items()
         },
+        faithfulness=found.faithfulness,
+        judge=judge,
     )
+    for line in summary_lines(metrics):
+        print(line)
     print(f"written: {arguments.result_folder / 'metrics.json'} and {arguments.result_folder / 'report.html'}")
     failed = sum(1 for prediction in found.predictions if prediction.error)
     if failed:
@@ -294,6 +317,7 @@ def read_predicted(arguments: argparse.Namespace, plan: Plan) -> Predicted:
     Raises:
         UserError: There are none, they cannot be read, or they are of other data.
     """
+    from forgery_eval import faithfulness
     from forgery_eval.metrics.scoring import match
 
     file = _predictions_file(arguments)
@@ -305,11 +329,14 @@ def read_predicted(arguments: argparse.Namespace, plan: Plan) -> Predicted:
         max_sample=arguments.max_sample or chosen.get("max_sample"),
         label_map=arguments.label_map,
     )
-    predictions = _by_sample(predictions, samples, file, whole=not (arguments.sets or arguments.max_sample or chosen))
+    known = _by_sample(predictions, samples, file, whole=not (arguments.sets or arguments.max_sample or chosen))
+    matched = match(samples, known)
     answers = AnswerKind.of(arguments.answer_format or system_of(header))
     about = {"run": file.stem, "settings": header.get("settings", {})}
     evidence, perturbed = read_evidence(file, samples, plan, arguments.answer_format)
-    return Predicted(samples, match(samples, predictions), answers, file, about, evidence, perturbed)
+    most = arguments.faithfulness
+    covered = faithfulness.read(file, header, samples, matched, most) if most else None
+    return Predicted(samples, matched, answers, file, about, evidence, perturbed, covered)
 
 
 def _replayed(arguments: argparse.Namespace) -> Path:
@@ -372,6 +399,8 @@ def predict(arguments: argparse.Namespace, plan: Plan) -> Predicted:
     Raises:
         UserError: The data or the model cannot be opened, the options cannot be met, or a file cannot be written.
     """
+    from forgery_eval import faithfulness
+
     samples = open_benchmark(
         arguments.dataset_path,
         sets=arguments.sets,
@@ -396,6 +425,9 @@ def predict(arguments: argparse.Namespace, plan: Plan) -> Predicted:
     with ExitStack() as stack:
         # Every prediction is kept whole; which verdicts are given is decided afterwards.
         model, run = _open_model(arguments, options, settings, stack)
+        if arguments.faithfulness and model.has_attention:
+            options = replace(options, attention=True)
+            run = replace(run, settings={**run.settings, "attention": True})
         conditions = Conditions(
             model, samples, options, run, arguments.result_folder / _PREDICTIONS, not arguments.paper_protocol
         )
@@ -403,10 +435,12 @@ def predict(arguments: argparse.Namespace, plan: Plan) -> Predicted:
         if passed_over := list_passed_over(arguments.dataset_path):
             inform(describe_passed_over(passed_over))
         evidence, perturbed = conditions.evidence(path, plan)
+        most = arguments.faithfulness
+        covered = faithfulness.measure(conditions, path, predictions, most) if most else None
         usage = {} if isinstance(model, WorkerPool) else backends.finish(model.system, arguments)
     about = {"run": run.key, "settings": run.settings, **usage}
     answers = AnswerKind.of(arguments.options_of)
-    return Predicted(samples, predictions, answers, path, about, evidence, perturbed)
+    return Predicted(samples, predictions, answers, path, about, evidence, perturbed, covered)
 
 
 def _open_model(

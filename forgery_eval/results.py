@@ -12,9 +12,14 @@ import numpy as np
 
 from forgery_eval.answers import AnswerKind
 from forgery_eval.benchmarks import Sample
+from forgery_eval.covering import METHOD
+from forgery_eval.faithfulness import Faithfulness
+from forgery_eval.judge import RUBRIC, Judge
 from forgery_eval.localize import ABOVE, ABOVE_PUBLISHED, localization
 from forgery_eval.metrics.calibration import Calibration, fit, is_for_fitting, kind_of_score
 from forgery_eval.metrics.choices import choice_metrics
+from forgery_eval.metrics.faithfulness import faithfulness_metrics
+from forgery_eval.metrics.grades import grade_metrics
 from forgery_eval.metrics.robustness import robustness
 from forgery_eval.metrics.scoring import ALL, Scored, Scoring, Similarity, protocol_metrics, score, with_scores
 from forgery_eval.metrics.videos import video_metrics
@@ -63,7 +68,9 @@ def write_results(
     masks: Path | None = None,
     judgement: Judgement | None = None,
     perturbed: Mapping[tuple[str, str], Evidence] | None = None,
-) -> None:
+    faithfulness: Faithfulness | None = None,
+    judge: Judge | None = None,
+) -> dict[str, Any]:
     """Computes every metric, then writes the files.
 
     Args:
@@ -79,6 +86,11 @@ def write_results(
         masks: Folder that the predictions' masks are named from.
         judgement: By which rule verdicts are given.
         perturbed: What was predicted of the same samples after perturbations, by step and strength.
+        faithfulness: What was predicted of some of them with regions covered.
+        judge: Grades their explanations.
+
+    Returns:
+        What ``metrics.json`` holds.
 
     Raises:
         DataError: The scores cannot be calibrated, or the calibration or the rule is for another score.
@@ -108,8 +120,8 @@ def write_results(
         metrics["paper"] = protocol_metrics(kept, kept_predictions, protocol, similarity)
     metrics |= scoring.all_metrics(rows)
     above = ABOVE if protocol is None else ABOVE_PUBLISHED
-    if found := localization(kept, kept_predictions, masks, above=above):
-        metrics["localization"] = found
+    if masked := localization(kept, kept_predictions, masks, above=above):
+        metrics["localization"] = masked
     if any(row.sample.video for row in rows):
         metrics["videos"] = video_metrics(rows, scoring)
     if any(row.sample.chosen_from for row in rows):
@@ -124,12 +136,33 @@ def write_results(
         runs = {cell: run.of(reporting) for cell, run in perturbed.items()}
         under = {cell: score(kept, run.predictions, answers, calibration=calibration) for cell, run in runs.items()}
         metrics["robustness"] = _robustness(rows, under, runs, scoring, judgement.rule)
-    page = report_page(metrics, rows, published=registry.component(answers.system, "protocol"), masks=masks)
+    if faithfulness:
+        found = faithfulness_metrics(faithfulness.scores, draws=scoring.draws, seed=scoring.seed)
+        metrics["faithfulness"] = {"method": METHOD, "left_out": dict(faithfulness.left_out), **found}
+    if judge:
+        metrics["judge"] = _judged(judge, rows, scoring)
+    covered = faithfulness.covered if faithfulness else {}
+    published = registry.component(answers.system, "protocol")
+    page = report_page(metrics, rows, published=published, masks=masks, covered=covered)
     if calibration and fit_share:
         calibration.save(folder / CALIBRATION)
         if judgement.rule:
             judgement.rule.save(folder / CALIBRATION)
     _write(folder, metrics, page, protocol)
+    return metrics
+
+
+def _judged(judge: Judge, rows: Sequence[Scored], scoring: Scoring) -> dict[str, Any]:
+    """Means of the grades, which explanations have none and why, and what it took."""
+    grades = judge.grade(rows)
+    found = grade_metrics(
+        [(row.sample.set, row.sample.label, row.explanation, grades.of.get(row.sample.id)) for row in rows],
+        list(RUBRIC),
+        draws=scoring.draws,
+        seed=scoring.seed,
+    )
+    refused = [{"id": name, "reason": reason} for name, reason in grades.refused.items()]
+    return {**grades.about, **found, "not_graded": refused, "usage": dict(grades.usage)}
 
 
 def _robustness(
@@ -239,3 +272,9 @@ def _parts(metrics: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]
             yield from (("localization", f"{group}={value}", part) for value, part in values.items())
     for name, kinds in [*metrics["reasoning"]["sets"].items(), (ALL, metrics["reasoning"][ALL])]:
         yield from ((f"reasoning, {kind} answers", name, part) for kind, part in kinds.items())
+    for kind in ("faithfulness", "judge"):
+        if kind in metrics:
+            yield from (
+                (kind, name, part) for name, part in [*metrics[kind]["sets"].items(), (ALL, metrics[kind][ALL])]
+            )
+    yield from (("attribute", name, part) for name, part in metrics["reasoning"]["attributes"].items())

@@ -102,6 +102,7 @@ class _Worker:
         return {
             "batch_size": detector.system.batch_size(options),
             "describe": detector.system.describe(options),
+            "has_attention": detector.has_attention,
             "has_features": detector.has_features,
             "notice": detector.notice,
         }
@@ -247,6 +248,7 @@ class WorkerPool:
         count: How many workers there are.
         batch_size: Images at a time that fit and are fast.
         describe: All that changes an answer beside weights, options and pixels.
+        has_attention: Whether the model can say where it looked.
         has_features: Whether the model gives features of images.
 
     Raises:
@@ -280,6 +282,7 @@ class WorkerPool:
             raise
         self.batch_size: int = about["batch_size"]
         self.describe: dict[str, Any] = about["describe"]
+        self.has_attention: bool = about["has_attention"]
         self.has_features: bool = about["has_features"]
         if about["notice"]:
             note_once(about["notice"])

@@ -3,6 +3,8 @@
 The key comes from an environment variable and is written nowhere.
 """
 
+import base64
+import io
 import os
 import random
 import threading
@@ -11,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
+
+from PIL import Image
 
 from llava.cli import note_once
 from llava.errors import OptionError, UserError
@@ -252,6 +256,13 @@ class Endpoint:
                     max_retries=0,
                 )
             return self._client
+
+
+def image_url(image: Image.Image) -> str:
+    """Returns an image as a data URL of PNG, which changes no pixel."""
+    stream = io.BytesIO()
+    image.save(stream, format="PNG", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 class _Unusable(Exception):

@@ -7,17 +7,21 @@ Rules. An image without a predicted mask counts as one whose mask is empty; so d
 Where both masks are empty, IoU and F1 are 1; where only the predicted one is, precision, F1 and MCC are 0. What is
 changed in a real image is nothing. Fakes whose true mask is not known are left out. A predicted mask of another size
 than the truth is resized to it.
+
+The pointing game (Zhang et al., 2018): the brightest pixel of a predicted mask lies within 15 pixels of a changed one.
+Of several equally bright pixels, the share that does is counted; an empty mask points nowhere.
 """
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
-from forgery_eval.metrics.detection import DRAWS, Outcomes, draw_weights, interval
+from forgery_eval.metrics.detection import DRAWS
+from forgery_eval.metrics.ratios import means, ratio_part
 from llava.labels import FAKE
 
 Array = np.ndarray
@@ -33,7 +37,10 @@ NO_IMAGE = "no image has a known mask"
 NO_CHANGED = "no image with known changed pixels"
 BINARY = "predicted masks are black and white, so there is one threshold only"
 _GIOU_EPSILON = 1e-5
-_OF_CHANGED = ("iou", "f1", "precision", "recall", "mcc", "auroc")
+TOLERANCE = 15
+"""Pixels by which the pointing game may miss."""
+_POINTING = ("pointing", "pointing_exact", "hit_by_chance")
+_OF_CHANGED = ("iou", "f1", "precision", "recall", "mcc", "auroc", *_POINTING)
 """Means over the images that have changed pixels."""
 
 
@@ -47,6 +54,9 @@ class Pixels:
         missing: Whether there is no predicted mask.
         binary: Whether the predicted mask is black and white.
         resized: Whether the predicted mask was of another size than the truth.
+        pointing: Share of the brightest pixels that lie within ``TOLERANCE`` of a changed one, 0 for an empty mask; NaN
+            where nothing was changed. ``pointing_exact`` is without tolerance, and ``hit_by_chance`` is the share of
+            all pixels that lie so near: how often a random pixel would hit.
     """
 
     changed: Array
@@ -54,6 +64,9 @@ class Pixels:
     missing: bool
     binary: bool
     resized: bool = False
+    pointing: float = np.nan
+    pointing_exact: float = np.nan
+    hit_by_chance: float = np.nan
 
     @property
     def any_changed(self) -> bool:
@@ -75,13 +88,23 @@ class Pixels:
         unchanged = np.bincount(grey[~truth], minlength=LEVELS)
         binary = bool(np.isin(np.flatnonzero(changed + unchanged), (0, LEVELS - 1)).all())
         resized = predicted is not None and predicted.shape != shape
-        return cls(changed, unchanged, predicted is None, binary, resized)
+        return cls(changed, unchanged, predicted is None, binary, resized, **_pointing(grey, truth))
 
 
 def _of_shape(mask: Array, shape: tuple[int, ...]) -> Array:
     if mask.shape == shape:
         return mask
     return np.asarray(Image.fromarray(mask).resize((shape[1], shape[0]), Image.Resampling.BILINEAR))
+
+
+def _pointing(grey: Array, truth: Array) -> dict[str, float]:
+    if not truth.any():
+        return {}
+    near = ndimage.distance_transform_edt(~truth) <= TOLERANCE
+    brightest = (grey == grey.max()) & (grey > 0)
+    hits = {"pointing": near, "pointing_exact": truth}
+    found = {name: float(where[brightest].mean()) if brightest.any() else 0.0 for name, where in hits.items()}
+    return {**found, "hit_by_chance": float(near.mean())}
 
 
 def curves(pixels: Sequence[Pixels]) -> dict[str, Array]:
@@ -183,8 +206,9 @@ def _part(name: str, images: Sequence[Localized], draws: int, seed: int) -> dict
     counts = curves(pixels)
     fixed = {key: values[:, FIXED] for key, values in counts.items()}
     values = {**pixel_metrics(fixed), "auroc": np.array([pixel_auroc(one) for one in pixels])}
+    values |= {name: np.array([getattr(one, name) for one in pixels]) for name in _POINTING}
     columns: dict[str, tuple[Array, Array]] = {key: (values[key], is_changed) for key in _OF_CHANGED}
-    best, undefined = _best(counts, is_changed), {}
+    best = _best(counts, is_changed)
     is_binary = all(one.binary for one in pixels)
     for key, (threshold, per_image) in best.items():
         metrics[f"{key}_threshold"] = None if is_binary else round(threshold / (LEVELS - 1), 4)
@@ -193,19 +217,12 @@ def _part(name: str, images: Sequence[Localized], draws: int, seed: int) -> dict
     real = np.array([image.label != FAKE for image in images], bool)
     columns["giou"] = (authors_giou(fixed), np.ones(len(images), bool))
     columns["real_without_mask"] = ((~marked).astype(float), real)
-    # Each metric is a ratio of sums over images: of values, and of what they are averaged over.
-    sums = {
-        key: (np.where(known, column, 0.0), known.astype(float)) for key, (column, known) in _known(columns).items()
-    }
+    sums = dict(means({key: np.where(among, column, np.nan) for key, (column, among) in columns.items()}))
     sums["ciou"] = (fixed["tp"], fixed["tp"] + fixed["fp"] + fixed["fn"])
-    drawn = _bootstrap(name, images, sums, draws, seed)
-    intervals: dict[str, list[float] | None] = {}
-    for key, (values_N, over_N) in sums.items():
-        is_defined = over_N.sum() > 0
-        metrics[key] = float(values_N.sum() / over_N.sum()) if is_defined else None
-        intervals[key] = interval(drawn[key]) if is_defined else None
-        if not is_defined:
-            undefined[key] = "there is no real image" if key == "real_without_mask" else NO_CHANGED
+    reasons = dict.fromkeys(sums, NO_CHANGED) | {"real_without_mask": "there is no real image"}
+    strata = [(image.set, image.label) for image in images]
+    part = ratio_part(f"localization {name}", strata, sums, reasons, draws=draws, seed=seed)
+    metrics, intervals, undefined = metrics | part["metrics"], part["intervals"], part["undefined"]
     if is_binary:
         for key in ("auroc", *best, *(f"{key}_threshold" for key in best)):
             metrics[key], undefined[key] = None, undefined.get(key) or BINARY
@@ -222,26 +239,3 @@ def _best(counts: Mapping[str, Array], among: Array) -> dict[str, tuple[int, Arr
         threshold = 1 + int(means_T.argmax())  # 0 would call every pixel changed
         found[f"{key}_best"] = (threshold, values_NT[:, threshold])
     return found
-
-
-def _known(columns: Mapping[str, tuple[Array, Array]]) -> dict[str, tuple[Array, Array]]:
-    """Each column with the images that it is averaged over and that have a value."""
-    return {key: (column, among & ~np.isnan(column)) for key, (column, among) in columns.items()}
-
-
-def _bootstrap(
-    name: str, images: Sequence[Localized], sums: Mapping[str, tuple[Array, Array]], draws: int, seed: int
-) -> dict[str, Array]:
-    """Ratios of sums in each draw, shape (draws,): images drawn with replacement within each set and class."""
-    sets = {own: number for number, own in enumerate(dict.fromkeys(image.set for image in images))}
-    labels = np.array([image.label for image in images], int)
-    nothing = np.full(len(images), np.nan)
-    strata = np.array([sets[image.set] for image in images], int)
-    rng = np.random.default_rng([seed, zlib.crc32(f"localization {name}".encode())])
-    outcomes = Outcomes(labels, labels, nothing, strata)
-    found: dict[str, list[Array]] = {key: [] for key in sums}
-    for weights_DN in draw_weights(outcomes, draws, rng):
-        with np.errstate(divide="ignore", invalid="ignore"):
-            for key, (values_N, over_N) in sums.items():
-                found[key].append((weights_DN @ values_N) / (weights_DN @ over_N))
-    return {key: np.concatenate(parts) for key, parts in found.items()}

@@ -9,6 +9,8 @@ import numpy as np
 from nltk.translate.bleu_score import sentence_bleu
 from rouge_score.rouge_scorer import RougeScorer
 
+from forgery_eval.metrics.ratios import Sums
+
 ORDERS = (1, 2, 3, 4)
 
 
@@ -35,21 +37,22 @@ def _rouge() -> RougeScorer:
     return RougeScorer(["rougeL"], use_stemmer=True)
 
 
-def attribute_metrics(pairs: Iterable[tuple[Sequence[str], Sequence[str]]]) -> dict[str, float | None]:
-    """Precision, recall and F1 of named attributes over all images together.
+def attribute_sums(pairs: Sequence[tuple[Iterable[str], Iterable[str]]], only: str | None = None) -> Sums:
+    """Returns what precision, recall and F1 of named attributes are ratios of, over all images together.
 
     Args:
         pairs: For each image the attributes that were named and those that are there.
+        only: Count this attribute alone.
     """
-    hits = predicted = true = 0
-    for named, known in pairs:
-        hits += len(set(named) & set(known))
-        predicted += len(set(named))
-        true += len(set(known))
+    kept = [tuple({name for name in names if only in (None, name)} for names in pair) for pair in pairs]
+    hits, named, there = (
+        np.array([count(*pair) for pair in kept], float)
+        for count in (lambda own, known: len(own & known), lambda own, _: len(own), lambda _, known: len(known))
+    )
     return {
-        "attribute_precision": hits / predicted if predicted else None,
-        "attribute_recall": hits / true if true else None,
-        "attribute_f1": 2 * hits / (predicted + true) if predicted + true else None,
+        "attribute_precision": (hits, named),
+        "attribute_recall": (hits, there),
+        "attribute_f1": (2 * hits, named + there),
     }
 
 

@@ -1,5 +1,6 @@
 """From samples and predictions to every metric of a report. Imports no torch unless texts are compared by CLIP."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +11,8 @@ from forgery_eval.answers import AnswerKind
 from forgery_eval.benchmarks import Sample
 from forgery_eval.metrics import detection
 from forgery_eval.metrics.calibration import Calibration
-from forgery_eval.metrics.reasoning import attribute_metrics, mean_with_interval, text_metrics
+from forgery_eval.metrics.ratios import ratio_part
+from forgery_eval.metrics.reasoning import attribute_sums, mean_with_interval, text_metrics
 from forgery_eval.store import Prediction
 from llava.errors import DataError
 from llava.labels import parse_label
@@ -195,8 +197,9 @@ class Scoring:
                 },
             },
             "reasoning": {
-                "sets": {name: self._reasoning(part) for name, part in sets.items()},
-                ALL: self._reasoning(rows),
+                "sets": {name: self._reasoning(f"set {name}", part) for name, part in sets.items()},
+                ALL: self._reasoning(ALL, rows),
+                "attributes": self._each_attribute(rows),
             },
             "failures": [
                 {"id": row.sample.id, "reason": _failure(row.prediction)} for row in rows if self._failed(row)
@@ -226,33 +229,50 @@ class Scoring:
         intervals = {key: None if metrics[key] is None else detection.interval(drawn) for key, drawn in values.items()}
         return {"metrics": metrics, "intervals": intervals, "undefined": undefined}, values
 
-    def _reasoning(self, rows: Sequence[Scored]) -> dict[str, Any]:
+    def _reasoning(self, name: str, rows: Sequence[Scored]) -> dict[str, Any]:
         """Text metrics: over all images with a reference, failures counting 0, and over answers with a verdict."""
         parsed = [row for row in rows if row.prediction.verdict is not None]
-        return {"all": self._texts(rows), "parsed": self._texts(parsed)}
+        return {"all": self._texts(name, rows), "parsed": self._texts(f"{name}, parsed", parsed)}
 
-    def _texts(self, rows: Sequence[Scored]) -> dict[str, Any]:
+    def _texts(self, name: str, rows: Sequence[Scored]) -> dict[str, Any]:
         compared = [(row.prediction.verdict is not None, row.texts) for row in rows if row.texts is not None]
         metrics: dict[str, Any] = {"texts": None if self.impossible.explanation else len(compared)}
         intervals: dict[str, list[float] | None] = {}
         undefined = {"texts": self.impossible.explanation} if self.impossible.explanation else {}
-        for name in _TEXT_METRICS:
-            values = [texts[name] if is_parsed else 0.0 for is_parsed, texts in compared if name in texts]
+        for metric in _TEXT_METRICS:
+            values = [texts[metric] if is_parsed else 0.0 for is_parsed, texts in compared if metric in texts]
             found = mean_with_interval(values, self.draws, self.seed) if values else {"mean": None, "interval": None}
-            metrics[name], intervals[name] = found["mean"], found["interval"]
+            metrics[metric], intervals[metric] = found["mean"], found["interval"]
             if not values:
-                undefined[name] = self.impossible.explanation or (NO_CLIP if compared else NO_REFERENCE)
-        known = [
-            (list(row.prediction.attributes) if row.prediction.verdict else [], row.sample.attributes)
-            for row in rows
-            if row.sample.attributes is not None and not self.impossible.attributes
-        ]
+                undefined[metric] = self.impossible.explanation or (NO_CLIP if compared else NO_REFERENCE)
+        named = self._attributes(f"attributes {name}", rows)
+        return {
+            "metrics": metrics | named["metrics"],
+            "intervals": intervals | named["intervals"],
+            "undefined": undefined | named["undefined"],
+        }
+
+    def _attributes(self, name: str, rows: Sequence[Scored], only: str | None = None) -> dict[str, Any]:
+        """Precision, recall and F1 of attributes; a failure names none, and so counts against recall and F1."""
+        known = [row for row in rows if row.sample.attributes is not None and not self.impossible.attributes]
+        pairs = [(row.prediction.attributes if row.prediction.verdict else (), row.sample.attributes) for row in known]
+        sums = attribute_sums([(own, there or ()) for own, there in pairs], only)
         unnamed = "no attribute is named" if known else "no image has both an answer and known attributes"
-        for name, value in attribute_metrics(known).items():
-            metrics[name] = value
-            if value is None:
-                undefined[name] = self.impossible.attributes or unnamed
-        return {"metrics": metrics, "intervals": intervals, "undefined": undefined}
+        reasons = dict.fromkeys(sums, self.impossible.attributes or unnamed)
+        strata = [(row.sample.set, row.sample.label) for row in known]
+        return ratio_part(name, strata, sums, reasons, draws=self.draws, seed=self.seed)
+
+    def _each_attribute(self, rows: Sequence[Scored]) -> dict[str, Any]:
+        """The metrics of each attribute that is there or was named, and how many images have it and name it."""
+        known = [row for row in rows if row.sample.attributes is not None and not self.impossible.attributes]
+        there = Counter(name for row in known for name in set(row.sample.attributes or ()))
+        named = Counter(name for row in known if row.prediction.verdict for name in row.prediction.attributes)
+        found = {}
+        for name in sorted(there | named):
+            part = self._attributes(f"attribute {name}", rows, name)
+            counts = {"attribute_there": there[name], "attribute_named": named[name]}
+            found[name] = {**part, "metrics": counts | part["metrics"]}
+        return found
 
 
 def verdict_source(metrics: Mapping[str, Any]) -> str:

@@ -8,13 +8,17 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from forgery_eval.backends import usage_words
+from forgery_eval.covering import Covered, cover
 from forgery_eval.localize import ABOVE
 from forgery_eval.masks import read_mask
 from forgery_eval.metrics.abstention import risk_coverage
+from forgery_eval.metrics.grades import OVERALL
+from forgery_eval.metrics.localization import TOLERANCE
 from forgery_eval.metrics.scoring import ALL, Scored, verdict_source
 from forgery_eval.pages.base import THUMBNAIL, image_source, render, thumbnail
 from forgery_eval.pages.charts import risk_coverage_chart, robustness_charts, score_charts
-from forgery_eval.pages.overlay import draw_grey_mask
+from forgery_eval.pages.overlay import draw_grey_mask, draw_mask
 from forgery_eval.pages.summary import tiles, worst_parts
 from forgery_eval.pages.tables import Cell, Table, metric_cell, metrics_table, number
 from llava.labels import LABELS
@@ -23,6 +27,7 @@ from llava.tampered import read_changed
 
 WORST = 24
 _MOST_FAILURES = 200
+_MOST_COVERED = 12
 _DETECTION = {
     "text_accuracy": "accuracy (text)",
     "score_accuracy": "accuracy (score)",
@@ -58,11 +63,21 @@ _LOCALIZATION = {
     "recall": "recall",
     "mcc": "MCC",
     "auroc": "pixel AUROC",
+    "pointing": "pointing",
+    "pointing_exact": "pointing, exact",
+    "hit_by_chance": "pointing by chance",
     "iou_best": "IoU, best threshold",
     "f1_best": "F1, best threshold",
     "giou": "gIoU",
     "ciou": "cIoU",
     "real_without_mask": "reals without mask",
+}
+_FAITHFULNESS = {
+    "fall_named": "fall, named region",
+    "fall_random": "fall, random regions",
+    "fall_difference": "difference",
+    "named_falls_more": "named falls more",
+    "area": "share covered",
 }
 _REASONING = {
     "texts": "texts",
@@ -78,6 +93,13 @@ _REASONING = {
     "attribute_f1": "attribute F1",
     "words": "words",
 }
+_ATTRIBUTES = {
+    "attribute_there": "images that show it",
+    "attribute_named": "answers that name it",
+    "attribute_precision": "precision",
+    "attribute_recall": "recall",
+    "attribute_f1": "F1",
+}
 _PUBLISHED_MEANS = {"bleu_1": "BLEU-1", "rouge_l": "ROUGE-L", "css": "CSS", "failure_rate": "failures"}
 
 
@@ -87,6 +109,7 @@ def report_page(
     *,
     published: EvaluationProtocol | None = None,
     masks: Path | None = None,
+    covered: Mapping[str, Sequence[Covered]] | None = None,
 ) -> str:
     """Returns the page.
 
@@ -95,6 +118,7 @@ def report_page(
         rows: The scored samples.
         published: Has the numbers that the system's authors published.
         masks: Folder that the predictions' masks are named from.
+        covered: How each image is covered whose faithfulness was measured, by its id.
     """
     detection, reasoning = metrics["detection"], metrics["reasoning"]
     seconds = [row.prediction.seconds for row in rows if row.prediction.seconds]
@@ -126,6 +150,8 @@ def report_page(
         robustness=_robustness(metrics["robustness"]) if "robustness" in metrics else None,
         localization=_localization(metrics["localization"], published) if "localization" in metrics else None,
         worst_masks=_worst_masks(metrics.get("localization"), rows, masks),
+        faithfulness=_faithfulness(metrics["faithfulness"], covered or {}) if "faithfulness" in metrics else None,
+        judge=_judge(metrics["judge"]) if "judge" in metrics else None,
         published_means=_published_means(published),
         reasoning=_reasoning(reasoning),
         worst=[_card(row, masks) for row in worst_mistakes(rows)],
@@ -164,10 +190,13 @@ def _reasoning(found: Mapping[str, Any]) -> list[tuple[str, Table]]:
     titles = {"all": "All answers; failures count 0", "parsed": "Answers with a verdict"}
     if not any(value for name, value in found[ALL]["all"]["metrics"].items()):
         return []
-    return [
+    tables = [
         (title, metrics_table(_kind(found, kind), _REASONING, worst="rouge_l", pinned=(ALL,)))
         for kind, title in titles.items()
     ]
+    if found["attributes"]:
+        tables.append(("Each attribute", metrics_table(found["attributes"], _ATTRIBUTES, worst="attribute_f1")))
+    return tables
 
 
 def _calibration(found: Mapping[str, Any] | None) -> str:
@@ -298,7 +327,7 @@ def _localization(found: Mapping[str, Any], published: EvaluationProtocol | None
         tables[f"By {name}"] = metrics_table(values, _LOCALIZATION, worst="iou")
     rule = found["rule"][0].upper() + found["rule"][1:]
     tiles = Table(tables["Sets"].head, tables["Sets"].rows[:1])
-    return {"rule": f"{rule}; {found['truth']}.", "all": tiles, "tables": tables}
+    return {"rule": f"{rule}; {found['truth']}.", "tolerance": TOLERANCE, "all": tiles, "tables": tables}
 
 
 def _worst_masks(
@@ -331,6 +360,58 @@ def _worst_masks(
             }
         )
     return shown
+
+
+def _faithfulness(found: Mapping[str, Any], covered: Mapping[str, Sequence[Covered]]) -> dict[str, Any]:
+    """What is done in words, tables of all images and of the sets, and the least faithful images."""
+    parts = {**found["sets"], ALL: found["all"]}
+    table = metrics_table(parts, _FAITHFULNESS, worst="fall_difference", pinned=(ALL,))
+    left_out = [f"{count} with {reason}" for reason, count in found["left_out"].items() if count]
+
+    def difference(image: Mapping[str, Any]) -> float:
+        return float(np.mean(image["random"])) - float(image["named"])
+
+    worst = sorted(found["images"], key=lambda image: (difference(image), image["id"]))[:_MOST_COVERED]
+    return {
+        "method": found["method"],
+        "left_out": f"Left out: {', '.join(left_out)}." if left_out else "",
+        "all": Table(table.head, table.rows[:1], table.left_out),
+        "sets": table if len(found["sets"]) > 1 else None,
+        "cards": [_covered_card(image, covered[image["id"]]) for image in worst],
+    }
+
+
+def _judge(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Who graded by what, tables of all images and of the sets, and what could not be graded."""
+    parts = {**found["sets"], ALL: found[ALL]}
+    counts = {"explained": "explained", "graded": "graded", "not_graded": "not graded"}
+    grades = {OVERALL: "overall", **{name: name.replace("_", " ") for name in found["rubric"]}}
+    table = metrics_table(parts, counts | grades, worst=OVERALL, pinned=(ALL,))
+    refused = found["not_graded"]
+    rows = [[Cell(one["id"]), Cell(one["reason"])] for one in refused[:_MOST_FAILURES]]
+    return {
+        "model": found["model"],
+        "scale": found["scale"],
+        "rubric": {name.replace("_", " "): statement for name, statement in found["rubric"].items()},
+        "usage": usage_words(found["usage"]),
+        "prompt": found["prompt"],
+        "all": Table(table.head, table.rows[:1], table.left_out),
+        "sets": table if len(found["sets"]) > 1 else None,
+        "refused": Table(["image", "reason"], rows),
+        "count": len(refused),
+    }
+
+
+def _covered_card(image: Mapping[str, Any], covered: Sequence[Covered]) -> dict[str, str]:
+    """An image with the named region lit, and with that and a random one covered."""
+    shown = dict.fromkeys(("region", "named", "random"), "")
+    if small := thumbnail(covered[0].image):
+        named, random = covered[0].regions[:2]
+        region = np.asarray(Image.fromarray(named).resize(small.size, Image.Resampling.NEAREST))
+        drawn = (draw_mask(small, region), cover(small, named), cover(small, random))
+        shown = {name: image_source(one) for name, one in zip(shown, drawn, strict=True)}
+    scores = f"P(fake) {image['before']:.3f}; without the named region {image['named']:.3f}"
+    return {"id": image["id"], **shown, "words": f"{scores}, without random ones {np.mean(image['random']):.3f}"}
 
 
 def _true_mask(files: Sequence[Path]) -> Image.Image | None:

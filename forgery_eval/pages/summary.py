@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forgery_eval.metrics.detection import wilson
+from forgery_eval.metrics.grades import OVERALL
 from forgery_eval.metrics.scoring import ALL, verdict_source
 from forgery_eval.pages.tables import Cell, Table, heat, interval_words, metric_cell, number
 
@@ -68,6 +69,46 @@ def _given_tiles(given: Mapping[str, Any]) -> list[Tile]:
             bounds = wilson(round(value * of), of)
             found.append(Tile(_GIVEN[name], number(value), interval_words(bounds), heat(name, value)))
     return found
+
+
+def summary_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """Returns what a terminal shows of explanations that were put to the test.
+
+    Args:
+        metrics: What ``metrics.json`` holds.
+    """
+    lines = []
+    if "faithfulness" in metrics:
+        lines.append(f"faithfulness: {_faithfulness_words(metrics['faithfulness']['all'])}")
+    if "judge" in metrics:
+        lines.append(f"judge: {_judge_words(metrics['judge'])}")
+    return lines
+
+
+def _judge_words(found: Mapping[str, Any]) -> str:
+    part = found[ALL]
+    counts = part["metrics"]
+    left = f"; {counts['not_graded']} could not be graded" if counts["not_graded"] else ""
+    if not counts["graded"]:
+        return f"{part['undefined'][OVERALL]}{left}"
+    highest = found["scale"][1]
+    return f"{_with_interval(part, OVERALL)} of {highest} over {counts['graded']} explanations{left}"
+
+
+def _faithfulness_words(part: Mapping[str, Any]) -> str:
+    if not part["metrics"]["images"]:
+        return str(part["undefined"]["fall_named"])
+    named, random, difference, more = (
+        _with_interval(part, name) for name in ("fall_named", "fall_random", "fall_difference", "named_falls_more")
+    )
+    return (
+        f"P(fake) falls by {named} when the named region is covered and by {random} when random ones are; difference "
+        f"{difference}; the named one falls more in a share of {more} of {part['metrics']['images']} images"
+    )
+
+
+def _with_interval(part: Mapping[str, Any], metric: str) -> str:
+    return f"{number(part['metrics'][metric])} ({interval_words(part['intervals'][metric])})"
 
 
 def worst_parts(detection: Mapping[str, Any], most: int = MOST_GROUPS) -> Table | None:

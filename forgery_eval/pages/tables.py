@@ -25,6 +25,7 @@ _SCALES = {
     "giou": (0.0, 1.0),
     "ciou": (0.0, 1.0),
     "pointing": (0.0, 1.0),
+    "more": (0.5, 1.0),
     "ece": (0.3, 0.0),
     "nll": (1.0, 0.0),
     "brier": (0.35, 0.0),
@@ -108,7 +109,8 @@ def metric_cell(
 
 def interval_words(bounds: Sequence[float]) -> str:
     """Returns an interval in words."""
-    return f"{bounds[0]:.3f}–{bounds[1]:.3f}"
+    between = " to " if bounds[0] < 0 else "–"
+    return f"{bounds[0]:.3f}{between}{bounds[1]:.3f}"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

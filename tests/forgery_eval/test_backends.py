@@ -2,10 +2,6 @@
 
 import json
 import math
-import threading
-import time
-from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -16,6 +12,7 @@ from llava.errors import OptionError
 from llava.systems.endpoint import answer
 from llava.systems.endpoint.scores import verdict_probability
 from tests.conftest import GOLDENS
+from tests.forgery_eval.faulty_endpoint import completion, faulty, forwarded
 from tests.serve.running import running
 from tests.trained import picture
 
@@ -31,61 +28,16 @@ def photos(tmp_path):
     return tmp_path / "data"
 
 
-def completion(logprobs: bool) -> dict:
+def good(body: dict) -> dict:
     top = [{"token": word, "logprob": math.log(p), "bytes": None} for word, p in ((" fake", 0.6), (" real", 0.2))]
     tokens = [
         {"token": text, "logprob": 0.0, "bytes": None, "top_logprobs": top if text == " fake" else []} for text in GOOD
     ]
-    choice = {
-        "index": 0,
-        "finish_reason": "stop",
-        "message": {"role": "assistant", "content": "".join(GOOD)},
-        "logprobs": {"content": tokens} if logprobs else None,
-    }
-    usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
-    return {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
+    return completion("".join(GOOD), logprobs={"content": tokens} if "logprobs" in body else None)
 
 
-@contextmanager
 def server(script: list[str], always: str = "good"):
-    """An endpoint that fails as a script says, request by request, and does the same thing ever after."""
-    requests: list[dict] = []
-    lock = threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *arguments) -> None:
-            pass
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with lock:
-                step = script.pop(0) if script else always
-                requests.append({"step": step, "time": time.monotonic(), "key": self.headers["Authorization"], **body})
-            if step == "hang":
-                time.sleep(1.5)
-            status = int(step) if step.isdigit() else 200
-            if step == "no logprobs" and "logprobs" in body:
-                status = 400
-            good = json.dumps(completion(step != "no logprobs")).encode()
-            content = (
-                good
-                if status == 200
-                else json.dumps({"error": {"message": "no" + " logprobs" * (step == "no logprobs")}}).encode()
-            )
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            if status == 429:
-                self.send_header("Retry-After", "0.3")
-            self.end_headers()
-            with suppress(OSError):
-                self.wfile.write(content[: len(content) // 2] if step == "cut" else content)
-            self.close_connection = True
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as opened:
-        threading.Thread(target=opened.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{opened.server_port}/v1", requests
-        opened.shutdown()
+    return faulty(script, good, always)
 
 
 def metrics_of(folder):
@@ -179,6 +131,53 @@ def test_a_real_model_behind_our_server(photos, tmp_path, trained):
         assert row["verdict"] == report.label and row["text"] == report.text
         if report.label:
             assert row["fake_probability"] == pytest.approx(report.fake_probability, abs=1e-4)
+
+
+def predictions_of(results) -> dict[str, dict]:
+    (file,) = (results / "predictions").glob("*.jsonl")
+    return {row["id"]: row for row in map(json.loads, file.read_text().splitlines()[1:])}
+
+
+@pytest.fixture(scope="module")
+def served(trained):
+    """A small model behind this project's server."""
+    with running(ForgeryDetector.from_pretrained(trained, device="cpu")) as opened:
+        yield f"{opened.url}/v1"
+
+
+@pytest.fixture
+def by_itself(photos, tmp_path, trained) -> dict[str, dict]:
+    """What the same model says without a server."""
+    given = ["--dataset_path", str(photos), "--result_folder", str(tmp_path / "own"), "--device", "cpu"]
+    assert run([*given, "--model-path", str(trained), "--max_new_tokens", "200"]) == 0
+    return predictions_of(tmp_path / "own")
+
+
+@pytest.mark.parametrize("logprobs", [True, False], ids=["logprobs", "no logprobs"])
+def test_a_real_model_behind_a_faulty_line_is_evaluated_as_by_itself(photos, tmp_path, served, by_itself, logprobs):
+    """429, 500, 503, a hang and a cut body are on the way; in the end every answer is there, once."""
+    script = ["good", "429", "500", "good", "hang", "cut", "503", "good", "429"]
+    results = tmp_path / "r"
+    given = ["--dataset_path", str(photos), "--result_folder", str(results), "--backend", "openai", "--model", "model"]
+    given += ["--system", "fakereasoning", "--max_new_tokens", "200", "--timeout", "2.5", "--concurrency", "2"]
+    with faulty([*script], forwarded(served), "good" if logprobs else "no logprobs", hang=3.5) as (url, came):
+        assert run([*given, "--base-url", url]) == 0
+        asked = len(came)
+        assert [one["step"] for one in came[:9]] == script and asked >= 8 + 6
+        assert run([*given, "--base-url", url]) == 0 and len(came) == asked  # nothing is paid for twice
+    found = predictions_of(results)
+    assert set(found) == set(by_itself) and any(row["verdict"] for row in found.values())
+    for name, row in found.items():
+        own = by_itself[name]
+        assert (row["verdict"], row["text"], row["attributes"]) == (own["verdict"], own["text"], own["attributes"])
+        if row["details"]["score"] == "logprobs":
+            assert row["fake_probability"] == pytest.approx(own["fake_probability"], abs=1e-4)
+        elif row["verdict"]:
+            assert not logprobs and row["fake_probability"] == float(row["verdict"] == "fake")
+    sources = {row["details"]["score"] for row in found.values() if row["verdict"]}
+    assert "logprobs" in sources and ("verdict" in sources) is not logprobs
+    metrics, own = metrics_of(results)["detection"]["all"], metrics_of(tmp_path / "own")["detection"]["all"]
+    assert metrics["metrics"]["text_accuracy"] == own["metrics"]["text_accuracy"]
 
 
 def test_a_probe_is_fitted_cached_and_evaluated(photos, tmp_path, monkeypatch):

@@ -123,6 +123,32 @@ def test_black_and_white_masks_have_one_threshold():
     )
 
 
+def test_the_pointing_game():
+    truth = np.zeros((10, 60), bool)
+    truth[:, :5] = True
+    grey = np.full((10, 60), 7, np.uint8)
+
+    def pointing(*bright: tuple[int, int], shown=grey) -> tuple[float, float]:
+        drawn = shown.copy()
+        for place in bright:
+            drawn[place] = 200
+        found = Pixels.count(drawn, truth)
+        assert found.hit_by_chance == 20 / 60  # columns 0 to 4, and 15 more
+        return found.pointing, found.pointing_exact
+
+    assert pointing((3, 4)) == (1, 1) and pointing((3, 19)) == (1, 0) and pointing((3, 20)) == (0, 0)
+    assert pointing((3, 4), (3, 19), (3, 20), (3, 59)) == (0.5, 0.25)  # whichever of four comes first, by chance
+    assert pointing() == (20 / 60, 5 / 60)  # a flat map points anywhere
+    assert pointing(shown=np.zeros_like(grey)) == (0, 0)  # an empty one nowhere
+    assert Pixels.count(None, truth).pointing == 0 and np.isnan(Pixels.count(grey, None).pointing)
+    images = [
+        Localized("s", {}, 1, Pixels.count(np.where(truth == hit, 255, 0).astype(np.uint8), truth)) for hit in (1, 0)
+    ]
+    part = localization_metrics([*images, Localized("s", {}, 0, Pixels.count(grey, None))], draws=50)["all"]
+    assert part["metrics"]["pointing_exact"] == 0.5 and part["intervals"]["pointing_exact"] == [0, 1]
+    assert part["metrics"]["pointing"] == (1 + 15 / 55) / 2 and part["metrics"]["hit_by_chance"] == 20 / 60
+
+
 def test_a_set_of_real_images_alone():
     part = localization_metrics([Localized("a", {}, 0, Pixels.count(None, None))], draws=20)["all"]
     assert part["metrics"]["iou"] is None and "no image with known changed pixels" in part["undefined"]["iou"]

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forgery_eval.metrics.calibration import Calibration, fit, is_for_fitting
-from forgery_eval.metrics.reasoning import attribute_metrics, mean_with_interval, text_metrics
+from forgery_eval.metrics.ratios import ratio_part
+from forgery_eval.metrics.reasoning import attribute_sums, mean_with_interval, text_metrics
 from forgery_eval.metrics.similarity import TextSimilarity
 from llava.systems.base import EvaluatedAnswer, EvaluationProtocol
 from llava.systems.fakereasoning import protocol
@@ -84,13 +85,31 @@ def test_chunks_read_what_the_cut_leaves_out(clip):
     assert clip.chunked([long["hyp"]], [long["hyp"]])[0] == pytest.approx(1)
 
 
+def attributes(pairs, only=None, draws=200) -> dict:
+    strata = [("set", 1)] * len(pairs)
+    reasons = dict.fromkeys(("attribute_precision", "attribute_recall", "attribute_f1"), "none")
+    return ratio_part("x", strata, attribute_sums(pairs, only), reasons, draws=draws)
+
+
 def test_attributes_are_counted_over_all_images():
-    assert attribute_metrics([(["a", "b"], ["a", "c"]), ([], ["d"])]) == {
-        "attribute_precision": 1 / 2,
-        "attribute_recall": 1 / 3,
-        "attribute_f1": 2 / 5,
-    }
-    assert set(attribute_metrics([]).values()) == {None}
+    pairs = [(["a", "b"], ["a", "c"]), ([], ["d"])]
+    found = attributes(pairs)
+    assert found["metrics"] == {"attribute_precision": 1 / 2, "attribute_recall": 1 / 3, "attribute_f1": 2 / 5}
+    assert attributes(pairs, "b")["metrics"] == {"attribute_precision": 0, "attribute_recall": None, "attribute_f1": 0}
+    assert attributes(pairs, "d")["undefined"] == {"attribute_precision": "none"}
+    assert set(attributes([])["metrics"].values()) == {None}
+
+
+def test_the_interval_of_a_ratio_is_of_images_not_of_names():
+    """Ten images that name all four attributes rightly and ten that name one wrongly: 40 of 50 are right."""
+    pairs = [(list("abcd"), list("abcd"))] * 10 + [(["x"], ["a"])] * 10
+    found = attributes(pairs, draws=4000)
+    low, high = found["intervals"]["attribute_precision"]
+    assert found["metrics"]["attribute_precision"] == 40 / 50
+    # k of 20 draws are of the first kind, binomial with 1/2: 95 % from 6 to 14, which gives 24 / 38 and 56 / 62.
+    assert (low, high) == pytest.approx((24 / 38, 56 / 62), abs=0.02)
+    apart = ratio_part("x", [("s", k // 10) for k in range(20)], attribute_sums(pairs), {})
+    assert apart["intervals"]["attribute_precision"] == [0.8, 0.8]  # each class is drawn by itself
 
 
 def test_a_mean_has_an_interval_of_the_right_width():

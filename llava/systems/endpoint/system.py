@@ -1,8 +1,6 @@
 """Images to an endpoint, answers to reports: concurrent, each reply on disk when it came. Imports no torch."""
 
-import base64
 import hashlib
-import io
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from llava.endpoints import KEY_VARIABLE, Endpoint, EndpointError, FailuresInARow, Reply
+from llava.endpoints import KEY_VARIABLE, Endpoint, EndpointError, FailuresInARow, Reply, image_url
 from llava.errors import CheckpointError, OptionError
 from llava.files import JsonlLog, digest_json
 from llava.report import ForgeryReport
@@ -99,10 +97,8 @@ class EndpointSystem:
 
     def prepare(self, image: Image.Image) -> Sent:
         """Encodes an image as PNG, which changes no pixel."""
-        stream = io.BytesIO()
-        image.save(stream, format="PNG", compress_level=1)
         digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
-        return Sent(f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}", digest)
+        return Sent(image_url(image), digest)
 
     def batch_size(self, options: AnalyzeOptions) -> int:
         """Several images for each request that may be under way."""

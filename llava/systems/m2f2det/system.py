@@ -181,6 +181,11 @@ class M2F2Det(LanguageModelSystem):
         return False
 
     @property
+    def has_attention(self) -> bool:
+        """Yes: the detector's map."""
+        return True
+
+    @property
     def looks_by_attention(self) -> bool:
         """No: the detector's map says where it looked."""
         return False
