@@ -417,6 +417,7 @@ def predict(arguments: argparse.Namespace, plan: Plan) -> Predicted:
         "system": arguments.options_of,
         "weights": weights_digest(_weight_locations(arguments)),
         **{name: value for name, value in loading_options(arguments).items() if name not in LOCATIONS},
+        "dtype_is_automatic": arguments.dtype == "auto",  # "dtype" itself is what the model says of itself
         **asdict(options),
         "orientation": not arguments.paper_protocol,
         "images": _images_digest(arguments, samples),

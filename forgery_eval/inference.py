@@ -262,14 +262,20 @@ class _Inference:
         rule = {"calibration": arguments.calibration, "abstain": not arguments.no_abstain}
         if arguments.workers:
             pool = stack.enter_context(WorkerPool(arguments, options, **rule))
+            self._note_dtype(pool.describe)
             size = pool.batch_size if arguments.batch_size == "auto" else arguments.batch_size
             finished = pool.analyze_in_order(split(items, size), _itself, options, self._ask)
             return (Batch(done.items, done.result.reports, asked=done.result.asked) for done in finished)
         detector = open_detector(arguments, **rule)
+        self._note_dtype(detector.system.describe(options))
         if arguments.html is not None:
             options = replace(options, attention=options.attention or detector.has_attention)
             self._html = HtmlReport(arguments.html, detector, options, self._constant)
         return analyze_batches(detector, items, _itself, options, arguments.batch_size)
+
+    def _note_dtype(self, described: Mapping[str, Any]) -> None:
+        if self._answers is not None:
+            self._answers.set_dtype(described.get("dtype"), is_automatic=self._arguments.dtype == "auto")
 
     def _remaining(self, items: Iterable[Item]) -> Iterator[Item]:
         for file in items:

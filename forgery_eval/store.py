@@ -262,6 +262,7 @@ class AnswersFile:
         path: The file.
         run: Digest of the settings.
         done: The images that have a line, each with its ``error``.
+        dtype: What the model computes in, in every line; set by ``set_dtype``.
 
     Raises:
         DataError: The file holds answers of another run, or is no such file.
@@ -271,6 +272,8 @@ class AnswersFile:
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
         self._changed: set[int] = set()
+        self._dtypes: set[str] = set()
+        self.dtype: dict[str, Any] = {}
         self.run = digest_json(settings)[:_KEY_LENGTH]
         self.done = NameTable()
         self._stores_masks = not path.exists() or path.is_file()
@@ -288,12 +291,32 @@ class AnswersFile:
                 f"{self.path} holds answers of another model or other settings (line {number}); "
                 "name another file or remove it"
             )
+        if isinstance(record.get("dtype"), str):
+            self._dtypes.add(record["dtype"])
         known = record.get("identity")
         now = None if known is None else file_identity(image, contents=isinstance(known, str))
         if now is None or now == known:
             self.done.add(image, error)
         else:
             self._changed.add(number)
+
+    def set_dtype(self, used: str | None, *, is_automatic: bool) -> None:
+        """Says what the model computes in, before the first line is written.
+
+        Args:
+            used: Name of the dtype; None for a model that does not say it.
+            is_automatic: Whether it was chosen for this machine.
+
+        Raises:
+            DataError: The file holds answers that were computed in another one.
+        """
+        others = self._dtypes - {used}
+        if used is not None and others:
+            raise DataError(
+                f"{self.path} holds answers computed in {', '.join(sorted(others))}, and these would be in {used}; "
+                f"name another file, or --dtype {min(others)}"
+            )
+        self.dtype = {} if used is None else {"dtype": used, "dtype_is_automatic": is_automatic}
 
     def write(
         self, batch: "Sequence[tuple[str, ForgeryReport]]", told: Sequence[Mapping[str, Any]] | None = None
@@ -314,7 +337,7 @@ class AnswersFile:
         if report.mask is not None and self._stores_masks:
             mask = write_mask(self.path.parent, self.run, image, report.mask)
         defaults = {"mask": mask, "provenance": None}
-        return {"image": image, **report.to_dict(), **defaults, **told, "run": self.run}
+        return {"image": image, **report.to_dict(), **defaults, **told, **self.dtype, "run": self.run}
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """Yields the lines of images that are done, in the file's order."""

@@ -1,12 +1,15 @@
 """Layers laid out for a CPU's bfloat16: the same model, nearer to float32 than without, and dtype ``auto``."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from forgery_eval.benchmarks import open_benchmark
-from llava import ForgeryDetector
+from llava import ForgeryDetector, load_pretrained_model
 from llava.model import cpu_bfloat16
 from llava.model.builder import resolve_dtype
 from llava.model.checkpoint import open_checkpoint
@@ -14,7 +17,7 @@ from llava.model.cpu_bfloat16 import LeanAttention, LeanRMSNorm, PackedLinear, P
 from llava.model.decoding import Sampler, decode, word_logits
 from mmfr_generation.synthetic.writer import Run, write_dataset
 from tests.conftest import GOLDENS
-from tests.small_models import small_model
+from tests.small_models import published_llama_pieces, small_model
 
 NATIVE = cpu_bfloat16.multiplies_bfloat16() and torch.backends.mkldnn.is_available()
 needs_native = pytest.mark.skipif(not NATIVE, reason="this processor does not multiply bfloat16 natively")
@@ -116,6 +119,38 @@ def test_a_weight_that_two_layers_share_stays_one():
     lay_out(model)
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert PackedLinear in kinds(model)
+
+
+@needs_native
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_checkpoint_is_opened_packed_with_the_same_weights(tmp_path, tied):
+    model = small_model(tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    published_llama_pieces().save_pretrained(tmp_path)
+    plain, packed = (
+        load_pretrained_model(tmp_path, device="cpu", dtype="bfloat16", for_inference=packs)[1]
+        for packs in (False, True)
+    )
+    assert isinstance(packed.lm_head, PackedLinear) is not tied
+    assert nn.Linear not in kinds(packed) or tied
+    before, after = plain.state_dict(), packed.state_dict()
+    assert list(before) == list(after) and all(torch.equal(after[name], before[name]) for name in before)
+
+
+@needs_native
+def test_each_layer_is_gone_before_the_next_is_packed(monkeypatch):
+    model = small_model().to(torch.bfloat16)
+    layers = [weakref.ref(module) for module in model.modules() if type(module) is nn.Linear]
+    alive = []
+    pack = PackedLinear.__init__
+
+    def watched(self, linear) -> None:
+        alive.append(sum(layer() is not None for layer in layers))
+        pack(self, linear)
+
+    monkeypatch.setattr(PackedLinear, "__init__", watched)
+    lay_out(model)
+    assert alive == list(range(len(layers), 0, -1))
 
 
 @needs_native

@@ -17,7 +17,7 @@ from llava.model.checkpoint import Checkpoint, check_keys, complete_config, has_
 from llava.model.checkpoint_files import TensorLike, list_keys, read_json
 from llava.model.checkpoint_layout import LORA_PREFIX, KeyMap, memory_names
 from llava.model.configuration import LlavaConfig
-from llava.model.cpu_bfloat16 import multiplies_bfloat16
+from llava.model.cpu_bfloat16 import lay_out, multiplies_bfloat16, pack_head
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
 DEFAULT_CONTEXT_LENGTH = 2048
@@ -49,6 +49,7 @@ def load_pretrained_model(
     system: str | None = None,
     image_aspect_ratio: str | None = None,
     detector: str | os.PathLike[str] | None = None,
+    for_inference: bool = False,
 ) -> tuple[PreTrainedTokenizerBase, LlavaLlamaForCausalLM, Any, int]:
     """Opens a checkpoint for inference or further training.
 
@@ -75,6 +76,7 @@ def load_pretrained_model(
         image_aspect_ratio: How an image becomes a square, ``pad`` or ``crop``, instead of the checkpoint's way.
         detector: The detector whose token stands in the prompt, instead of the checkpoint's: folder or file; for
             systems that have one.
+        for_inference: Lay the layers out for this processor, see ``lay_out``; the model must not be trained then.
 
     Returns:
         Tokenizer, model in evaluation mode with frozen towers, image processor, and context length in tokens.
@@ -97,19 +99,26 @@ def load_pretrained_model(
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     updated = checkpoint.with_update()
     is_merged = merge_lora and not (load_8bit or load_4bit)
+    tensors, head = (updated if is_merged else checkpoint).tensors, None
+    if for_inference and target.type == "cpu" and tensor_dtype == torch.bfloat16 and not config.tie_word_embeddings:
+        tensors, head = pack_head(tensors)
     model = materialize(
         config,
-        (updated if is_merged else checkpoint).tensors,
+        tensors,
         dtype=tensor_dtype,
         device_map={"": target} if device_map is None else check_device_map(device_map),
         quantization_config=quantization(config, load_8bit, load_4bit, tensor_dtype),
         attn_implementation=resolve_attention(attn_implementation, target, tensor_dtype),
     )
+    if head is not None:
+        model.lm_head = head
     set_generation_defaults(model, checkpoint.tokenizer_folder, tokenizer)
     if checkpoint.adapter is not None and not is_merged:
         model = apply_lora(model, checkpoint.adapter, checkpoint.layout.key_map)
     model.get_model().freeze_towers()
     model.set_tokenizer(tokenizer)
+    if for_inference:
+        lay_out(model)
     context_length = config.tokenizer_model_max_length or DEFAULT_CONTEXT_LENGTH
     return tokenizer, model.eval(), model.image_processor, context_length
 

@@ -6,6 +6,7 @@ for inference; their ``state_dict`` is that of the layers whose places they take
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -20,6 +21,9 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
+from llava.model.checkpoint_files import TensorLike
+
+_HEAD = "lm_head.weight"
 _NATIVE = ("avx512_bf16", "amx_bf16", "bf16")
 """Names of the instructions on x86 (the first two) and Arm."""
 
@@ -164,14 +168,16 @@ def lay_out(model: nn.Module) -> None:
     Args:
         model: The model, which must not be trained afterwards.
     """
-    if not multiplies_bfloat16() or not torch.backends.mkldnn.is_available():
+    if not _packs():
         return
     held = Counter(id(own) for module in model.modules() for own in module.parameters(recurse=False))
-    # No list of the linear layers themselves: each is to be gone before the next is packed.
+    # Nothing may hold the linear layers, as named_children does while it runs: each is gone before the next is packed.
     for module in [module for module in model.modules() if type(module) is not nn.Linear]:
-        for name, child in module.named_children():
-            if type(child) is nn.Linear and held[id(child.weight)] == 1 and _fits(child.weight):
-                setattr(module, name, PackedLinear(child))
+        for name in [name for name, child in module.named_children() if type(child) is nn.Linear]:
+            linear = getattr(module, name)
+            if held[id(linear.weight)] == 1 and _fits(linear.weight):
+                setattr(module, name, PackedLinear(linear))
+            del linear
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is LlamaRMSNorm and _fits(child.weight):
@@ -180,6 +186,26 @@ def lay_out(model: nn.Module) -> None:
                 setattr(module, name, LeanAttention(child))
             elif type(child) is LlamaMLP and _is_packed(child):
                 setattr(module, name, PackedMLP(child))
+
+
+def pack_head(tensors: Mapping[str, TensorLike]) -> tuple[dict[str, TensorLike], PackedLinear | None]:
+    """Packs the vocabulary's layer before the model is loaded.
+
+    It is the largest layer: packed last, its copy would stand beside all the rest.
+
+    Args:
+        tensors: The model's, by their stored names.
+
+    Returns:
+        The tensors with one that takes no memory in its place, and the layer; None, and the tensors as they were, where
+        this processor does not multiply bfloat16.
+    """
+    if not _packs():
+        return dict(tensors), None
+    weight = tensors[_HEAD][...].to(torch.bfloat16)
+    linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return {**tensors, _HEAD: weight.new_zeros(()).expand(weight.shape)}, PackedLinear(linear)
 
 
 def exact_logits(head: nn.Module, states_BD: Tensor, words: tuple[int, ...]) -> Tensor | None:
@@ -196,6 +222,10 @@ def exact_logits(head: nn.Module, states_BD: Tensor, words: tuple[int, ...]) -> 
     else:
         return None
     return states_BD.float() @ rows_WD.float().T
+
+
+def _packs() -> bool:
+    return multiplies_bfloat16() and bool(torch.backends.mkldnn.is_available())
 
 
 def _fits(weight: Any) -> bool:

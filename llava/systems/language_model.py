@@ -90,9 +90,7 @@ class LanguageModelSystem(ABC):
         """Opens a checkpoint, or the client of a served one; ``options`` are those of ``load_pretrained_model``."""
         settings = served_settings(path)
         if settings is None:
-            opened = load_pretrained_model(path, **{"system": cls.name, **options})
-            lay_out(opened[1])
-            return cls(*opened)
+            return cls(*load_pretrained_model(path, **{"system": cls.name, **options}, for_inference=True))
         client = load_client(path, settings, registry.spec(cls.name).name, **options)
         lay_out(client.model)
         system = cls(client.tokenizer, client.model, client.image_processor, client.context_length)

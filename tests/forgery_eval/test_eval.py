@@ -320,6 +320,7 @@ def test_the_papers_protocol(trained, sets, tmp_path):
     metrics = metrics_of(results)
     assert metrics["protocol"].startswith("paper") and metrics["settings"]["temperature"] == 0.2
     assert not metrics["settings"]["orientation"]
+    assert (metrics["settings"]["dtype"], metrics["settings"]["dtype_is_automatic"]) == ("float32", True)
     lines = (results / "metric.txt").read_text().splitlines()
     assert [line.split()[0] for line in lines] == ["flux", "other"]
     assert f"acc: {metrics['paper']['flux']['acc']:.4f}" in lines[0]

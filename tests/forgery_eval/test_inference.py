@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,29 @@ def test_answers_of_another_run_are_not_mixed(trained, few, tmp_path, capsys):
     out.write_text("hello\n")
     assert run(arguments(trained, few, "--json", out)) == 1
     assert "no line of such a file" in capsys.readouterr().err
+
+
+def test_each_line_says_what_was_computed_in(few, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out.jsonl"
+    words = ["--img_path", str(few / "0.png"), "--device", "cpu", "--score-only", "--json", str(out)]
+    monkeypatch.setattr("llava.model.builder.multiplies_bfloat16", lambda: False)
+    assert run(words) == 0
+    assert [(line["dtype"], line["dtype_is_automatic"]) for line in lines(out)] == [("float32", True)]
+    before = out.read_text()
+    monkeypatch.setattr("llava.model.builder.multiplies_bfloat16", lambda: True)
+    assert run([*words, "--img_path", str(few / "1.png")]) == 1
+    assert "answers computed in float32, and these would be in bfloat16" in capsys.readouterr().err
+    assert out.read_text() == before
+    assert run([*words[:-1], str(tmp_path / "own.jsonl"), "--dtype", "bfloat16"]) == 0
+    line = lines(tmp_path / "own.jsonl")[0]
+    assert (line["dtype"], line["dtype_is_automatic"]) == ("bfloat16", False)
+
+
+def test_a_model_without_a_dtype_leaves_it_out(tmp_path):
+    with closing(AnswersFile(tmp_path / "a.jsonl", {})) as file:
+        file.set_dtype(None, is_automatic=True)
+        file.write([("a", ForgeryReport("real", 0.1, "verdict"))])
+    assert "dtype" not in lines(tmp_path / "a.jsonl")[0]
 
 
 def test_a_replaced_weight_file_makes_another_run(tmp_path):

@@ -65,8 +65,8 @@ class Baseline:
         return _BATCH
 
     def describe(self, options: AnalyzeOptions) -> dict[str, Any]:
-        """Says which baseline it is, and what it was fitted on."""
-        return dict(self.scorer.about)
+        """Says which baseline it is, what it was fitted on, and its dtype."""
+        return {**self.scorer.about, "dtype": "float32"}
 
     @torch.no_grad()
     def analyze_batch(self, prepared: Sequence[Any], options: AnalyzeOptions) -> list[ForgeryReport]:

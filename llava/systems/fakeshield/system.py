@@ -18,7 +18,7 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.errors import CheckpointError, DataError, OptionError
 from llava.files import atomic_folder
 from llava.model.answering import ImageAnswers
-from llava.model.builder import load_pretrained_model, resolve_device
+from llava.model.builder import load_pretrained_model, resolve_device, resolve_dtype
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.saving import save_published
 from llava.report import ForgeryReport
@@ -116,6 +116,12 @@ class SegmenterPart:
         self.shared = shared
         self.processor = LlavaLlamaForCausalLM.image_processor.fget(files)  # type: ignore[attr-defined]
         self.side = int(files.sam_config.vision_config.image_size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in; reads no weight."""
+        device = resolve_device(self.options.get("device", "auto"))
+        return resolve_dtype(self.options.get("dtype", "auto"), self.files.checkpoint, device)
 
     @cached_property
     def answering(self) -> SegmenterAnswering:
@@ -430,9 +436,12 @@ class SegmenterAlone(_Alone):
         return 4
 
     def describe(self, options: AnalyzeOptions) -> dict[str, Any]:
-        """What the segmenter is asked."""
+        """What the segmenter is asked, and its dtype."""
         assert isinstance(options, FakeShieldOptions)
-        return {"mask_request": mask_request(options.description, options.mask_question - 1)}
+        return {
+            "mask_request": mask_request(options.description, options.mask_question - 1),
+            "dtype": str(self.segmenter.dtype).removeprefix("torch."),
+        }
 
     def analyze_batch(self, prepared: Sequence[SegmenterPixels], options: AnalyzeOptions) -> list[ForgeryReport]:
         """Returns a report with a mask and without a verdict for each image.
@@ -472,8 +481,8 @@ class TaggerAlone(_Alone):
         return 16
 
     def describe(self, options: AnalyzeOptions) -> dict[str, Any]:
-        """The domains."""
-        return {"domains": list(DOMAINS)}
+        """The domains, and the tagger's dtype."""
+        return {"domains": list(DOMAINS), "dtype": "float32"}
 
     def analyze_batch(self, prepared: Sequence[np.ndarray], options: AnalyzeOptions) -> list[ForgeryReport]:
         """Returns a report with a tag and without a verdict for each image.

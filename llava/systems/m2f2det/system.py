@@ -100,8 +100,8 @@ class DetectorAlone:
         return _BATCH.get(self.device.type, 8)
 
     def describe(self, options: AnalyzeOptions) -> dict[str, Any]:
-        """Returns the detector's config."""
-        return {"detector": self.detector.config.to_dict()}
+        """Returns the detector's config, and its dtype."""
+        return {"detector": self.detector.config.to_dict(), "dtype": "float32"}
 
     def analyze_batch(
         self, prepared: Sequence[tuple[Tensor, tuple[int, int]]], options: AnalyzeOptions
