@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from llava.conversation import conv_templates
 from llava.data.collator import Sample, collate
 from llava.data.prompting import fill_template, tokenize_conversation
+from llava.labels import Label
 from llava.mm_utils import process_images
 from llava.model.builder import load_tokenizer
 from llava.systems.fakereasoning import answer as words
@@ -29,8 +31,16 @@ def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
 
-def trained_folder(folder: Path, tokenizer_folder: Path, steps: int = 400) -> Path:
-    """Trains for some seconds on random pictures with varied answers, and saves the model."""
+def trained_folder(
+    folder: Path,
+    tokenizer_folder: Path,
+    steps: int = 400,
+    pictures: Callable[[int, Label], Image.Image] = lambda index, _: picture(index),
+) -> Path:
+    """Trains for some seconds on pictures with varied answers, and saves the model.
+
+    By default the pictures are random, so that what the model says of others hangs on rounding, and so on the machine.
+    """
     tokenizer = load_tokenizer(tokenizer_folder)
     model = small_model(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, bos_token_id=1, eos_token_id=2
@@ -46,7 +56,7 @@ def trained_folder(folder: Path, tokenizer_folder: Path, steps: int = 400) -> Pa
         answer = answer.replace(words.SUMMARY, "I look.")
         turns = [{"from": "human", "value": f"<image>\n{words.QUESTION}"}, {"from": "gpt", "value": answer}]
         tokenized = tokenize_conversation(fill_template(turns, conv_templates["llava_v1"]), tokenizer)
-        pixels = process_images([picture(index)], model.image_processor, model.config)[0]
+        pixels = process_images([pictures(index, label)], model.image_processor, model.config)[0]
         samples.append(
             Sample(
                 torch.tensor(tokenized.input_ids),

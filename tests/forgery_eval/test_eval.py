@@ -554,6 +554,7 @@ def test_wrong_settings_are_one_clear_line(trained, sets, tmp_path, capsys, more
 def test_what_is_not_installed_is_named(trained, sets, tmp_path, capsys, monkeypatch):
     for module in ("forgery_eval.results", "forgery_eval.metrics.scoring", "forgery_eval.metrics.reasoning"):
         monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.delattr("forgery_eval.results", raising=False)  # a package keeps what was imported from it
     monkeypatch.setitem(sys.modules, "nltk.translate.bleu_score", None)
     assert run(arguments(trained, sets, tmp_path / "r")) == 1
     assert "pip install 'fakereasoning[eval]'" in capsys.readouterr().err

@@ -21,6 +21,8 @@ from llava.__main__ import main as forgery
 from llava.cli import SOME_FAILED
 from llava.errors import OptionError
 from llava.image_operations import Step
+from tests.conftest import GOLDENS
+from tests.trained import trained_folder
 
 COUNT = 60
 
@@ -40,6 +42,13 @@ def data(tmp_path_factory) -> Path:
         for number in range(COUNT):
             textured(2 * number + label, bool(label)).save(root / name / f"{number:03}.png")
     return root
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A small model that has learnt what is bright here."""
+    folder = tmp_path_factory.mktemp("trained") / "model"
+    return trained_folder(folder, GOLDENS / "base", pictures=lambda index, label: textured(index, label == "fake"))
 
 
 @pytest.fixture(scope="module")
