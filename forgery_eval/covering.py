@@ -26,11 +26,13 @@ _TRIES = 200
 _REACH = 1 / 8
 _GRID = 64
 """Cells along the longer side in which surroundings are averaged."""
+SETTINGS = {"top_share": TOP_SHARE, "placements": PLACEMENTS, "overlap": MOST_OVERLAP, "reach": _REACH}
+"""All that changes a covered image beside its mask and its id."""
 METHOD = {
-    "region": f"the pixels of a mask from one half on, or the highest {TOP_SHARE:.0%} of a map",
+    "region": f"the pixels of a mask from one half on, or the highest {TOP_SHARE * 100:g} % of a map",
     "fill": "mean colour of the surroundings, weighed by a Gaussian of an eighth of the longer side",
     "random": f"the region moved at random {PLACEMENTS} times, over the border to the opposite one, covering at most "
-    f"{MOST_OVERLAP:.0%} of where it was",
+    f"{MOST_OVERLAP * 100:g} % of where it was",
 }
 """How it is done, in words."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from forgery_eval.benchmarks import Sample
 from forgery_eval.conditions import Conditions
-from forgery_eval.covering import METHOD, PLACEMENTS, Covered, cover_image
+from forgery_eval.covering import PLACEMENTS, SETTINGS, Covered, cover_image
 from forgery_eval.metrics.faithfulness import CoveredScores
 from forgery_eval.store import Prediction, Run, read_run
 from llava.cli import inform, progress
@@ -147,7 +147,7 @@ def read(
 
 def _settings(clean: Mapping[str, Any], chosen: Chosen) -> dict[str, Any]:
     ids = digest_json([sample.id for sample, *_ in chosen.images])
-    return {**clean, "faithfulness": {**METHOD, "chosen": ids}}
+    return {**clean, "faithfulness": {**SETTINGS, "chosen": ids}}
 
 
 def _joined(chosen: Chosen, found: Mapping[str, Prediction]) -> Faithfulness:

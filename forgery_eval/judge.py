@@ -60,7 +60,7 @@ _WORDS = {
     "rubric": "\n".join(f"- {name}: {statement}" for name, statement in RUBRIC.items()),
     "keys": ", ".join(f'"{name}"' for name in RUBRIC),
 }
-_SETTINGS = {"temperature": 0.0, "max_tokens": 400}
+_SETTINGS: dict[str, Any] = {"temperature": 0.0, "max_tokens": 400}
 _ASKED = 3
 """How often an explanation is asked about until its grades can be read."""
 _LONGEST_SIDE = 1024

@@ -133,6 +133,13 @@ def test_one_two_and_three_workers_give_the_same_bytes(cluster, toy, data, tmp_p
     assert analyse(toy, data, tmp_path / "2", "--perturb", "jpeg:75", size=7) == found[1]
 
 
+def test_covered_images_are_the_same_with_workers(cluster, toy, data, tmp_path):
+    more = ("--faithfulness", "4")
+    found = {n: analyse(toy, data, tmp_path / str(n), "--workers", n, *more) for n in (1, 2)}
+    assert found[1] == found[2] and any("/faithfulness/" in name for name in found[1])
+    assert_same(found[1], analyse(toy, data, tmp_path / "alone", *more))
+
+
 def test_the_answers_of_detection_are_the_same_too(cluster, toy, data, tmp_path):
     given = ["--img_path", str(data), "--model-path", str(toy), "--device", "cpu", "--batch-size", "2"]
     for name in ("2", "alone"):

@@ -177,6 +177,7 @@ def test_a_report_has_the_detectors_score_and_the_answers_beside_it(merged, refe
     detector = ForgeryDetector.from_pretrained(merged)
     image = GOLDENS / "images" / "img0.png"
     wanted = reference.tensors("goldens_llava")["det_probs"][0, 0, 1].item()
+    assert detector.has_attention
     report = detector.analyze(image, attention=True, max_new_tokens=4)
     assert report.fake_probability == pytest.approx(wanted, abs=1e-6) and report.score_source == "detector"
     assert (report.label == "fake") == (wanted >= 0.5)
