@@ -24,6 +24,7 @@ from forgery_eval.conditions import Conditions, Plan, RunEvidence, read_evidence
 from forgery_eval.fingerprints import images_digest, weight_locations, weights_digest
 from forgery_eval.model_options import (
     LOCATIONS,
+    SPEED,
     add_batch_size,
     add_model_options,
     analyze_options,
@@ -387,7 +388,7 @@ def predict(arguments: argparse.Namespace, plan: Plan) -> Predicted:
     settings = {
         "system": arguments.options_of,
         "weights": weights_digest(_weight_locations(arguments)),
-        **{name: value for name, value in loading_options(arguments).items() if name not in LOCATIONS},
+        **{name: value for name, value in loading_options(arguments).items() if name not in (*LOCATIONS, *SPEED)},
         **asdict(options),
         "orientation": not arguments.paper_protocol,
         "images": _images_digest(arguments, samples),
