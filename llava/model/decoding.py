@@ -185,8 +185,7 @@ def decode(
         ids_B = sampler.choose(logits_BV, answers.rows)
         if answers.take(ids_B, logits_BV, states_BD):
             return answers.decoded(prompts_BLD), prompts
-        kept_rows = answers.drop_finished() if steps.drops_rows else None
-        if kept_rows is not None:
+        if isinstance(steps, _GrowingSteps) and (kept_rows := answers.drop_finished()) is not None:
             ids_B = ids_B[kept_rows]
             steps.keep(kept_rows)
         guessed_BN = answers.guessed(ids_B) if sampler.temperature == 0 else ids_B[:, None]
@@ -346,8 +345,6 @@ def _states(model: LlavaLlamaForCausalLM, cache: Cache, padding: Padding | None,
 class _GrowingSteps:
     """The steps of one batch of answers on a cache that grows with them."""
 
-    drops_rows = True
-
     def __init__(self, model: LlavaLlamaForCausalLM, cache: Cache, padding: Padding | None) -> None:
         self._model, self._cache, self._padding = model, cache, padding
 
@@ -388,7 +385,7 @@ def _begin(
         logits_BV, states_BD = (values.repeat_interleave(samples, dim=0) for values in (logits_BV, states_BD))
         padding = padding and padding.of_rows(torch.arange(len(prompts_BLD)).repeat_interleave(samples))
     if fixed is not None:
-        steps = StaticSteps(model, fixed, rows, length, padding and padding.mask)
+        steps = StaticSteps(model, fixed, rows, length, padding.mask if padding else None)
         return logits_BV, states_BD, steps, PromptCache(fixed.prompts(rows, samples, length))
     prompts = PromptCache([(layer.keys, layer.values) for layer in layers])
     cache = Cache(layers=layers)

@@ -79,7 +79,7 @@ class StaticCache(Cache):
     def prompts(self, rows: int, repeats: int, length: int) -> list[tuple[Tensor, Tensor]]:
         """Returns keys and values of the prompts in the first ``rows`` rows; the next batch overwrites them."""
         every = slice(0, rows, repeats)
-        return [(layer.keys[every, :, :length], layer.values[every, :, :length]) for layer in self.layers]  # type: ignore[index]
+        return [(layer.keys[every, :, :length], layer.values[every, :, :length]) for layer in self.layers]
 
 
 def _step(
@@ -182,8 +182,6 @@ class StaticSteps:
         length: Positions that the prompts take.
         mask_BL: False where a row is padded on its left; None where none is.
     """
-
-    drops_rows = False
 
     def __init__(
         self, model: "LlavaLlamaForCausalLM", cache: StaticCache, rows: int, length: int, mask_BL: Tensor | None
