@@ -33,8 +33,8 @@ _VISION_BATCH_CPU = 2
 _NOT_ASKED = 0.5
 """P(fake) where a beginning is given: nothing was decided there."""
 _LARGEST_BATCH = 64
-_PROMPT_POSITIONS = 1280
-"""Length of a prompt with its image in the estimate of what a row takes."""
+_PROMPT_TEXT = 192
+"""Tokens of a prompt beside its image in the estimate of what a row takes."""
 _MEMORY_SHARE = 0.6
 """Share of the free GPU memory that caches may take; the rest is for activations."""
 
@@ -113,7 +113,8 @@ class Answering:
         config = self.model.config
         width = config.num_key_value_heads * config.head_dim * config.num_hidden_layers
         answer = 0 if options.score_only else options.max_new_tokens
-        positions = min(self.context_length, _PROMPT_POSITIONS + answer)
+        prompt = sum(self.model.get_model().placeholder_tokens().values()) + _PROMPT_TEXT
+        positions = min(self.context_length, prompt + answer)
         row = 2 * width * self.model.dtype.itemsize * positions
         rows = min(_LARGEST_BATCH, int(self._free_bytes() * _MEMORY_SHARE) // row)
         if not options.score_only and self.model.step_runner.may_compile(self.model):

@@ -22,7 +22,7 @@ _CACHE_CHUNK = 128
 """Positions by which a cache grows at a time."""
 _PREFILL_BATCH_CPU = {torch.float32: 4, torch.bfloat16: 1}
 """Prompts that a CPU prefills at a time: the activations of more do not stay in its caches."""
-_PREFILL_POSITIONS = 16384
+_PREFILL_POSITIONS = 8192
 """Positions that a GPU prefills at a time: enough to keep it busy, and the activations of more only take memory."""
 _COMPACT_EVERY = 8
 """Finished rows are dropped once they are one in so many: dropping copies the cache of all others."""

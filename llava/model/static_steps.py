@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import FailOnRecompileLimitHit
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 
 from llava.cli import note_once
@@ -153,8 +152,8 @@ class StepRunner:
                 return self._run_compiled(model, cache, *inputs)
             except torch.OutOfMemoryError:
                 raise
-            except (RuntimeError, FailOnRecompileLimitHit) as error:
-                reason = str(error).strip().partition("\n")[0]
+            except Exception as error:  # compilers fail in many ways; what is the model's fault fails again below
+                reason = f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0]
                 note_once(f"the decoding step cannot be compiled here, so answers are decoded eagerly: {reason}")
                 self.mode, self._cache, self._compiled = "eager", None, None
                 cache.seek(position)
