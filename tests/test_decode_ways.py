@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers.cache_utils import StaticLayer
 
 from llava import ForgeryDetector
 from llava.errors import OptionError
@@ -156,10 +157,28 @@ def test_the_cache_stays_for_smaller_batches_and_is_replaced_for_larger_ones():
         wanted = run(small_model(), "eager", number, length=length)
         check_same(run(model, "static", number, length=length), wanted)
         caches.append(model.step_runner._cache)
-    assert [(cache.rows, cache.length) for cache in caches] == [(8, 128)] * 3 + [(16, 128), (2, 384), (2, 384)]
+    assert [(cache.rows, cache.length) for cache in caches] == [(8, 128)] * 3 + [(16, 128), (16, 384), (16, 384)]
     assert caches[0] is caches[1] is caches[2] is not caches[3] and caches[4] is caches[5]
     keys_and_values, layers, heads, width = 2, 2, 2, 8
-    assert model.step_runner.kept_bytes == keys_and_values * layers * 2 * heads * 384 * width * 4
+    assert model.step_runner.kept_bytes == keys_and_values * layers * 16 * heads * 384 * width * 4
+
+
+def test_a_cache_that_does_not_fit_is_given_back_and_the_batch_halved(folders, monkeypatch):
+    path, _ = folders["fakereasoning"]
+    plain, fixed = (ForgeryDetector.from_pretrained(path, device="cpu", decode=way) for way in ("eager", "static"))
+    wanted = list(plain.analyze_many(PICTURES, batch_size=5, max_new_tokens=60))
+    inner, sizes = StaticLayer.lazy_initialization, []
+
+    def lazy_initialization(self, keys, values):
+        sizes.append(len(keys))
+        if len(keys) > 2:
+            raise torch.OutOfMemoryError("full")
+        inner(self, keys, values)
+
+    monkeypatch.setattr(StaticLayer, "lazy_initialization", lazy_initialization)
+    found = list(fixed.analyze_many(PICTURES, batch_size=5, max_new_tokens=60))
+    assert [report.text for report in found] == [report.text for report in wanted]
+    assert sizes[0] == 8 and 2 in sizes
 
 
 def test_rows_of_a_cache():

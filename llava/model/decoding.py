@@ -380,7 +380,11 @@ def _begin(
     """Runs the prompts; returns logits ``[B, V]`` and states ``[B, D]`` after them, further steps, and their cache."""
     rows, length = len(prompts_BLD) * samples, prompts_BLD.shape[1]
     fixed = model.step_runner.cache_for(model, rows, length + max_new_tokens)
-    logits_BV, states_BD, layers = _prefill(model, prompts_BLD, padding, fixed, samples)
+    try:
+        logits_BV, states_BD, layers = _prefill(model, prompts_BLD, padding, fixed, samples)
+    except torch.OutOfMemoryError:
+        model.step_runner.forget()  # smaller batches need a smaller one
+        raise
     if samples > 1:
         logits_BV, states_BD = (values.repeat_interleave(samples, dim=0) for values in (logits_BV, states_BD))
         padding = padding and padding.of_rows(torch.arange(len(prompts_BLD)).repeat_interleave(samples))

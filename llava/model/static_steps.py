@@ -28,8 +28,8 @@ _EAGER_BATCHES = 2
 _ROUND_LENGTH = 128
 _ROUND_ROWS = 8
 """Sizes of the cache are multiples of these (few rows: powers of two), since each size is compiled anew."""
-_MOST_SIZES = 64
-"""Sizes that are compiled at most; PyTorch's own limit is 8."""
+_MOST_SIZES = 16
+"""Sizes that are compiled at most, after which steps are eager; PyTorch's own limit is 8."""
 
 
 def round_rows(rows: int) -> int:
@@ -134,11 +134,18 @@ class StepRunner:
         if self.mode == "eager" or waits:
             return None
         kept = self._cache
-        if kept is None or kept.rows < rows or kept.length < length:
-            self._cache = kept = None  # its memory is free before more is taken
-            length = -(-length // _ROUND_LENGTH) * _ROUND_LENGTH
-            self._cache = kept = StaticCache(model.config.num_hidden_layers, round_rows(rows), length)
-        return kept
+        if kept is not None and kept.rows >= rows and kept.length >= length:
+            return kept
+        size = round_rows(rows), -(-length // _ROUND_LENGTH) * _ROUND_LENGTH
+        if kept is not None:  # it only grows, so that batches by turns long and large are not compiled by turns
+            size = max(size[0], kept.rows), max(size[1], kept.length)
+        self._cache = kept = None  # its memory is free before more is taken
+        self._cache = StaticCache(model.config.num_hidden_layers, *size)
+        return self._cache
+
+    def forget(self) -> None:
+        """Gives the cache's memory back."""
+        self._cache = None
 
     def run(
         self, model: "LlavaLlamaForCausalLM", cache: StaticCache, position: int, *inputs: Tensor
@@ -151,6 +158,7 @@ class StepRunner:
             try:
                 return self._run_compiled(model, cache, *inputs)
             except torch.OutOfMemoryError:
+                self.forget()
                 raise
             except Exception as error:  # compilers fail in many ways; what is the model's fault fails again below
                 reason = f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0]
