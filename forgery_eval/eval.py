@@ -23,6 +23,7 @@ from forgery_eval.fingerprints import images_digest, weight_locations, weights_d
 from forgery_eval.judge import Judge, add_judge_options, check_judge
 from forgery_eval.model_options import (
     LOCATIONS,
+    SPEED,
     add_batch_size,
     add_model_options,
     analyze_options,
@@ -416,7 +417,7 @@ def predict(arguments: argparse.Namespace, plan: Plan) -> Predicted:
     settings = {
         "system": arguments.options_of,
         "weights": weights_digest(_weight_locations(arguments)),
-        **{name: value for name, value in loading_options(arguments).items() if name not in LOCATIONS},
+        **{name: value for name, value in loading_options(arguments).items() if name not in (*LOCATIONS, *SPEED)},
         "dtype_is_automatic": arguments.dtype == "auto",  # "dtype" itself is what the model says of itself
         **asdict(options),
         "orientation": not arguments.paper_protocol,

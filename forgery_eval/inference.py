@@ -24,6 +24,7 @@ from forgery_eval.fingerprints import file_identity, model_fingerprint, weight_l
 from forgery_eval.html_report import HtmlReport, provenance_of
 from forgery_eval.model_options import (
     LOCATIONS,
+    SPEED,
     add_batch_size,
     add_model_options,
     analyze_options,
@@ -154,7 +155,7 @@ def main(arguments: argparse.Namespace) -> int:
         settings = {
             "model": _fingerprint(arguments),
             "system": arguments.options_of,
-            **loading_options(arguments),
+            **{name: value for name, value in loading_options(arguments).items() if name not in SPEED},
             **vars(options),
             **_rule_settings(arguments),
         }

@@ -15,12 +15,13 @@ from forgery_eval.answers import DEFAULT_SYSTEM
 from forgery_eval.backends import SYSTEMS
 from llava.cli import OptionParser, add_options, positive_int, read_options, unknown_option
 from llava.errors import CheckpointError, OptionError
-from llava.model_options import LOCATIONS, add_model_options, add_which_model, loading_options, open_detector
+from llava.model_options import LOCATIONS, SPEED, add_model_options, add_which_model, loading_options, open_detector
 from llava.systems import registry
 from llava.systems.base import AnalyzeOptions, SystemSpec, resolve
 
 __all__ = [
     "LOCATIONS",
+    "SPEED",
     "add_batch_size",
     "add_model_options",
     "analyze_options",

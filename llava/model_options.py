@@ -19,9 +19,13 @@ _LOADING = (
     "vision_tower",
     "dino_weights",
     "image_aspect_ratio",
+    "decode",
+    "prompt_lookup",
 )
 LOCATIONS = ("model_base", "vision_tower", "dino_weights")
 """Those loading options that name weights outside the checkpoint."""
+SPEED = ("decode", "prompt_lookup")
+"""Those that change how long an answer takes, and not the answer."""
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +43,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--load-8bit", action="store_true", help="language model in 8 bits (bitsandbytes)")
     model.add_argument("--load-4bit", action="store_true", help="language model in 4 bits (bitsandbytes)")
     model.add_argument("--attn-implementation", default="auto", help="auto (default), sdpa, eager, flash_attention_2")
+    model.add_argument(
+        "--decode",
+        default="auto",
+        help="auto (default), eager, static (cache of fixed size), compile (that and CUDA graphs); same answers",
+    )
+    model.add_argument(
+        "--prompt-lookup",
+        type=int,
+        default=0,
+        metavar="N",
+        help="guess N tokens at a time from what was seen, and check them; same greedy answers (default: 0, off)",
+    )
 
 
 def add_which_model(group: Any) -> None:

@@ -1,12 +1,15 @@
 """Measures inference of a random model; the last line printed is one JSON object.
 
 Sizes: tiny (for trying this script), mid (language model 512 wide, 8 layers; towers 384 wide, 8 layers; 336 pixels),
-13b (the published size). On a GPU the shares of its ceilings are given too: decoding against memory bandwidth (weights
-and cache read once a step), prefill against matrix throughput.
+13b (the published size, on one GPU with 78 GB). The model is made where it computes, without a file. What a step of
+decoding must read (weights and cache, once) and what a prefill must compute is given per second, and on a GPU as shares
+of its ceilings: `bandwidth_share` and `compute_share` (MFU). `one_at_a_time` is the authors' loop with the same
+weights: an image is prepared and answered by transformers' `generate`, then the next.
 """
 
 import argparse
 import json
+import os
 import platform
 import resource
 import sys
@@ -29,20 +32,32 @@ SIZES: dict[str, dict[str, int]] = {
         "pixels": 336,
     },
 }
+BATCH_SIZES: dict[str, list[int | str]] = {"13b": [1, 16, "auto"]}
+PROMPT_POSITIONS = 656
+"""Of the published question with its image, about; for what is added up without running anything."""
+LOOP_IMAGES = 4
+"""Images of the loop of one at a time, which are enough: nothing in it depends on how many there are."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = OptionParser(description=__doc__)
     parser.add_argument("--size", choices=SIZES, default="tiny", help="default: tiny")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="default: 1 2 4 8 16")
+    sizes = "auto is what fits (default: 1 2 4 8 16; of 13b: 1 16 auto)"
+    parser.add_argument("--batch-sizes", type=_batch_size, nargs="+", metavar="N", help=sizes)
     parser.add_argument("--images", type=int, default=16, help="images a measurement (at least the batch; default: 16)")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens an answer (default: 64)")
     parser.add_argument("--device", default="auto", help="auto (default), cuda, cpu")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     parser.add_argument("--dtype", choices=dtypes, default="auto", help="default: bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--memory", action="store_true", help="only add up what weights and cache take; run nothing")
+    decode = "eager, static, or compile; default: compile on a GPU, eager on a CPU"
+    parser.add_argument("--decode", choices=("auto", "eager", "static", "compile"), default="auto", help=decode)
+    parser.add_argument("--memory", action="store_true", help="only add up bytes and operations; run nothing")
     return parser.parse_args(arguments)
+
+
+def _batch_size(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def build_tokenizer() -> Any:
@@ -150,6 +165,7 @@ def measure_batch(system: Any, images: list[Any], size: int, new_tokens: int) ->
     import torch
 
     from llava.detector import ForgeryDetector
+    from llava.gpu_ceilings import gpu_ceilings
     from llava.model.decoding import Sampler, decode
 
     model, device = system.model, system.model.device
@@ -159,6 +175,7 @@ def measure_batch(system: Any, images: list[Any], size: int, new_tokens: int) ->
     pixels = torch.stack([item.pixels for item in prepared]).to(device, model.dtype)
     ids = system.tokenizer(system.prompt(options).replace("<image>", "")).input_ids
     words = (model.verdict_tokens.real, model.verdict_tokens.fake)
+    compiles = model.step_runner.may_compile(model)
 
     def answer(embeds: Any, length: int) -> None:
         decode(
@@ -174,14 +191,17 @@ def measure_batch(system: Any, images: list[Any], size: int, new_tokens: int) ->
         tokens = system.answering.encode_images(pixels).tokens
         text = model.get_input_embeddings()(torch.tensor([ids] * size, device=device))
         embeds = torch.cat((text, tokens), dim=1)
-        answer(embeds, 2)
+        answer(embeds, new_tokens if compiles else 2)
         vision = seconds(lambda: system.answering.encode_images(pixels), device)
         prefill = min(seconds(lambda: answer(embeds, 1), device) for _ in range(2))
         decoding = seconds(lambda: answer(embeds, new_tokens), device) - prefill
     detector = ForgeryDetector(system)
+    if compiles:  # the prompt may be some tokens longer here, and take a cache of another size
+        list(detector.analyze_many(many[:size], batch_size=size, max_new_tokens=new_tokens))
     answered = seconds(lambda: list(detector.analyze_many(many, batch_size=size, max_new_tokens=new_tokens)), device)
     scored = seconds(lambda: list(detector.analyze_many(many, batch_size=size, score_only=True)), device)
     step = decoding / max(1, new_tokens - 1)
+    needed = language_work(model, size, embeds.shape[1], new_tokens)
     measured = {
         "vision_s": vision,
         "prefill_s": prefill,
@@ -189,34 +209,71 @@ def measure_batch(system: Any, images: list[Any], size: int, new_tokens: int) ->
         "decode_tokens_per_s": size / step,
         "images_per_s": len(many) / answered,
         "score_only_images_per_s": len(many) / scored,
+        "read_bytes_per_s": needed["step_bytes"] / step,
+        "prefill_flops_per_s": needed["prefill_flops"] / prefill,
     }
-    return {**measured, **shares_of_ceilings(model, size, embeds.shape[1], new_tokens, prefill, step)}
-
-
-def shares_of_ceilings(
-    model: Any, size: int, prompt: int, new_tokens: int, prefill: float, step: float
-) -> dict[str, float]:
-    """Returns the shares of the GPU's bandwidth (decoding) and throughput (prefill); nothing on other devices."""
-    from llava.gpu_ceilings import gpu_ceilings
-
-    ceilings = gpu_ceilings(model.device)
+    ceilings = gpu_ceilings(device)
     if ceilings is None:
-        return {}
-    layers = [p for n, p in model.named_parameters() if n.startswith(("model.layers.", "lm_head", "model.norm"))]
-    weights, config = sum(p.numel() for p in layers), model.config
-    width = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * model.dtype.itemsize
-    read = weights * model.dtype.itemsize + size * width * (prompt + new_tokens / 2)
-    attention = 4 * config.num_hidden_layers * config.hidden_size * prompt / 2
-    computed = size * prompt * (2 * (weights - model.lm_head.weight.numel()) + attention)
+        return measured
     return {
-        "bandwidth_share": read / step / ceilings.bandwidth,
-        "compute_share": computed / prefill / ceilings.throughput,
+        **measured,
+        "bandwidth_share": measured["read_bytes_per_s"] / ceilings.bandwidth,
+        "compute_share": measured["prefill_flops_per_s"] / ceilings.throughput,
+    }
+
+
+def one_at_a_time(system: Any, images: list[Any], new_tokens: int) -> float:
+    """Returns images/s of the loop that prepares an image and lets transformers' ``generate`` answer about it."""
+    import torch
+
+    from llava.mm_utils import tokenizer_image_token
+
+    model = system.model
+    ids = torch.tensor([tokenizer_image_token(system.prompt(system.options()), system.tokenizer)], device=model.device)
+    lengths = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+
+    def answer(image: Any) -> None:
+        pixels = system.prepare(image).pixels[None].to(model.device, model.dtype)
+        new = model.generate(ids, images=pixels, do_sample=False, **lengths)
+        system.tokenizer.decode(new[0])
+
+    def loop() -> None:
+        for image in images:
+            answer(image)
+
+    answer(images[0])  # the first call of a kernel is slow
+    return len(images) / seconds(loop, model.device)
+
+
+def language_work(model: Any, rows: int, prompt: int, new_tokens: int) -> dict[str, float]:
+    """Returns what the language model must do for a batch; weights and shapes are enough, also on the meta device.
+
+    Args:
+        model: The model.
+        rows: Prompts.
+        prompt: Positions of each.
+        new_tokens: Of each answer.
+
+    Returns:
+        ``step_bytes``, which a step of decoding reads in the mean: weights, and the cache half-way; ``prefill_flops``,
+        a multiplication with its addition as two, causal attention as half of its square, without the vocabulary.
+    """
+    named = model.named_parameters()
+    layers = [p for n, p in named if n.startswith(("model.layers.", "lm_head", "model.norm"))]
+    config, matrices = model.config, sum(p.numel() for p in layers if p.ndim == 2) - model.lm_head.weight.numel()
+    position = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * model.dtype.itemsize
+    queries = config.num_attention_heads * config.head_dim
+    attention = 4 * config.num_hidden_layers * queries * prompt / 2
+    return {
+        "step_bytes": sum(p.nbytes for p in layers) + rows * position * (prompt + new_tokens / 2),
+        "prefill_flops": rows * prompt * (2 * matrices + attention),
     }
 
 
 def needed_bytes(size: str) -> dict[str, Any]:
     """Returns the bytes of a model's weights by how its language model's layers are held, and of a position's cache.
 
+    ``step_bytes_in_bfloat16`` and ``prefill_flops`` are of one image, see ``language_work``.
     In 4 bits a block of 64 numbers has a scale of one byte, and 256 such scales one of four.
     """
     import torch
@@ -234,43 +291,110 @@ def needed_bytes(size: str) -> dict[str, Any]:
             "4 bits": rest + round(layers * (1 / 2 + 1 / 64 + 4 / 64 / 256)),
         },
         "cache_of_a_position_in_16_bits": 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim,
+        "step_bytes_in_bfloat16": language_work(model, 1, PROMPT_POSITIONS, 0)["step_bytes"],
+        "prefill_flops": language_work(model, 1, PROMPT_POSITIONS, 0)["prefill_flops"],
     }
 
 
+def bench_device(arguments: argparse.Namespace) -> Any:
+    """Returns the device to measure on.
+
+    Raises:
+        OptionError: It is not here, or the size is for a GPU, and the machine has none.
+    """
+    from llava.errors import OptionError
+    from llava.model.builder import resolve_device
+
+    device = resolve_device(arguments.device)
+    if arguments.size == "13b" and arguments.device == "auto" and device.type != "cuda":
+        raise OptionError("size 13b is for a GPU, and there is none here; --device cpu tries it without one")
+    return device
+
+
+def check_memory(device: Any, needed: float, what: str) -> None:
+    """Checks that something fits.
+
+    Raises:
+        OptionError: It does not.
+    """
+    import torch
+
+    from llava.errors import OptionError
+
+    if device.type == "cuda":
+        present = torch.cuda.mem_get_info(device)[0]
+    else:
+        present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > present:
+        has = "has free" if device.type == "cuda" else "has"
+        raise OptionError(f"{what} takes at least {needed / 1e9:.1f} GB, and the {device} {has} {present / 1e9:.1f} GB")
+
+
+def measure_batches(system: Any, images: list[Any], sizes: list[int], new_tokens: int) -> dict[int, dict[str, float]]:
+    """Measures batch sizes from the smallest on, up to the first that does not fit.
+
+    Raises:
+        UserError: None fits.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from llava.cli import note
+    from llava.errors import UserError
+
+    measured: dict[int, dict[str, float]] = {}
+    for size in tqdm(sizes, unit=" batch sizes"):
+        try:
+            measured[size] = measure_batch(system, images, size, new_tokens)
+        except torch.OutOfMemoryError:
+            if not measured:
+                raise UserError(f"a batch of {size} does not fit into the memory that the weights leave") from None
+            note(f"batches of {size} do not fit into memory, so no larger ones are measured")
+            break
+    return measured
+
+
 def bench(arguments: argparse.Namespace) -> None:
-    """Measures and prints."""
+    """Measures and prints.
+
+    Raises:
+        OptionError: A number is too small, or the size does not fit on this machine.
+        UserError: No batch fits into memory.
+    """
     if arguments.memory:
         print(json.dumps({"size": arguments.size, **needed_bytes(arguments.size)}))
         return
     import numpy as np
     import torch
     from PIL import Image
-    from tqdm import tqdm
 
     from llava.errors import OptionError
-    from llava.model.builder import resolve_device
     from llava.model.cpu_bfloat16 import lay_out
+    from llava.model.decoding import set_decoding
 
-    if min(arguments.batch_sizes) < 1 or arguments.images < 1 or arguments.new_tokens < 2:
+    asked = arguments.batch_sizes or BATCH_SIZES.get(arguments.size, [1, 2, 4, 8, 16])
+    if min(size for size in (1, *asked) if size != "auto") < 1 or arguments.images < 1 or arguments.new_tokens < 2:
         raise OptionError("batch sizes and images must be at least 1, new tokens at least 2")
-    device = resolve_device(arguments.device)
-    wanted = ("bfloat16" if device.type == "cuda" else "float32") if arguments.dtype == "auto" else arguments.dtype
+    device = bench_device(arguments)
+    gpu = device.type == "cuda"
+    wanted = ("bfloat16" if gpu else "float32") if arguments.dtype == "auto" else arguments.dtype
+    dtype = getattr(torch, wanted)
+    check_memory(device, needed_bytes(arguments.size)["parameters"] * dtype.itemsize, f"size {arguments.size}")
     torch.manual_seed(0)
     start = time.perf_counter()
-    system = build_system(SIZES[arguments.size], device, getattr(torch, wanted))
+    system = build_system(SIZES[arguments.size], device, dtype)
     lay_out(system.model)
     loaded = time.perf_counter() - start
     rng = np.random.default_rng(0)
     noise = [rng.integers(0, 256, (480, 640, 3), dtype=np.uint8) for _ in range(arguments.images)]
     images = [Image.fromarray(values) for values in noise]
     preprocess = seconds(lambda: [system.prepare(image) for image in images], device) / len(images)
-    batches = {}
-    for size in tqdm(arguments.batch_sizes, unit=" batch sizes"):
-        batches[size] = measure_batch(system, images, size, arguments.new_tokens)
-    rates = {size: values["images_per_s"] for size, values in batches.items()}
-    best = max(rates, key=lambda size: rates[size])
-    gpu = device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    loop = one_at_a_time(system, images[:LOOP_IMAGES], arguments.new_tokens)
+    mode = ("compile" if gpu else "eager") if arguments.decode == "auto" else arguments.decode
+    set_decoding(system.model, mode)
+    fits = system.batch_size(system.options(max_new_tokens=arguments.new_tokens))
+    sizes = sorted({fits if size == "auto" else int(size) for size in asked})
+    batches = measure_batches(system, images, sizes, arguments.new_tokens)
     result = {
         "size": arguments.size,
         "machine": torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU",
@@ -279,14 +403,41 @@ def bench(arguments: argparse.Namespace) -> None:
         "dtype": wanted,
         "parameters": sum(p.numel() for p in system.model.parameters()),
         "new_tokens": arguments.new_tokens,
+        "decode": system.model.step_runner.mode,
         "load_s": loaded,
         "preprocess_s_per_image": preprocess,
+        **summary(batches, loop),
+        "peak_bytes": peak_bytes(device),
+    }
+    print(json.dumps(rounded(result)))
+
+
+def summary(batches: dict[int, dict[str, float]], loop: float) -> dict[str, Any]:
+    """Returns the batches' measurements, which of them is best, and how it compares.
+
+    Args:
+        batches: By size.
+        loop: Images/s one at a time.
+    """
+    rates = {size: values["images_per_s"] for size, values in batches.items()}
+    best = max(rates, key=lambda size: rates[size])
+    return {
         "batch": batches,
         "best_batch": best,
         "best_over_batch_1": rates[best] / rates[1] if 1 in rates else None,
-        "peak_bytes": peak,
+        "one_at_a_time_images_per_s": loop,
+        "best_over_one_at_a_time": rates[best] / loop,
+        **{name: batches[best].get(name) for name in ("bandwidth_share", "compute_share")},
     }
-    print(json.dumps(rounded(result)))
+
+
+def peak_bytes(device: Any) -> int:
+    """Returns the most memory that was held, of the GPU or of this process."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def rounded(value: Any) -> Any:

@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import platform
-import resource
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from llava.cli import OptionParser, run_cli
 from llava.errors import OptionError, UserError
-from scripts.bench_inference import SIZES, build_system, rounded, seconds
+from scripts.bench_inference import SIZES, bench_device, build_system, check_memory, peak_bytes, rounded, seconds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -169,6 +168,12 @@ def trained_model(arguments: argparse.Namespace, device: Any, dtype: Any) -> Any
     return adapted.train()
 
 
+def needed_bytes(arguments: argparse.Namespace, dtype: Any) -> int:
+    """Returns what weights, gradients and AdamW's two moments take, without any activation."""
+    parameters = list(trained_model(arguments, "meta", dtype).parameters())
+    return sum(p.nbytes + (3 * p.nbytes if p.requires_grad else 0) for p in parameters)
+
+
 @dataclass(frozen=True)
 class Measured:
     """What some optimizer steps took: seconds, sizes as in ``MicroBatch``, and the loss of each step."""
@@ -228,19 +233,18 @@ def bench(arguments: argparse.Namespace) -> None:
     """Measures and prints.
 
     Raises:
-        OptionError: A number is too small.
-        UserError: The loss is not finite.
+        OptionError: A number is too small, or the size does not fit on this machine.
+        UserError: The loss is not finite, or a micro-batch does not fit into memory.
     """
     import numpy as np
     import torch
 
-    from llava.model.builder import resolve_device
-
     if min(arguments.batch_size, arguments.accumulation, arguments.steps, arguments.lora_r) < 1:
         raise OptionError("batch size, accumulation, steps and rank must be at least 1")
-    device = resolve_device(arguments.device)
+    device = bench_device(arguments)
     wanted = ("bfloat16" if device.type == "cuda" else "float32") if arguments.dtype == "auto" else arguments.dtype
     dtype = getattr(torch, wanted)
+    check_memory(device, needed_bytes(arguments, dtype), f"training size {arguments.size}")
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     model = trained_model(arguments, device, dtype)
@@ -253,7 +257,13 @@ def bench(arguments: argparse.Namespace) -> None:
     orders = {way: batch_order(answers, arguments, alike=way == "alike") for way in ("published", "alike")}
     chosen = [[answers[index] for index in batch] for batch in orders["alike" if arguments.alike else "published"]]
     steps = [chosen[start : start + arguments.accumulation] for start in range(0, count, arguments.accumulation)]
-    measured = measure(model, steps, arguments, dtype)
+    try:
+        measured = measure(model, steps, arguments, dtype)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"micro-batches of {arguments.batch_size} do not fit into memory; give a smaller --batch-size and a larger "
+            "--accumulation"
+        ) from None
     if not all(math.isfinite(loss) for loss in measured.losses):
         raise UserError(f"the loss is not finite: {measured.losses}")
     gpu = device.type == "cuda"
@@ -275,7 +285,7 @@ def bench(arguments: argparse.Namespace) -> None:
         "padding_share_by_order": {
             way: padding_share(answers, batches, other_tokens) for way, batches in orders.items()
         },
-        "peak_bytes": torch.cuda.max_memory_allocated() if gpu else peak_resident_bytes(),
+        "peak_bytes": peak_bytes(device),
         "first_loss": measured.losses[0],
         "last_loss": measured.losses[-1],
     }
@@ -312,11 +322,6 @@ def utilisation(model: Any, measured: Measured, *, known: bool) -> dict[str, Any
         **{name: value / measured.seconds / ceilings.throughput if ceilings else None for name, value in done.items()},
         "hfu_by_part": {part: cost.total / done["hfu"] for part, cost in parts.items()},
     }
-
-
-def peak_resident_bytes() -> int:
-    """Returns the most memory that this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

@@ -4,8 +4,20 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
-from scripts.bench_training import ANSWER_TOKENS, answer_lengths, batch_order, bench, padding_share, parse_arguments
+from llava.errors import OptionError, UserError
+from scripts import bench_training
+from scripts.bench_training import (
+    ANSWER_TOKENS,
+    answer_lengths,
+    batch_order,
+    bench,
+    needed_bytes,
+    padding_share,
+    parse_arguments,
+    trained_model,
+)
 
 TINY = [
     "--size",
@@ -80,3 +92,30 @@ def test_padding_is_counted_by_the_longest():
 def test_wrong_numbers_are_refused(wrong):
     with pytest.raises(ValueError, match="at least"):
         bench(parse_arguments([*TINY, *wrong]))
+
+
+def test_the_published_size_is_refused_where_it_does_not_fit(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(OptionError, match="size 13b is for a GPU"):
+        bench(parse_arguments(["--size", "13b"]))
+    monkeypatch.setattr("os.sysconf", lambda name: 1000)
+    with pytest.raises(OptionError, match=r"training size tiny takes at least 0\.0 GB, and the cpu has 0\.0 GB"):
+        bench(parse_arguments(TINY))
+
+
+def test_weights_gradients_and_moments_are_added_up():
+    arguments = parse_arguments([*TINY, "--dtype", "bfloat16"])
+    model = trained_model(arguments, "meta", torch.bfloat16)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    assert trained > 0 and needed_bytes(arguments, torch.bfloat16) == 2 * frozen + 16 * trained
+
+
+def test_a_micro_batch_that_does_not_fit_is_named(monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(bench_training, "measure", full)
+    with pytest.raises(UserError, match=r"micro-batches of 2 do not fit into memory; give a smaller --batch-size"):
+        bench(parse_arguments(TINY))

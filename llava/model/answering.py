@@ -19,6 +19,8 @@ from llava.model.decoding import Decoded, PromptCache, Sampler, decode, prefill_
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.llava_arch import EncodedImages, SplicedBatch, splice
 from llava.model.multimodal_fusion.base import FusionOutput
+from llava.model.prompt_lookup import Guesses, Lookup
+from llava.model.static_steps import whole_rows
 from llava.model.token_sources import VisionContext
 from llava.report import ScoreSource
 from llava.systems.base import AnalyzeOptions, AnswerFormat, Listener
@@ -31,8 +33,8 @@ _VISION_BATCH_CPU = 2
 _NOT_ASKED = 0.5
 """P(fake) where a beginning is given: nothing was decided there."""
 _LARGEST_BATCH = 64
-_PROMPT_POSITIONS = 1280
-"""Length of a prompt with its image in the estimate of what a row takes."""
+_PROMPT_TEXT = 192
+"""Tokens of a prompt beside its image in the estimate of what a row takes."""
 _MEMORY_SHARE = 0.6
 """Share of the free GPU memory that caches may take; the rest is for activations."""
 
@@ -102,6 +104,7 @@ class Answering:
         self.placeholders = model.get_model().placeholders()
         self.tokenize = tokenize or (lambda prompt: tokenize_placeholders(prompt, tokenizer, self.placeholders))
         self.listener: Listener | None = None
+        self._lookup = Lookup()
 
     def batch_size(self, options: AnalyzeOptions) -> int:
         """On a GPU as many images as their caches fit into free memory; on a CPU what was fastest."""
@@ -110,10 +113,19 @@ class Answering:
         config = self.model.config
         width = config.num_key_value_heads * config.head_dim * config.num_hidden_layers
         answer = 0 if options.score_only else options.max_new_tokens
-        positions = min(self.context_length, _PROMPT_POSITIONS + answer)
-        row = 2 * width * self.model.dtype.itemsize * positions * options.samples
-        free, _ = torch.cuda.mem_get_info(self.model.device)
-        return max(1, min(_LARGEST_BATCH // options.samples, int(free * _MEMORY_SHARE) // row))
+        prompt = sum(self.model.get_model().placeholder_tokens().values()) + _PROMPT_TEXT
+        positions = min(self.context_length, prompt + answer)
+        row = 2 * width * self.model.dtype.itemsize * positions
+        rows = min(_LARGEST_BATCH, int(self._free_bytes() * _MEMORY_SHARE) // row)
+        if not options.score_only and self.model.step_runner.may_compile(self.model):
+            rows = whole_rows(rows)
+        return max(1, rows // options.samples)
+
+    def _free_bytes(self) -> int:
+        """Bytes of the GPU that are free, or that PyTorch or the last batch's cache holds for the next one."""
+        device = self.model.device
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused + self.model.step_runner.kept_bytes
 
     def encode_images(self, pixels_B3SS: Tensor, *, attention: bool = False) -> FusionOutput:
         """Returns image tokens, what they are of, and the fusion's attention; on a CPU a few images at a time."""
@@ -186,7 +198,8 @@ class Answering:
         if prefix and self.listener:
             for row in range(len(digests)):  # heard too, so that the pieces make up the answer
                 self.listener.heard(row, prefix, 0.0, _NOT_ASKED)
-        decoded, cache = self._decode(start_ids, prefix_ids, embeddings, digests, options, budget)
+        guesses = self._guesses(prompt, start_ids, len(digests) * options.samples)
+        decoded, cache = self._decode(start_ids, prefix_ids, embeddings, digests, options, budget, guesses)
         answers_ids = [[*prefix_ids, *one.ids] for one in decoded]
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers_ids]
         scores, sources = self._scores_while_decoding(prompt, answers_ids, decoded, texts)
@@ -235,6 +248,7 @@ class Answering:
         digests: Sequence[str],
         options: AnalyzeOptions,
         budget: int,
+        guesses: Guesses | None,
     ) -> tuple[list[Decoded], PromptCache | None]:
         embeds_BLD = self._embed([start_ids] * len(digests), embeddings).inputs_embeds
         if options.num_beams > 1:
@@ -250,7 +264,16 @@ class Answering:
             is_complete=lambda ids: self._is_complete(prefix_ids, ids, closing_ids),
             samples=options.samples,
             follow=self._follower(self.listener, options.samples) if self.listener else None,
+            guesses=guesses,
         )
+
+    def _guesses(self, prompt: str, start_ids: list[int], rows: int) -> Guesses | None:
+        """Returns the guesses for a batch of answers; they know the format's constant texts, and earlier answers."""
+        if not self.model.prompt_lookup:
+            return None
+        for text in getattr(self.answer_format, "constant_texts", (self.answer_format.verdict_prefix,)):
+            self._lookup.learn(self.tokenize(self._continued(prompt, text)))
+        return Guesses(self._lookup, self.model.prompt_lookup, start_ids, rows)
 
     def _follower(self, listener: Listener, samples: int) -> Callable[[int, int, float, Tensor], bool]:
         return _Follower(listener, self.tokenizer, samples, self._end_ids, self.temperature)

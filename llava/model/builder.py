@@ -18,7 +18,9 @@ from llava.model.checkpoint_files import TensorLike, list_keys, read_json
 from llava.model.checkpoint_layout import LORA_PREFIX, KeyMap, memory_names
 from llava.model.configuration import LlavaConfig
 from llava.model.cpu_bfloat16 import lay_out, multiplies_bfloat16, pack_head
+from llava.model.decoding import set_decoding
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.static_steps import FIXED_MODES
 
 DEFAULT_CONTEXT_LENGTH = 2048
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -50,6 +52,8 @@ def load_pretrained_model(
     image_aspect_ratio: str | None = None,
     detector: str | os.PathLike[str] | None = None,
     for_inference: bool = False,
+    decode: str = "auto",
+    prompt_lookup: int = 0,
 ) -> tuple[PreTrainedTokenizerBase, LlavaLlamaForCausalLM, Any, int]:
     """Opens a checkpoint for inference or further training.
 
@@ -77,6 +81,8 @@ def load_pretrained_model(
         detector: The detector whose token stands in the prompt, instead of the checkpoint's: folder or file; for
             systems that have one.
         for_inference: Lay the layers out for this processor, see ``lay_out``; the model must not be trained then.
+        decode: How the steps of an answer are run: ``auto``, ``eager``, ``static`` or ``compile``, see ``StepRunner``.
+        prompt_lookup: Ids of an answer that are guessed at a time and then checked, if greedy; 0 for none.
 
     Returns:
         Tokenizer, model in evaluation mode with frozen towers, image processor, and context length in tokens.
@@ -108,10 +114,11 @@ def load_pretrained_model(
         dtype=tensor_dtype,
         device_map={"": target} if device_map is None else check_device_map(device_map),
         quantization_config=quantization(config, load_8bit, load_4bit, tensor_dtype),
-        attn_implementation=resolve_attention(attn_implementation, target, tensor_dtype),
+        attn_implementation=resolve_attention(attn_implementation, target, tensor_dtype, decode),
     )
     if head is not None:
         model.lm_head = head
+    set_decoding(model, decode, prompt_lookup)
     set_generation_defaults(model, checkpoint.tokenizer_folder, tokenizer)
     if checkpoint.adapter is not None and not is_merged:
         model = apply_lora(model, checkpoint.adapter, checkpoint.layout.key_map)
@@ -303,8 +310,10 @@ def automatic_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if multiplies_bfloat16() else torch.float32
 
 
-def resolve_attention(attn_implementation: str, device: torch.device, dtype: torch.dtype) -> str:
+def resolve_attention(attn_implementation: str, device: torch.device, dtype: torch.dtype, decode: str = "auto") -> str:
     """Returns the attention for ``auto``: flash-attn where it is installed and can run, else SDPA.
+
+    It is SDPA too where a cache of fixed size is asked for, which flash-attn does not take.
 
     Raises:
         OptionError: The name is unknown, or flash-attn is asked for but not installed.
@@ -316,7 +325,7 @@ def resolve_attention(attn_implementation: str, device: torch.device, dtype: tor
         raise OptionError(f"unknown attn_implementation {attn_implementation!r}; known: {known}")
     if attn_implementation != "auto":
         return attn_implementation
-    usable = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    usable = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and decode not in FIXED_MODES
     return "flash_attention_2" if usable and importlib.util.find_spec("flash_attn") else "sdpa"
 
 

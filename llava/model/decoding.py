@@ -12,13 +12,18 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from llava.errors import OptionError
 from llava.model.cpu_bfloat16 import exact_logits
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.prompt_lookup import Guesses
+from llava.model.static_steps import FIXED_MODES, StaticCache, StaticSteps, StepRunner
 
 _CACHE_CHUNK = 128
 """Positions by which a cache grows at a time."""
 _PREFILL_BATCH_CPU = {torch.float32: 4, torch.bfloat16: 1}
 """Prompts that a CPU prefills at a time: the activations of more do not stay in its caches."""
+_PREFILL_POSITIONS = 8192
+"""Positions that a GPU prefills at a time: enough to keep it busy, and the activations of more only take memory."""
 _COMPACT_EVERY = 8
 """Finished rows are dropped once they are one in so many: dropping copies the cache of all others."""
 
@@ -151,11 +156,12 @@ def decode(
     attention_mask: Tensor | None = None,
     states_of: int | None = None,
     follow: Callable[[int, int, float, Tensor], bool] | None = None,
+    guesses: Guesses | None = None,
 ) -> tuple[list[Decoded], PromptCache]:
     """Continues prompts until each is complete.
 
     Args:
-        model: The model.
+        model: The model; its ``step_runner`` says how steps are run.
         prompts_BLD: Embedded prompts.
         sampler: How words are chosen; it has one stream for each of the B × samples answers.
         max_new_tokens: Longest answer.
@@ -166,49 +172,115 @@ def decode(
         states_of: Also keep the model's last states, behind its norm, wherever they predict this id and it is chosen.
         follow: Takes the answer's number, its new id, that id's log-probability and the kept logits ``[W]`` at it;
             returns whether the answer may end.
+        guesses: Guesses next ids, which greedy decoding then checks in one step.
 
     Returns:
-        B × samples answers, those of one prompt side by side, and the prompts' own cache.
+        B × samples answers, those of one prompt side by side, and the prompts' own cache, which holds until the next
+        batch is decoded.
     """
     padding = None if attention_mask is None or bool(attention_mask.all()) else Padding(attention_mask.bool())
-    logits_BV, states_BD, layers = _prefill(model, prompts_BLD, padding)
-    cache = Cache(layers=layers)
-    prompts = PromptCache([(layer.keys, layer.values) for layer in layers])
-    if samples > 1:
-        cache.batch_repeat_interleave(samples)
-        logits_BV, states_BD = (values.repeat_interleave(samples, dim=0) for values in (logits_BV, states_BD))
-        padding = padding and padding.of_rows(torch.arange(len(prompts_BLD)).repeat_interleave(samples))
-    number = logits_BV.shape[0]
-    answers: list[list[int]] = [[] for _ in range(number)]
-    kept_BTW = torch.zeros(number, max_new_tokens, len(kept_words), device=logits_BV.device)
-    states: list[list[Tensor]] = [[] for _ in range(number)]
-    rows = list(range(number))
-    finished: set[int] = set()
-    for step in range(max_new_tokens):
-        kept_BTW[rows, step] = word_logits(model, states_BD, kept_words, logits_BV)
-        ids_B = sampler.choose(logits_BV, rows)
-        logprobs_B = _logprobs(logits_BV, ids_B) if follow else [0.0] * len(rows)
-        for index, (row, chosen, logprob) in enumerate(zip(rows, ids_B.tolist(), logprobs_B, strict=True)):
-            if row not in finished:
-                answers[row].append(chosen)
-                if chosen == states_of:
-                    states[row].append(states_BD[index])
-                unwanted = follow is not None and follow(row, chosen, logprob, kept_BTW[row, step])
-                if unwanted or is_complete(answers[row]):
-                    finished.add(row)
-        if len(finished) == number or step + 1 == max_new_tokens:
-            break
-        kept_rows = _unfinished_rows(rows, finished)
-        if kept_rows is not None:
-            indices = torch.tensor(kept_rows, device=ids_B.device)
-            cache.batch_select_indices(indices)
-            ids_B, rows = ids_B[indices], [rows[index] for index in kept_rows]
-            padding = padding and padding.of_rows(indices)
-        padding = padding and padding.extended()
-        logits_BV, states_BD = _run(model, cache, padding, input_ids=ids_B[:, None])
-    kept, nothing = kept_BTW.cpu(), prompts_BLD.new_empty(0, prompts_BLD.shape[-1])
-    found = [(ids, kept[row, : len(ids)], states[row]) for row, ids in enumerate(answers)]
-    return [Decoded(ids, own, torch.stack(last) if last else nothing) for ids, own, last in found], prompts
+    logits_BV, states_BD, steps, prompts = _begin(model, prompts_BLD, padding, samples, max_new_tokens)
+    answers = _Answers(model, len(logits_BV), max_new_tokens, kept_words, is_complete, states_of, follow, guesses)
+    while True:
+        ids_B = sampler.choose(logits_BV, answers.rows)
+        if answers.take(ids_B, logits_BV, states_BD):
+            return answers.decoded(prompts_BLD), prompts
+        if isinstance(steps, _GrowingSteps) and (kept_rows := answers.drop_finished()) is not None:
+            ids_B = ids_B[kept_rows]
+            steps.keep(kept_rows)
+        guessed_BN = answers.guessed(ids_B) if sampler.temperature == 0 else ids_B[:, None]
+        logits_BNV, states_BND = steps.run(guessed_BN)
+        right = answers.count_right(guessed_BN, logits_BNV)
+        for at in range(right):
+            if answers.take(guessed_BN[:, at + 1], logits_BNV[:, at], states_BND[:, at]):
+                return answers.decoded(prompts_BLD), prompts
+        if right < guessed_BN.shape[1] - 1:
+            steps.undo(guessed_BN.shape[1] - 1 - right)
+        logits_BV, states_BD = logits_BNV[:, right], states_BND[:, right]
+
+
+class _Answers:
+    """The answers of a batch as they grow, see ``decode``.
+
+    Attributes:
+        rows: Number of the answer that each row of the batch belongs to.
+    """
+
+    def __init__(
+        self,
+        model: LlavaLlamaForCausalLM,
+        number: int,
+        max_new_tokens: int,
+        kept_words: Sequence[int],
+        is_complete: Callable[[list[int]], bool],
+        states_of: int | None,
+        follow: Callable[[int, int, float, Tensor], bool] | None,
+        guesses: Guesses | None,
+    ) -> None:
+        self._model = model
+        self._ids: list[list[int]] = [[] for _ in range(number)]
+        self._states: list[list[Tensor]] = [[] for _ in range(number)]
+        self._kept_BTW = torch.zeros(number, max_new_tokens, len(kept_words), device=model.device)
+        self._kept_words, self._is_complete, self._states_of = kept_words, is_complete, states_of
+        self._follow, self._guesses = follow, guesses
+        self._finished: set[int] = set()
+        self._length = 0
+        self.rows = list(range(number))
+
+    def take(self, ids_B: Tensor, logits_BV: Tensor, states_BD: Tensor) -> bool:
+        """Adds an id to each row, with the logits and states that predict it; returns whether all is done."""
+        self._kept_BTW[self.rows, self._length] = word_logits(self._model, states_BD, self._kept_words, logits_BV)
+        logprobs_B = _logprobs(logits_BV, ids_B) if self._follow else [0.0] * len(self.rows)
+        for index, (row, chosen, logprob) in enumerate(zip(self.rows, ids_B.tolist(), logprobs_B, strict=True)):
+            if row in self._finished:
+                continue
+            self._ids[row].append(chosen)
+            if self._guesses:
+                self._guesses.add(row, chosen)
+            if chosen == self._states_of:
+                self._states[row].append(states_BD[index])
+            unwanted = self._follow is not None and self._follow(
+                row, chosen, logprob, self._kept_BTW[row, self._length]
+            )
+            if unwanted or self._is_complete(self._ids[row]):
+                self._finished.add(row)
+        self._length += 1
+        return len(self._finished) == len(self._ids) or self._length == self._kept_BTW.shape[1]
+
+    def drop_finished(self) -> Tensor | None:
+        """Drops the rows of finished answers; returns the places of those that stay, or None while all do."""
+        places = _unfinished_rows(self.rows, self._finished)
+        if places is None:
+            return None
+        self.rows = [self.rows[place] for place in places]
+        return torch.tensor(places, device=self._kept_BTW.device)
+
+    def guessed(self, ids_B: Tensor) -> Tensor:
+        """Returns the last ids with those that are guessed to follow them, ``[B, 1 + guesses]``."""
+        free = self._kept_BTW.shape[1] - self._length - 1
+        asked = [row for row in self.rows if row not in self._finished]
+        found = self._guesses.of_rows(asked, free) if self._guesses else []
+        if not found:
+            return ids_B[:, None]
+        by_row = dict(zip(asked, found, strict=True))  # a finished answer's row only runs along
+        rest = [by_row.get(row, found[0]) for row in self.rows]
+        return torch.cat((ids_B[:, None], torch.tensor(rest, device=ids_B.device)), dim=1)
+
+    def count_right(self, guessed_BN: Tensor, logits_BNV: Tensor) -> int:
+        """Returns how many guesses, from the first on, are what every unfinished answer goes on with."""
+        if guessed_BN.shape[1] == 1:
+            return 0
+        own = [place for place, row in enumerate(self.rows) if row not in self._finished]
+        right_BN = guessed_BN[own, 1:] == logits_BNV[own, :-1].argmax(dim=-1)
+        return int(right_BN.all(dim=0).long().cumprod(dim=0).sum())
+
+    def decoded(self, prompts_BLD: Tensor) -> list[Decoded]:
+        """Returns the answers."""
+        kept, nothing = self._kept_BTW.cpu(), prompts_BLD.new_empty(0, prompts_BLD.shape[-1])
+        return [
+            Decoded(ids, kept[row, : len(ids)], torch.stack(last) if last else nothing)
+            for row, (ids, last) in enumerate(zip(self._ids, self._states, strict=True))
+        ]
 
 
 def word_logits(
@@ -242,9 +314,13 @@ class Padding:
         """Returns that of these rows."""
         return Padding(self.mask[indices.to(self.mask.device)])
 
-    def extended(self) -> "Padding":
-        """Returns that of rows with one more position each."""
-        return Padding(torch.nn.functional.pad(self.mask, (0, 1), value=True))
+    def extended(self, new: int = 1) -> "Padding":
+        """Returns that of rows with so many more positions each."""
+        return Padding(torch.nn.functional.pad(self.mask, (0, new), value=True))
+
+    def without(self, last: int) -> "Padding":
+        """Returns that of rows without their last positions."""
+        return Padding(self.mask[:, :-last])
 
     def inputs(self, new: int) -> dict[str, Tensor]:
         """Returns what the model takes of it for a step that runs the last ``new`` positions."""
@@ -256,9 +332,40 @@ def _run(
     model: LlavaLlamaForCausalLM, cache: Cache, padding: Padding | None, **inputs: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Runs further positions; returns logits ``[B, V]`` and last states ``[B, D]`` of the last one."""
-    given = {} if padding is None else padding.inputs(next(iter(inputs.values())).shape[1])
-    states_B1D = model.model(past_key_values=cache, use_cache=True, **given, **inputs).last_hidden_state[:, -1:]
+    states_B1D = _states(model, cache, padding, **inputs)[:, -1:]
     return model.lm_head(states_B1D)[:, -1], states_B1D[:, -1]
+
+
+def _states(model: LlavaLlamaForCausalLM, cache: Cache, padding: Padding | None, **inputs: Tensor) -> Tensor:
+    given = {} if padding is None else padding.inputs(next(iter(inputs.values())).shape[1])
+    states_BND: Tensor = model.model(past_key_values=cache, use_cache=True, **given, **inputs).last_hidden_state
+    return states_BND
+
+
+class _GrowingSteps:
+    """The steps of one batch of answers on a cache that grows with them."""
+
+    def __init__(self, model: LlavaLlamaForCausalLM, cache: Cache, padding: Padding | None) -> None:
+        self._model, self._cache, self._padding = model, cache, padding
+
+    def keep(self, indices: Tensor) -> None:
+        """Drops all other rows."""
+        self._cache.batch_select_indices(indices)
+        self._padding = self._padding and self._padding.of_rows(indices)
+
+    def run(self, ids_BN: Tensor) -> tuple[Tensor, Tensor]:
+        """Runs new ids; returns logits ``[B, N, V]`` and last states ``[B, N, D]`` after each."""
+        self._padding = self._padding and self._padding.extended(ids_BN.shape[1])
+        if ids_BN.shape[1] == 1:
+            logits_BV, states_BD = _run(self._model, self._cache, self._padding, input_ids=ids_BN)
+            return logits_BV[:, None], states_BD[:, None]
+        states_BND = _states(self._model, self._cache, self._padding, input_ids=ids_BN)
+        return self._model.lm_head(states_BND), states_BND
+
+    def undo(self, number: int) -> None:
+        """Forgets the last positions."""
+        self._cache.crop(-number)
+        self._padding = self._padding and self._padding.without(number)
 
 
 def _logprobs(logits_BV: Tensor, ids_B: Tensor) -> list[float]:
@@ -267,10 +374,39 @@ def _logprobs(logits_BV: Tensor, ids_B: Tensor) -> list[float]:
     return chosen
 
 
+def _begin(
+    model: LlavaLlamaForCausalLM, prompts_BLD: Tensor, padding: Padding | None, samples: int, max_new_tokens: int
+) -> tuple[Tensor, Tensor, _GrowingSteps | StaticSteps, PromptCache]:
+    """Runs the prompts; returns logits ``[B, V]`` and states ``[B, D]`` after them, further steps, and their cache."""
+    rows, length = len(prompts_BLD) * samples, prompts_BLD.shape[1]
+    fixed = model.step_runner.cache_for(model, rows, length + max_new_tokens)
+    try:
+        logits_BV, states_BD, layers = _prefill(model, prompts_BLD, padding, fixed, samples)
+    except torch.OutOfMemoryError:
+        model.step_runner.forget()  # smaller batches need a smaller one
+        raise
+    if samples > 1:
+        logits_BV, states_BD = (values.repeat_interleave(samples, dim=0) for values in (logits_BV, states_BD))
+        padding = padding and padding.of_rows(torch.arange(len(prompts_BLD)).repeat_interleave(samples))
+    if fixed is not None:
+        steps = StaticSteps(model, fixed, rows, length, padding.mask if padding else None)
+        return logits_BV, states_BD, steps, PromptCache(fixed.prompts(rows, samples, length))
+    prompts = PromptCache([(layer.keys, layer.values) for layer in layers])
+    cache = Cache(layers=layers)
+    if samples > 1:
+        cache.batch_repeat_interleave(samples)
+    return logits_BV, states_BD, _GrowingSteps(model, cache, padding), prompts
+
+
 def _prefill(
-    model: LlavaLlamaForCausalLM, prompts_BLD: Tensor, padding: Padding | None
+    model: LlavaLlamaForCausalLM, prompts_BLD: Tensor, padding: Padding | None, fixed: StaticCache | None, repeats: int
 ) -> tuple[Tensor, Tensor, list[PreallocatedLayer]]:
-    """Runs the prompts; returns logits ``[B, V]`` and states ``[B, D]`` after them, and the layers of their cache."""
+    """Runs the prompts, as many at a time as their activations should be.
+
+    Returns:
+        Logits ``[B, V]`` and states ``[B, D]`` after them, and the layers of their cache, which are empty where
+        ``fixed`` takes it in their place, each prompt ``repeats`` times.
+    """
     number = len(prompts_BLD)
     layers = [PreallocatedLayer() for _ in range(model.config.num_hidden_layers)]
     logits, states = [], []
@@ -280,14 +416,37 @@ def _prefill(
         after = _run(model, Cache(layers=own), padding and padding.of_rows(rows), inputs_embeds=part)
         logits.append(after[0])
         states.append(after[1])
-        if len(rows) == number:
+        if fixed is not None:
+            fixed.put(own, int(rows[0]) * repeats, repeats)
+        elif len(rows) == number:
             return *after, own
-        for layer, one in zip(layers, own, strict=True):
-            layer.put(one, int(rows[0]), number)
+        else:
+            for layer, one in zip(layers, own, strict=True):
+                layer.put(one, int(rows[0]), number)
     return torch.cat(logits), torch.cat(states), layers
 
 
 def prefill_rows(prompts_BLD: Tensor) -> int:
     """Returns how many of these embedded prompts are run at a time."""
-    whole = max(1, len(prompts_BLD))
-    return _PREFILL_BATCH_CPU.get(prompts_BLD.dtype, 4) if prompts_BLD.device.type == "cpu" else whole
+    if prompts_BLD.device.type == "cpu":
+        return _PREFILL_BATCH_CPU.get(prompts_BLD.dtype, 4)
+    return max(1, _PREFILL_POSITIONS // prompts_BLD.shape[1])
+
+
+def set_decoding(model: LlavaLlamaForCausalLM, mode: str, prompt_lookup: int = 0) -> None:
+    """Says how a model's answers are decoded, which does not change them.
+
+    Args:
+        model: The model.
+        mode: See ``StepRunner``.
+        prompt_lookup: Ids that are guessed at a time, see ``Guesses``; 0 for none.
+
+    Raises:
+        OptionError: The mode is unknown or cannot be had with the model's attention, or the number is negative.
+    """
+    attention = model.config._attn_implementation
+    if mode in FIXED_MODES and attention != "sdpa":
+        raise OptionError(f"decode {mode} needs the attention sdpa, not {attention}")
+    if prompt_lookup < 0:
+        raise OptionError(f"prompt_lookup must not be negative, but is {prompt_lookup}")
+    model.step_runner, model.prompt_lookup = StepRunner(mode), prompt_lookup

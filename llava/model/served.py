@@ -42,7 +42,16 @@ LOGPROBS, BOUND, NO_LOGPROBS = "logprobs", "logprobs, a bound", "verdict"
 are told; or the verdict itself, 0 or 1."""
 _ONE_AFTER_ANOTHER = 4
 """Images of a batch for each request under way, so that a slow answer does not hold the others up."""
-_MEANINGLESS = ("model_base", "device_map", "load_8bit", "load_4bit", "vision_tower", "dino_weights", "detector")
+_MEANINGLESS = (
+    "model_base",
+    "device_map",
+    "load_8bit",
+    "load_4bit",
+    "vision_tower",
+    "dino_weights",
+    "detector",
+    "prompt_lookup",
+)
 """Options of opening that mean nothing where the language model is elsewhere and the towers are at hand."""
 
 

@@ -60,7 +60,8 @@ class AnswerFormat(Protocol):
     """The words of a system: what it is asked, and how its answers are read and written.
 
     Nothing outside a system's room knows its grammar. A format may also have ``constant_stages``, the stages whose text
-    is the same for every image; they are left out where answers are printed for reading; and ``screen(answers)``, which
+    is the same for every image; they are left out where answers are printed for reading; ``constant_texts``, texts
+    that answers may begin with word for word, which decoding may guess; and ``screen(answers)``, which
     says what in the texts of a training conversation must not be learnt (see ``llava.screening``), or nothing. It may
     have ``marks``, texts that no other system's answers hold, and ``write_training(label, explanation)``, which writes
     a training answer from a verdict and what speaks for it; so that records of several systems can be mixed.

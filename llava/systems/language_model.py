@@ -179,9 +179,11 @@ class LanguageModelSystem(ABC):
         if options.attention and self.looks_by_attention and not self.has_attention:
             fusion = self.model.config.mm_fusion_type
             raise OptionError(f"the fusion {fusion!r} has no attention, so it cannot say where the model looked")
-        pixels = torch.stack([item.pixels for item in prepared]).to(self.model.device)  # each tower casts its own
+        pixels = on_device(
+            torch.stack([item.pixels for item in prepared]), self.model.device
+        )  # each tower casts its own
         extras = {
-            name: values.to(self.model.device, self.model.dtype)
+            name: on_device(values, self.model.device).to(self.model.dtype)
             for name, values in self.further_inputs(prepared, options).items()
         }
         encoded = self.answering.encode(pixels, extras, attention=options.attention and self.looks_by_attention)
@@ -211,7 +213,7 @@ class LanguageModelSystem(ABC):
     @torch.no_grad()
     def image_features(self, prepared: Sequence[PreparedImage]) -> np.ndarray:
         """Returns what each tower says of the images, one tower after the other."""
-        pixels_B3HW = torch.stack([item.pixels for item in prepared]).to(self.model.device)
+        pixels_B3HW = on_device(torch.stack([item.pixels for item in prepared]), self.model.device)
         description = self.answering.encode_images(pixels_B3HW).description
         assert description is not None
         features: np.ndarray = description.cpu().numpy()
@@ -274,6 +276,11 @@ class LanguageModelSystem(ABC):
         grids = attention_BHPP.float().mean(dim=(1, 2)).unflatten(1, keys.grid).cpu().numpy()
         mode = self.model.config.image_aspect_ratio
         return [grid_over_image(grid, item.size, mode) for grid, item in zip(grids, prepared, strict=True)]
+
+
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """Returns values on a device; to a GPU they are copied from pinned memory, while this process goes on."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def fill_conversation(mode: str, question: str) -> str:

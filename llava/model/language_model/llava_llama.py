@@ -28,6 +28,7 @@ from llava.model.llava_arch import LlavaMetaModel, SplicedBatch, TowerOutputs, f
 from llava.model.multimodal_encoder.base import VisionTower
 from llava.model.multimodal_fusion.base import FusionOutput
 from llava.model.objective import LM, LossTerm, ObjectiveStep
+from llava.model.static_steps import StepRunner
 from llava.model.token_sources import VisionContext
 from llava.model.verdict import VerdictTokens
 from llava.systems import registry
@@ -81,6 +82,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         self.vocab_size = config.vocab_size
         self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.step_runner, self.prompt_lookup = StepRunner(), 0
         self.post_init()
         self.model.freeze_towers()
 

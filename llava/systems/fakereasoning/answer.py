@@ -301,6 +301,7 @@ class _Format:
     verdict_words: tuple[str, str] = VERDICT_WORDS
     closing = "</CONCLUSION>"
     constant_stages = ("SUMMARY",)
+    constant_texts = (FORCED_SUMMARY,)
     marks = (_CONCLUSION_TAG,)
     parse = staticmethod(parse_answer)
     complete_to_verdict = staticmethod(complete_to_verdict)

@@ -29,6 +29,7 @@ from llava.model.checkpoint import PLAIN, Checkpoint, check_keys, complete_confi
 from llava.model.checkpoint_files import TensorLike, list_keys, read_json, read_tensors
 from llava.model.checkpoint_layout import KeyMap, Rename, stored_state_dict
 from llava.model.configuration import LlavaConfig
+from llava.model.decoding import set_decoding
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.builder import read_vision_tower
 from llava.model.saving import save_sharded
@@ -191,6 +192,7 @@ def load_segmenter(
     load_8bit: bool = False,
     load_4bit: bool = False,
     attn_implementation: str = "auto",
+    decode: str = "auto",
 ) -> tuple[PreTrainedTokenizerBase, Segmenter]:
     """Reads a segmenter's weights.
 
@@ -202,6 +204,7 @@ def load_segmenter(
         load_8bit: Quantise the language model.
         load_4bit: The same, to 4 bits.
         attn_implementation: Of the language model.
+        decode: As for ``load_pretrained_model``.
 
     Returns:
         The tokenizer, and the segmenter in evaluation mode.
@@ -221,8 +224,9 @@ def load_segmenter(
         dtype=own_dtype,
         device_map={"": target} if device_map is None else check_device_map(device_map),
         quantization_config=quantization(files.config, load_8bit, load_4bit, own_dtype),
-        attn_implementation=resolve_attention(attn_implementation, target, own_dtype),
+        attn_implementation=resolve_attention(attn_implementation, target, own_dtype, decode),
     )
+    set_decoding(model, decode)
     set_generation_defaults(model, files.checkpoint.tokenizer_folder, tokenizer)
     model.tokenizer = tokenizer
     with torch.device("meta"):

@@ -58,7 +58,7 @@ from llava.systems.fakeshield.tagger import Tagger, open_tagger, save_tagger
 from llava.systems.language_model import LanguageModelSystem, PreparedImage, fill_conversation
 
 NAME = "FakeShield"
-_LANGUAGE_MODEL_OPTIONS = ("device", "dtype", "device_map", "load_8bit", "load_4bit", "attn_implementation")
+_LANGUAGE_MODEL_OPTIONS = ("device", "dtype", "device_map", "load_8bit", "load_4bit", "attn_implementation", "decode")
 _NO_SEGMENT = "the segmenter found nothing to mark, so the mask is empty"
 _NOT_ASKED = "no mask was asked for, since the answer does not call the image changed"
 

@@ -41,6 +41,7 @@ _LANGUAGE_OPTIONS = (
     "device_map",
     "dino_weights",
     "image_aspect_ratio",
+    "prompt_lookup",
     "detector",
 )
 """Options of opening that mean nothing to a detector alone."""
