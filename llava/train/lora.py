@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from llava.errors import OptionError
 from llava.model.branches import LORA, part_of
 from llava.model.checkpoint_layout import LORA_PREFIX
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.train.dropout import FastDropout
 
 
 def parameter_part(name: str) -> str:
@@ -44,7 +46,12 @@ def apply_lora(model: LlavaLlamaForCausalLM, *, rank: int, alpha: float, dropout
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none", task_type="CAUSAL_LM"
     )
     # PEFT would turn adapters alone into float32, which sharded training refuses beside bfloat16.
-    return get_peft_model(model, settings, autocast_adapter_dtype=False)
+    adapted = get_peft_model(model, settings, autocast_adapter_dtype=False)
+    for module in [module for module in adapted.modules() if isinstance(module, LoraLayer)]:
+        for name, own in module.lora_dropout.items():
+            if type(own) is nn.Dropout:
+                module.lora_dropout[name] = FastDropout(own.p)
+    return adapted
 
 
 def prepare_quantized(model: LlavaLlamaForCausalLM, *, gradient_checkpointing: bool) -> None:

@@ -31,6 +31,7 @@ from llava.model.objective import LM, LossTerm, ObjectiveStep
 from llava.model.static_steps import StepRunner
 from llava.model.token_sources import VisionContext
 from llava.model.verdict import VerdictTokens
+from llava.model.vocabulary_loss import vocabulary_loss
 from llava.systems import registry
 from llava.systems.base import TrainingObjective
 
@@ -312,8 +313,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM):
         # Position t predicts label t + 1, so the last position predicts nothing.
         predicting_BT = torch.nn.functional.pad(labels_BT[:, 1:] != IGNORE_INDEX, (0, 1))
         targets_N = labels_BT[:, 1:][predicting_BT[:, :-1]]
-        logits_NV = self.lm_head(hidden_BTD[predicting_BT]).float()
-        total = torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="sum")
+        total = vocabulary_loss(self.lm_head, hidden_BTD[predicting_BT], targets_N)
         tokens = torch.as_tensor(len(targets_N) if count is None else count, device=total.device)
         step = ObjectiveStep(
             labels_BT,
