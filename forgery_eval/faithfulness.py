@@ -70,7 +70,7 @@ def choose(
     called = [pair for pair in zip(samples, predictions, strict=True) if _is_called_fake(pair[1])]
     called.sort(key=lambda pair: hashlib.sha256(pair[0].id.encode("utf-8", "surrogateescape")).digest())
     images: list[tuple[Sample, Prediction, float, Sequence[Covered]]] = []
-    left_out = dict.fromkeys(("no mask or map", "names no region", "region too large to be moved"), 0)
+    left_out = dict.fromkeys(("no mask or map", "an empty mask or map", "a region too large to be moved"), 0)
     for sample, prediction in progress(called, desc="regions", unit=" images", leave=False):
         if len(images) == most:
             break
@@ -83,7 +83,7 @@ def choose(
         if len(regions) == len(covered):
             images.append((sample, prediction, float(regions[0].mean()), covered))
         else:
-            left_out["region too large to be moved" if regions else "names no region"] += 1
+            left_out["a region too large to be moved" if regions else "an empty mask or map"] += 1
     return Chosen(images, left_out)
 
 

@@ -246,9 +246,12 @@ def test_which_images_are_chosen(photos, tmp_path):
         predictions.append(Prediction(sample.id, sample.label, "fake", 0.9, mask=mask))
     chosen = choose(samples, predictions, tmp_path, 10, are_maps=False)
     assert sorted(sample.id for sample, *_ in chosen.images) == ["data/fake/0.png", "data/real/0.png"]
-    assert chosen.left_out == {"no mask or map": 2, "names no region": 1, "region too large to be moved": 1}
+    assert chosen.left_out == {"no mask or map": 2, "an empty mask or map": 1, "a region too large to be moved": 1}
     assert [one.id for one in chosen.covered[:2]] == [f"{chosen.images[0][0].id}#{n}" for n in ("named", "random 1")]
     assert all(isinstance(one, Covered) for one in chosen.covered) and chosen.images[0][2] == pytest.approx(0.04)
+    truth = [replace(sample, masks=(tmp_path / "masks" / "run" / f"{next(iter(masks))}.png",)) for sample in samples]
+    unnamed = [replace(prediction, mask=None) for prediction in predictions]
+    assert not choose(truth, unnamed, tmp_path, 10, are_maps=False).images  # the truth does not stand in for a name
     first = choose(samples, predictions, tmp_path, 1, are_maps=False).images
     assert [sample.id for sample, *_ in first] == [chosen.images[0][0].id]
     for changed in ({"verdict": "real"}, {"fake_probability": None}, {"error": "broken"}):
