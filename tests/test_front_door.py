@@ -92,6 +92,18 @@ def test_help_loads_no_torch(arguments):
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "False", done.stderr
 
 
+def test_an_image_is_analysed_without_what_only_others_need():
+    code = (
+        "import atexit\n"
+        "heavy = {'peft', 'bitsandbytes', 'deepspeed', 'datasets', 'ray', 'nltk', 'pandas', 'matplotlib', 'sklearn', "
+        "'jinja2', 'fastapi', 'starlette', 'uvicorn', 'timm', 'skimage', 'cv2', 'transformers.trainer', "
+        "'transformers.models.auto.modeling_auto', 'transformers.pipelines', 'torch.utils.tensorboard'}\n"
+        "atexit.register(lambda: print(sorted(heavy & set(sys.modules))))"
+    )
+    done = forgery("detect", min(SAMPLES.glob("*.png")), "--score-only", "--device", "cpu", code=code)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
 def test_a_verb_loads_only_its_own_package():
     code = (
         "import atexit\n"
