@@ -280,22 +280,47 @@ def entry(folder: Path, number: int) -> dict:
     }
 
 
-def test_evaluations_say_where_a_comparison_finds_what_it_needs(tmp_path, capsys):
-    """Foreign predictions, one run by ids and one by files, lie outside of the result folders."""
-    for number, name in enumerate(NAMES):
-        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
-        picture(number).save(tmp_path / "data" / name)
-    runs = []
-    for run, scores, prefix in (("good", GOOD, "data/"), ("weak", WEAK, f"{tmp_path}/data/")):
-        lines = [{"id": prefix + name, "fake_probability": score} for name, score in reversed(scores.items())]
-        (tmp_path / f"{run}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        given = ["--dataset_path", str(tmp_path / "data"), "--result_folder", str(tmp_path / run)]
-        assert forgery(["eval", *given, "--rescore", str(tmp_path / f"{run}.jsonl")]) == 0
-        runs.append(tmp_path / run)
+def evaluated(root: Path, name: str, scores: dict[str, float], *more: str, prefix: str = "data/") -> Path:
+    """Evaluates foreign predictions that lie outside of the result folder; the images are written first."""
+    for number, image in enumerate(NAMES):
+        (root / "data" / image).parent.mkdir(parents=True, exist_ok=True)
+        picture(number).save(root / "data" / image)
+    lines = [{"id": prefix + image, "fake_probability": score} for image, score in reversed(scores.items())]
+    (root / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given = ["--dataset_path", str(root / "data"), "--result_folder", str(root / name), *more]
+    assert forgery(["eval", *given, "--rescore", str(root / f"{name}.jsonl")]) == 0
+    return root / name
+
+
+def metrics_of(results: Path) -> dict:
+    return json.loads((results / "metrics.json").read_text())
+
+
+def test_evaluations_say_where_a_comparison_finds_what_it_needs(tmp_path):
+    """One run names the images by their ids, the other by their files."""
+    runs = evaluated(tmp_path, "good", GOOD), evaluated(tmp_path, "weak", WEAK, prefix=f"{tmp_path}/data/")
     found = compared(tmp_path, *runs, more=("--html", str(tmp_path / "page.html")))
     assert found["clean"]["pairs"][0]["only_first_right"] == 6 and found["clean"]["pairs"][0]["images"] == 20
     assert "data:image/jpeg" in (tmp_path / "page.html").read_text()
     for run, part in zip(runs, found["clean"]["runs"], strict=True):
-        own = json.loads((run / "metrics.json").read_text())["detection"]["all"]["metrics"]
+        own = metrics_of(run)["detection"]["all"]["metrics"]
         assert part["metrics"]["balanced_accuracy"] == pytest.approx(own["score_balanced_accuracy"])
         assert part["metrics"]["auroc"] == pytest.approx(own["auroc"])
+
+
+def test_what_a_rule_withholds_is_no_verdict(tmp_path):
+    rule = {"low": 0.25, "high": 0.75, "error_level": 0.1, "confidence": 0.9, "known_share": 0.95, "deliveries": 0}
+    file = tmp_path / "calibration.json"
+    file.write_text(json.dumps({"temperature": 1.0, "bias": 0.0, "abstention": rule}))
+    runs = [evaluated(tmp_path, "good", GOOD), evaluated(tmp_path, "weak", WEAK, "--calibration", str(file))]
+    measured = metrics_of(runs[1])["abstention"]
+    withheld = {f"data/{name}" for name in NAMES[14:]}
+    assert set(measured["withheld"]["inconclusive"]) == withheld and not measured["withheld"]["unlike"]
+    assert {name: len(ids) for name, ids in measured["withheld"].items()} == measured["all"]["no_verdict"]
+    found = compared(tmp_path, *runs)
+    part = found["clean"]["runs"][1]
+    assert part["with_verdict"] == measured["all"]["given"] == 14 and part["without_verdict"] == {"inconclusive": 6}
+    assert part["metrics"]["accuracy"] == pytest.approx(1 - measured["all"]["error_among_given"])
+    assert part["metrics"]["balanced_accuracy"] == pytest.approx(measured["all"]["balanced_accuracy_of_given"])
+    assert part["metrics"]["strict_balanced_accuracy"] == pytest.approx(8 / 20)
+    assert found["clean"]["pairs"][0]["images"] == 14
