@@ -119,7 +119,7 @@ def forest_chart(
         title: What the chart is of.
         zero: Whether the values are differences, and no difference is marked.
     """
-    return figure(partial(_forest, rows=rows, title=title, zero=zero), title, height=1.1 + 0.45 * len(rows))
+    return figure(partial(_forest, rows=rows, title=title, zero=zero), title, height=1.3 + 0.45 * len(rows))
 
 
 def _forest(
@@ -139,7 +139,7 @@ def _forest(
     # Names come from outside: a dollar sign in them begins no formula.
     axes.set_yticks(range(len(rows)), [_shortened(name) for name in rows], parse_math=False)
     axes.locator_params(axis="x", nbins=5)
-    axes.figure.legend(loc="outside lower center", ncols=len(series), frameon=False)
+    axes.figure.legend(loc="outside lower center", ncols=2, frameon=False)
 
 
 def _shortened(name: str) -> str:

@@ -27,7 +27,7 @@ _MOST_OF_A_SIDE = 6
 MOST_LISTED = 50
 _MOST_VALUES = 30
 _LEVEL = 0.05
-_DRAWN = ("balanced_accuracy", "auroc", "iou", "pointing")
+_DRAWN = ("balanced_accuracy", "auroc", "iou")
 _BY = {"rule": "by the rule of abstention", "text": "by the answer", "score": "by P(fake) from 0.5 on"}
 
 
@@ -59,9 +59,7 @@ def comparison_page(found: Mapping[str, Any], samples: Mapping[str, Sample]) -> 
 def _charts(clean: Mapping[str, Any]) -> list[Markup]:
     """The runs, and the differences of the others to the first."""
     titles = shown_metrics(clean["runs"])
-    drawn = {name: titles[name] for name in _DRAWN if name in titles} or {
-        name: titles[name] for name in ("accuracy",) if name in titles
-    }
+    drawn = {name: titles[name] for name in _DRAWN if name in titles} or titles
     first = clean["runs"][0]["name"]
 
     def row(part: Mapping[str, Any]) -> dict[str, tuple[float, Any]]:
@@ -164,7 +162,11 @@ def _disagreements(pairs: Sequence[Mapping[str, Any]], samples: Mapping[str, Sam
         yield {
             "title": f"{names[1]} − {names[0]}",
             "words": f"only {names[0]} is right on {first} images, only {names[1]} on {second}",
-            "counts": [_counts(group, values, names) for group, values in pair["counts"].items()] if sides else [],
+            "counts": [
+                _counts(group, values, names)
+                for group, values in pair["counts"].items()
+                if sides and (group == "label" or len(values) > 1)
+            ],
             "sides": sides,
         }
 
