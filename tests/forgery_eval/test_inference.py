@@ -164,6 +164,15 @@ def test_answers_are_resumed_and_nothing_is_done_twice(trained, few, tmp_path, s
     assert out.read_text().count("\n") == complete.count("\n")
 
 
+def test_how_fast_answers_come_is_no_other_run(trained, few, tmp_path):
+    out = tmp_path / "out.jsonl"
+    assert run(arguments(trained, few, "--json", out)) == 0
+    wanted, complete = lines(out), out.read_text()
+    out.write_text(complete.splitlines(keepends=True)[0])
+    assert run(arguments(trained, few, "--json", out, "--decode", "static", "--prompt-lookup", "4")) == 0
+    assert_equal_answers(lines(out), wanted)
+
+
 def test_answers_of_another_run_are_not_mixed(trained, few, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     assert run(arguments(trained, few, "--json", out, "--score-only")) == 0
