@@ -9,7 +9,7 @@ import numpy as np
 from forgery_eval.metrics.detection import DRAWS
 from forgery_eval.metrics.ratios import means, ratio_part
 
-NOTHING = "no image that is called fake has a mask or map, with a score when it is covered"
+NOTHING = "no image that is called fake has a score, and a mask or map that leaves room to cover as much elsewhere"
 
 
 @dataclass(frozen=True)
