@@ -111,7 +111,7 @@ def load_pretrained_model(
         attn_implementation=resolve_attention(attn_implementation, target, tensor_dtype),
     )
     if head is not None:
-        model.lm_head = head
+        model.set_output_embeddings(head)
     set_generation_defaults(model, checkpoint.tokenizer_folder, tokenizer)
     if checkpoint.adapter is not None and not is_merged:
         model = apply_lora(model, checkpoint.adapter, checkpoint.layout.key_map)

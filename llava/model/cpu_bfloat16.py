@@ -203,7 +203,7 @@ def pack_head(tensors: Mapping[str, TensorLike]) -> tuple[dict[str, TensorLike],
     if not _packs():
         return dict(tensors), None
     weight = tensors[_HEAD][...].to(torch.bfloat16)
-    linear = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
     return {**tensors, _HEAD: weight.new_zeros(()).expand(weight.shape)}, PackedLinear(linear)
 
