@@ -10,6 +10,7 @@ from llava.files import atomic_write, make_folder
 from llava.provenance import Provenance, read_file_provenance, read_provenance
 from llava.report_page.content import STABILITY_STEPS, result, stability_rows
 from llava.report_page.drawing import preview_jpeg
+from llava.report_page.html import report_file
 from llava.sources import EncodedSource, load_source
 
 if TYPE_CHECKING:
@@ -83,7 +84,5 @@ class HtmlReport:
         Raises:
             FileError: It cannot be written.
         """
-        from llava.report_page.html import report_file  # imports Jinja, which only a page needs
-
         about = {"system": self._detector.system.name, "model": "", "notice": self._detector.notice}
         atomic_write(self._path, report_file(self._results, about))

@@ -7,6 +7,7 @@ import pytest
 from scripts.bench.training_peers import bench, parse_arguments
 
 
+@pytest.mark.slow
 def test_both_ways_train_the_same_model(capsys):
     bench(parse_arguments(["--length", "110", "--batch-size", "2", "--steps", "1"]))
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

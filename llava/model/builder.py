@@ -117,7 +117,7 @@ def load_pretrained_model(
         attn_implementation=resolve_attention(attn_implementation, target, tensor_dtype, decode),
     )
     if head is not None:
-        model.set_submodule("lm_head", head)
+        model.set_output_embeddings(head)
     set_decoding(model, decode, prompt_lookup)
     set_generation_defaults(model, checkpoint.tokenizer_folder, tokenizer)
     if checkpoint.adapter is not None and not is_merged:

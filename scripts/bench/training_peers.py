@@ -7,7 +7,7 @@ The checkpoint is a random LLaVA with a CLIP tower alone, in transformers' layou
 - ``ours``: as ``forgery train`` does it; bfloat16 has frozen weights of 16 bits too.
 
 Both train LoRA on the language model's linear layers and the projector whole, on the same rows of one length, on a CPU.
-Each way runs in a process of its own. ``peak_bytes`` is the most memory that the process held (``ru_maxrss``) less what
+Each way runs in a process of its own. ``peak_bytes`` is the most memory that the process held (resident) less what
 it held once everything was imported; ``step_s`` is the fastest step but the first. The loss before the first step,
 without dropout, and the norm of the projector's gradient show that it is one model. Run from the repository's root:
 
@@ -33,8 +33,8 @@ from scripts.bench_training import PROMPT_TOKENS
 
 DTYPES = ("float32", "bfloat16")
 PATCH = 14
-LORA: dict[str, Any] = {"rank": 128, "alpha": 256, "dropout": 0.05}
-"""As published for FakeReasoning."""
+RANK, ALPHA, DROPOUT = 128, 256, 0.05
+"""Of LoRA, as published for FakeReasoning."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -87,9 +87,9 @@ def plain_way(folder: Path, dtype: str, arguments: argparse.Namespace) -> tuple[
 
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     settings = LoraConfig(
-        r=LORA["rank"],
-        lora_alpha=LORA["alpha"],
-        lora_dropout=LORA["dropout"],
+        r=RANK,
+        lora_alpha=ALPHA,
+        lora_dropout=DROPOUT,
         target_modules=r".*language_model.*_proj",
         modules_to_save=["multi_modal_projector"],
     )
@@ -112,7 +112,7 @@ def our_way(folder: Path, dtype: str, arguments: argparse.Namespace) -> tuple[An
     from llava.train.lora import apply_lora, choose_trainable, optimizer_groups
 
     _, model, _, _ = load_pretrained_model(folder, device="cpu", dtype=dtype)
-    adapted = apply_lora(model, **LORA)
+    adapted = apply_lora(model, rank=RANK, alpha=ALPHA, dropout=DROPOUT)
     choose_trainable(adapted, {"lora", "mm_projector"})
     for parameter in adapted.parameters():
         if parameter.requires_grad:
