@@ -239,7 +239,9 @@ def test_the_whole_folder_is_written_and_opens(detector, clip, tmp_path):
     assert sorted(item.name for item in (tmp_path / "out").iterdir()) == ["DTE-FDM", "DTG.pth", "MFLM"]
     again = ForgeryDetector.from_pretrained(tmp_path / "out", device="cpu", vision_tower=clip)
     before, after = detector.analyze(IMAGES[0]), again.analyze(IMAGES[0])
-    assert (before.text, before.tag, before.fake_probability) == (after.text, after.tag, after.fake_probability)
+    assert (before.text, before.tag) == (after.text, after.tag)
+    # Equal weights lie elsewhere in memory, and on some processors a sum's rounding hangs on that.
+    assert after.fake_probability == pytest.approx(before.fake_probability, abs=1e-6)
     assert (before.mask == after.mask).all()
     written, published = (read_tensors(root / "DTE-FDM") for root in (tmp_path / "out", GOLDENS))
     assert written.keys() == published.keys()
