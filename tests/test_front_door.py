@@ -168,7 +168,7 @@ COMMANDS = {
         ["eval", "--dataset_path", "{images}", "--result_folder", "{world}/results"],
         "llava.detector.ForgeryDetector.from_pretrained",
     ),
-    "compare": (["compare", "{world}/a", "{world}/b"], "forgery_eval.compare.read_metrics"),
+    "compare": (["compare", "{world}/a", "{world}/b"], "forgery_eval.matching.read_metrics"),
     "serve": (["serve"], "llava.detector.ForgeryDetector.from_pretrained"),
     "train": (["train", "--recipe", "fakereasoning", "--dry-run"], "llava.train.launcher.read_recipe"),
     "merge": (["merge", "--model-path", "m", "--save-model-path", "{world}/merged"], "llava.merge.merge"),
