@@ -73,7 +73,13 @@ def localization(
         "resized": resized,
         **found,
         "images": [
-            {"id": sample.id, "iou": round(float(iou), 6), "f1": round(float(f1), 6), "missing": image.pixels.missing}
+            {
+                "id": sample.id,
+                "iou": round(float(iou), 6),
+                "f1": round(float(f1), 6),
+                "pointing": None if np.isnan(image.pixels.pointing) else round(image.pixels.pointing, 6),
+                "missing": image.pixels.missing,
+            }
             for (sample, _, image), iou, f1 in zip(images, values["iou"], values["f1"], strict=True)
         ],
     }

@@ -299,6 +299,8 @@ def test_an_evaluation_compares_masks(pairs, tmp_path):
     rows = list(csv.reader((tmp_path / "out" / "metrics.csv").open()))
     assert ["localization", "set", "iou"] in [row[:3] for row in rows]
     assert metrics["localization"]["resized"] == []
+    each = {image["id"][-5]: (image["iou"], image["pointing"]) for image in metrics["localization"]["images"]}
+    assert each["a"] == (1, 1) and each["b"] == (0, 0) and each["r"][1] is None  # of the real one nothing is changed
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Where it was changed" in page and "resized" not in page
     assert page.count("no mask</i>") == 1 and "IoU 0.000" in page
