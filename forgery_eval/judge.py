@@ -144,7 +144,7 @@ class Grades:
         about: Model, address and rubric, and where the prompt is; stands in ``metrics.json``.
         of: Grades by the sample's id.
         refused: Why an explanation has none, by the sample's id.
-        usage: Tokens of all replies, those of earlier runs too, and the cost if prices are known.
+        usage: Tokens of all of this judge's replies, those of earlier runs too, and the cost if prices are known.
     """
 
     about: Mapping[str, Any]
@@ -234,7 +234,8 @@ class Judge:
         return with_cost({**usage, "prompt_tokens": prompt, "completion_tokens": completion}, self._prices)
 
     def _read(self, number: int, record: dict[str, Any]) -> None:
-        self._tokens.append((int(record.get("prompt_tokens") or 0), int(record.get("completion_tokens") or 0)))
+        if record.get("model") == self._endpoint.model:
+            self._tokens.append((int(record.get("prompt_tokens") or 0), int(record.get("completion_tokens") or 0)))
         if isinstance(record.get("grades"), dict):
             self._known[str(record.get("key"))] = record["grades"]
 
@@ -283,6 +284,7 @@ class Judge:
             replies.append(
                 {
                     **record,
+                    "model": self._endpoint.model,
                     "text": reply.text[:_LONGEST_REPLY],
                     "prompt_tokens": reply.prompt_tokens,
                     "completion_tokens": reply.completion_tokens,

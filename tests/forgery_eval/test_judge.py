@@ -118,6 +118,7 @@ def test_a_killed_run_resumes_and_what_changed_is_graded_again(photos):
         assert run(given(photos, url)) == 0 and len(came) == 8 and TEXTS[1] in asked_text(came[-1])
         other = [word.replace("m", "other") if word == "m" else word for word in given(photos, url)]
         assert run(other) == 0 and len(came) == 12
+        assert found_in(photos)["usage"]["replies"] == 4  # of this judge, and not of the other one
 
 
 def test_options_that_would_do_nothing_are_refused(photos, capsys):
