@@ -160,6 +160,6 @@ def _joined(chosen: Chosen, found: Mapping[str, Prediction]) -> Faithfulness:
             continue
         named, *random = known
         before = prediction.fake_probability
-        scores.append(CoveredScores(sample.id, sample.set, sample.label, area, before, named, tuple(random)))
+        scores.append(CoveredScores(sample.id, sample.set, area, before, named, tuple(random)))
     left_out = {**chosen.left_out, "no score when covered": failed}
     return Faithfulness(scores, left_out, {sample.id: covered for sample, *_, covered in chosen.images})

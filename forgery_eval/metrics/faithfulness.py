@@ -19,7 +19,6 @@ class CoveredScores:
     Attributes:
         id: The sample's.
         set: Its evaluation set.
-        label: 0 for real, 1 for fake.
         area: Share of the image that is covered.
         before: P(fake) of the image as it is.
         named: With the named region covered.
@@ -28,7 +27,6 @@ class CoveredScores:
 
     id: str
     set: str
-    label: int
     area: float
     before: float
     named: float
@@ -54,8 +52,8 @@ def faithfulness_metrics(images: Sequence[CoveredScores], *, draws: int = DRAWS,
     """Computes the mean falls, of each set and of all images.
 
     Returns:
-        ``sets`` and ``all``, each part with ``metrics``, ``intervals`` (95 %, bootstrap over images within each set
-        and class; the difference is paired) and ``undefined``; and ``images``, what was measured of each.
+        ``sets`` and ``all``, each part with ``metrics``, ``intervals`` (95 %, bootstrap over images; the difference is
+        paired) and ``undefined``; and ``images``, what was measured of each.
     """
 
     def part(name: str, chosen: Sequence[CoveredScores]) -> dict[str, Any]:
@@ -67,7 +65,8 @@ def faithfulness_metrics(images: Sequence[CoveredScores], *, draws: int = DRAWS,
             "area": [one.area for one in chosen],
         }
         sums = means({key: np.array(values, float) for key, values in columns.items()})
-        strata = [(one.set, one.label) for one in chosen]
+        # The images were drawn from all sets together; within a set of one or two a bootstrap would hardly vary.
+        strata = [("all", 0)] * len(chosen)
         reasons = dict.fromkeys(sums, NOTHING)
         found = ratio_part(f"faithfulness {name}", strata, sums, reasons, draws=draws, seed=seed)
         return {**found, "metrics": {"images": len(chosen), **found["metrics"]}}

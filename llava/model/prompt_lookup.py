@@ -42,7 +42,6 @@ class Guesses:
         number: Ids that are guessed at a time.
         start_ids: Ids before the answers.
         rows: Answers.
-
     """
 
     def __init__(self, lookup: Lookup, number: int, start_ids: Sequence[int], rows: int) -> None:

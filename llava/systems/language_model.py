@@ -179,9 +179,8 @@ class LanguageModelSystem(ABC):
         if options.attention and self.looks_by_attention and not self.has_attention:
             fusion = self.model.config.mm_fusion_type
             raise OptionError(f"the fusion {fusion!r} has no attention, so it cannot say where the model looked")
-        pixels = on_device(
-            torch.stack([item.pixels for item in prepared]), self.model.device
-        )  # each tower casts its own
+        # Each tower casts its own pixels.
+        pixels = on_device(torch.stack([item.pixels for item in prepared]), self.model.device)
         extras = {
             name: on_device(values, self.model.device).to(self.model.dtype)
             for name, values in self.further_inputs(prepared, options).items()

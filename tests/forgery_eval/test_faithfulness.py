@@ -266,9 +266,9 @@ def test_which_images_are_chosen(photos, tmp_path):
 
 def test_the_means_and_the_paired_interval():
     images = [
-        CoveredScores("a", "s", 1, 0.1, 0.9, 0.1, (0.9, 0.7)),  # 0.8 against 0.1
-        CoveredScores("b", "s", 1, 0.3, 0.8, 0.7, (0.5, 0.5)),  # 0.1 against 0.3
-        CoveredScores("c", "t", 1, 0.2, 1.0, 0.9, (0.9, 0.9)),  # as much as the others: not more
+        CoveredScores("a", "s", 0.1, 0.9, 0.1, (0.9, 0.7)),  # 0.8 against 0.1
+        CoveredScores("b", "s", 0.3, 0.8, 0.7, (0.5, 0.5)),  # 0.1 against 0.3
+        CoveredScores("c", "t", 0.2, 1.0, 0.9, (0.9, 0.9)),  # as much as the others: not more
     ]
     found = faithfulness_metrics(images, draws=500)
     part = found["all"]["metrics"]
@@ -286,8 +286,11 @@ def test_the_means_and_the_paired_interval():
     # Of set s either image is drawn twice, in a quarter of the draws each: 0.7 and -0.2.
     assert found["sets"]["s"]["intervals"]["fall_difference"] == pytest.approx([-0.2, 0.7])
     assert found["images"][0]["random"] == [0.9, 0.7]
-    paired = [CoveredScores(str(k), "s", 1, 0.1, 0.9, 0.1 * (k % 8), (0.1 * (k % 8) + 0.1,)) for k in range(16)]
+    paired = [CoveredScores(str(k), "s", 0.1, 0.9, 0.1 * (k % 8), (0.1 * (k % 8) + 0.1,)) for k in range(16)]
     part = faithfulness_metrics(paired, draws=200)["all"]
     low, high = part["intervals"]["fall_difference"]
     assert (low, high) == pytest.approx((0.1, 0.1))  # however much the falls themselves vary
     assert part["intervals"]["fall_named"][1] - part["intervals"]["fall_named"][0] > 0.1
+    # That each image is of a set of its own makes nothing surer.
+    apart = faithfulness_metrics([replace(one, set=one.id) for one in paired], draws=200)["all"]
+    assert apart["intervals"] == part["intervals"]
