@@ -5,8 +5,9 @@
 
 FOLDER/data is a tree of ``python -m mmfr_generation.synthetic``. Only its fakes with a local fault count, that is with
 a mask; fakes with a small region are rendered beside them, and as many real images taken. ``train`` writes
-``domains.jsonl`` for the tagger, ``explainer.json`` and ``segmenter.jsonl``; ``fresh`` renders images that no training
-saw and writes ``fresh.jsonl``.
+``domains.jsonl`` for the tagger, ``explainer.json``, and for the segmenter ``segmenter_large.jsonl``, fakes with a
+large region that are rendered for it alone, and ``segmenter.jsonl``, which has all; ``fresh`` renders images that no
+training saw and writes ``fresh.jsonl``.
 """
 
 import sys
@@ -48,8 +49,10 @@ AREAS = ((0.05, "2 to 5 %"), (0.15, "5 to 15 %"), (1.01, "15 % and more"))
 """Groups of fresh fakes by the share of the image that is changed."""
 REGION, SMALL, SCENE = "inpainting", "small inpainting", "scene"
 """Kinds of local faults: a region that a generator painted over, a small one, and a fault of the scene."""
-WINDOW = (0.4, 0.7)
-"""Side of the window in which a small region is painted, as a share of the image's: 2 to 15 % of it are changed."""
+LARGE = "large inpainting"
+"""A region as large as a generator's, rendered for the segmenter's first steps."""
+WINDOWS = {SMALL: (0.4, 0.7), LARGE: (0.7, 1.0)}
+"""Side of the window in which a region is painted, as a share of the image's: 2 to 15 % of it are changed, or more."""
 
 
 def build_parser() -> OptionParser:
@@ -59,7 +62,7 @@ def build_parser() -> OptionParser:
     parser.add_argument("folder", type=Path, help="folder with data, and of what is written")
     parser.add_argument("--small_faults", type=float, default=0.01, help="least area of a fault that is trained on")
     parser.add_argument("--count", type=positive_int, default=100, help="fresh fakes of each of three kinds")
-    parser.add_argument("--regions", type=positive_int, default=6400, help="fakes with a small region to train on")
+    parser.add_argument("--regions", type=positive_int, default=6400, help="fakes of a small region, and of a large one")
     parser.add_argument("--size", type=positive_int, default=112, help="side of the images rendered here, in pixels")
     parser.add_argument("--seed", type=int, default=1001, help="decides every image rendered here")
     return parser
@@ -91,21 +94,22 @@ def save_mask(changed_HW: np.ndarray, file: Path) -> None:
     Image.fromarray(changed_HW.astype(np.uint8) * 255).save(file)
 
 
-def small_region(seed: int, index: int, size: int, strength: float | None = None) -> Sample:
-    """Renders a photograph in which a small region was painted over.
+def painted_region(kind: str, seed: int, index: int, size: int, strength: float | None = None) -> Sample:
+    """Renders a photograph in which a region was painted over.
 
     Args:
+        kind: ``SMALL`` or ``LARGE``.
         seed: Of the run; with the index and whether a strength is given it decides the image.
         index: Its number.
         size: Its side in pixels.
         strength: Of the trace; by default drawn from 0.3 to 1.
     """
-    rng = np.random.default_rng([seed, index, size, int(strength is None)])
+    rng = np.random.default_rng([seed, index, size, int(strength is None), *([1] if kind == LARGE else [])])
     scene = draw_scene(SCENES[int(rng.integers(len(SCENES)))], int(rng.integers(1 << 62)), size)
     before_CHW = photograph(scene.linear_CHW, Camera.draw(rng), rng)
     drawn = float(rng.uniform(0.3, 1.0))
     strength = drawn if strength is None else strength
-    side = int(rng.uniform(*WINDOW) * size)
+    side = int(rng.uniform(*WINDOWS[kind]) * size)
     top, left = (int(rng.integers(size - side + 1)) for _ in range(2))
     after_CHW = before_CHW.copy()
     window = (slice(None), slice(top, top + side), slice(left, left + side))
@@ -115,7 +119,7 @@ def small_region(seed: int, index: int, size: int, strength: float | None = None
     data, suffix, pixels_HWC = save_first(pixels_HWC, int(rng.integers(*JPEG_QUALITY)), rng)
     text = wording.trace(scene, GENERATORS[REGION].mechanism, strength, rng, mask_HW)
     truth = {"label": LABELS[FAKE], "scene": scene.kind.name, "attributes": {GENERATORS[REGION].attribute: text}}
-    return Sample(f"small_{index}", suffix, data, pixels_HWC, {SMALL: mask_HW}, truth)
+    return Sample(f"{kind.split()[0]}_{index}", suffix, data, pixels_HWC, {kind: mask_HW}, truth)
 
 
 def write_train(folder: Path, least_area: float, regions: int, size: int, seed: int) -> None:
@@ -130,20 +134,28 @@ def write_train(folder: Path, least_area: float, regions: int, size: int, seed: 
     real = [record for record in records if record["label"] == LABELS[REAL]]
     if not local or not real:
         raise DataError(f"{tree} has {len(local)} images with a local fault and {len(real)} real ones; render more")
-    changes = chain(tree_changes(tree, local), small_changes(folder, regions, size, seed))
+    changes = chain(tree_changes(tree, local), painted_changes(SMALL, folder, regions, size, seed))
     originals: Iterator[Change] = ((f"data/{record['image']}", record, None) for record in real[: len(local) + regions])
     conversations, domains, masked = [], [], []
     for name, record, changed_HW in chain(changes, originals):
         conversations.append(conversation(name, record))
         domains.append({"image": name, "label": domain_of(record)})
         if changed_HW is not None and changed_HW.mean() >= least_area:
-            mask, described = f"joined/{Path(name).stem}.png", conversations[-1]["conversations"][1]["value"]
-            save_mask(changed_HW, folder / mask)
-            masked.append({"image": name, "label": record["label"], "mask": mask, "description": described})
+            masked.append(masked_row(folder, name, record, changed_HW))
+    large = [masked_row(folder, *change) for change in painted_changes(LARGE, folder, regions, size, seed)]
     write_json(folder / "explainer.json", conversations)
     write_jsonl(folder / "domains.jsonl", domains)
-    write_jsonl(folder / "segmenter.jsonl", masked)
-    print(f"{len(conversations)} conversations, and {len(masked)} images with masks, in {folder}")
+    write_jsonl(folder / "segmenter_large.jsonl", large)
+    write_jsonl(folder / "segmenter.jsonl", masked + large)
+    print(f"{len(conversations)} conversations, and {len(masked + large)} images with masks, in {folder}")
+
+
+def masked_row(folder: Path, name: str, record: Mapping[str, Any], changed_HW: np.ndarray) -> dict[str, Any]:
+    """Writes a mask and returns a row of the segmenter's training."""
+    mask = f"joined/{Path(name).stem}.png"
+    save_mask(changed_HW, folder / mask)
+    described = write_training(record["label"], explanation(record))
+    return {"image": name, "label": record["label"], "mask": mask, "description": described}
 
 
 Change = tuple[str, Mapping[str, Any], np.ndarray | None]
@@ -156,12 +168,15 @@ def tree_changes(tree: Path, records: Sequence[Mapping[str, Any]]) -> Iterator[C
         yield f"data/{record['image']}", record, read_changed(manifest_masks(tree, record))
 
 
-def small_changes(folder: Path, number: int, size: int, seed: int) -> Iterator[Change]:
-    """Renders fakes with a small region."""
-    (folder / "small").mkdir(exist_ok=True)
+def painted_changes(
+    kind: str, folder: Path, number: int, size: int, seed: int
+) -> Iterator[tuple[str, Mapping[str, Any], np.ndarray]]:
+    """Renders fakes with a small region, or with a large one."""
+    place = kind.split()[0]
+    (folder / place).mkdir(exist_ok=True)
     for index in range(number):
-        sample = small_region(seed, index, size)
-        name = f"small/{sample.stem}{sample.suffix}"
+        sample = painted_region(kind, seed, index, size)
+        name = f"{place}/{sample.stem}{sample.suffix}"
         (folder / name).write_bytes(sample.data)
         yield name, sample.truth, changed(sample)
 
@@ -171,7 +186,7 @@ def fresh_fakes(kind: str, seed: int, size: int) -> Iterator[Sample]:
     others = [name for name in SEEN if name != REGION]
     for index in count():
         if kind == SMALL:
-            sample = small_region(seed, index, size, strength=1.0)
+            sample = painted_region(SMALL, seed, index, size, strength=1.0)
         else:
             generator = REGION if kind == REGION else others[index % len(others)]
             sample = make_sample(Key(seed, size, "evaluation", generator, FAKE, index), strength=1.0)

@@ -6,19 +6,20 @@
 #     bash scripts/train_small_fakeshield.sh [FOLDER]
 #
 # FOLDER (default: small_fakeshield) takes everything; the system is FOLDER/system. IMAGES=24000 rendered images, of
-# which those with a local fault are taken, REGIONS=6400 with a small region beside them, and as many real ones; EVAL=100
-# fresh fakes of each of three kinds; TAGGER_STEPS=100, STEPS=2000 of the segmenter, SEED=1, PYTHON=.venv/bin/python.
+# which those with a local fault are taken, REGIONS=6400 with a small region beside them and as many real ones, and
+# REGIONS with a large region for the segmenter; EVAL=100 fresh fakes of each of three kinds; TAGGER_STEPS=100; STEPS=1000
+# of the segmenter on large regions and LAST_STEPS=400 on all; SEED=1, PYTHON=.venv/bin/python.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 if [ "${1:-}" = "--help" ]; then
-    sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 0
 fi
 mkdir -p "${1:-small_fakeshield}"
 out=$(cd "${1:-small_fakeshield}" && pwd)
 images=${IMAGES:-24000} regions=${REGIONS:-6400} eval=${EVAL:-100} seed=${SEED:-1}
-tagger_steps=${TAGGER_STEPS:-100} steps=${STEPS:-2000}
+tagger_steps=${TAGGER_STEPS:-100} steps=${STEPS:-1000} last_steps=${LAST_STEPS:-400}
 cd "$root"
 python=${PYTHON:-$root/.venv/bin/python}
 export PYTHONPATH=$root TOKENIZERS_PARALLELISM=false
@@ -64,15 +65,19 @@ explainer() {
         --save_dtype float32 --logging_steps 20 --save_steps 100 --resume auto
 }
 
+# First on large regions alone: of masks of all sizes from the first step on it learns masks that are too small.
 segmenter() {
     "$python" - "$out" <<'PYTHON'
 import json, sys
-settings = json.load(open("scripts/fakeshield_small.json"))
-settings |= {"tower": f"{sys.argv[1]}/tower/vision_tower", "tokenizer": f"{sys.argv[1]}/tokenizer"}
-json.dump(settings, open(f"{sys.argv[1]}/segmenter.json", "w"))
+out, settings = sys.argv[1], json.load(open("scripts/fakeshield_small.json"))
+settings |= {"tower": f"{out}/tower/vision_tower", "tokenizer": f"{out}/tokenizer"}
+json.dump(settings, open(f"{out}/segmenter_large.json", "w"))
+json.dump({name: settings[name] for name in ("trained", "mask_above")}, open(f"{out}/segmenter.json", "w"))
 PYTHON
+    network segmenter_large --recipe fakeshield_mflm --model_config "$out/segmenter_large.json" \
+        --data_path "$out/segmenter_large.jsonl" --max_steps "$steps"
     network segmenter --recipe fakeshield_mflm --model_config "$out/segmenter.json" \
-        --data_path "$out/segmenter.jsonl" --max_steps "$steps"
+        --model_name_or_path "$out/segmenter_large/final" --data_path "$out/segmenter.jsonl" --max_steps "$last_steps"
 }
 
 together() {

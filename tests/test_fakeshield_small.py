@@ -58,7 +58,9 @@ def test_a_tag_does_not_tell_the_verdict(written):
 
 
 def test_the_segmenters_table_has_masks_of_one_size_with_their_image(written):
-    images = [*read_tampered(written / "segmenter.jsonl")]
+    images, large = ([*read_tampered(written / f"{name}.jsonl")] for name in ("segmenter", "segmenter_large"))
+    assert len(large) == 3 and {image.image for image in large} < {image.image for image in images}
+    assert all(read_changed(image.masks).mean() >= 0.05 for image in large)
     assert images and all(image.description and image.label == 1 for image in images)
     for image in images:
         with Image.open(image.image) as opened:
@@ -66,17 +68,18 @@ def test_the_segmenters_table_has_masks_of_one_size_with_their_image(written):
         assert read_changed(image.masks).mean() >= 0.01
 
 
-def test_a_small_region_is_small_and_the_only_change():
+@pytest.mark.parametrize(("kind", "least", "most"), [(small.SMALL, 0.01, 0.16), (small.LARGE, 0.06, 0.35)])
+def test_a_painted_region_is_of_its_size_and_the_only_change(kind, least, most):
     areas = []
     for seed in range(6):
-        sample = small.small_region(1, seed, 96, strength=1.0)
+        sample = small.painted_region(kind, 1, seed, 96, strength=1.0)
         areas.append(float(small.changed(sample).mean()))
-        again = small.small_region(1, seed, 96, strength=1.0)
+        again = small.painted_region(kind, 1, seed, 96, strength=1.0)
         assert again.data == sample.data and sample.truth["label"] == "fake"
         assert any(sample.truth["attributes"].values())
-    assert min(areas) > 0.01 and max(areas) < 0.16
-    other = small.small_region(1, 0, 96, strength=0.3)
-    first = small.small_region(1, 0, 96, strength=1.0)
+    assert least < min(areas) and max(areas) < most
+    other = small.painted_region(kind, 1, 0, 96, strength=0.3)
+    first = small.painted_region(kind, 1, 0, 96, strength=1.0)
     outside = ~(small.changed(first) | small.changed(other))
     assert np.abs(first.pixels_HWC.astype(int) - other.pixels_HWC)[outside].mean() < 3  # JPEG apart
 
@@ -108,6 +111,6 @@ def test_the_script_says_what_it_takes():
     done = subprocess.run(
         ["bash", ROOT / "scripts" / "train_small_fakeshield.sh", "--help"], capture_output=True, text=True, check=True
     )
-    for name in ("FOLDER", "IMAGES", "REGIONS", "EVAL", "TAGGER_STEPS", "STEPS", "SEED", "PYTHON"):
+    for name in ("FOLDER", "IMAGES", "REGIONS", "EVAL", "TAGGER_STEPS", "STEPS", "LAST_STEPS", "SEED", "PYTHON"):
         assert name in done.stdout
     assert "set -euo" not in done.stdout
