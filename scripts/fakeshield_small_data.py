@@ -62,7 +62,7 @@ def build_parser() -> OptionParser:
     parser.add_argument("folder", type=Path, help="folder with data, and of what is written")
     parser.add_argument("--small_faults", type=float, default=0.01, help="least area of a fault that is trained on")
     parser.add_argument("--count", type=positive_int, default=100, help="fresh fakes of each of three kinds")
-    parser.add_argument("--regions", type=positive_int, default=6400, help="fakes of a small region, and of a large one")
+    parser.add_argument("--regions", type=positive_int, default=6400, help="fakes of a small region, and of a large")
     parser.add_argument("--size", type=positive_int, default=112, help="side of the images rendered here, in pixels")
     parser.add_argument("--seed", type=int, default=1001, help="decides every image rendered here")
     return parser
