@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes a small FakeShield from rendered images on a CPU, by its three recipes: renders the data, trains the tagger, the
 # explainer (its CLIP tower first, by itself) and the segmenter, puts them together, and evaluates verdicts and masks on
-# fresh images at full strength. If it was stopped, the same command resumes. It takes about two hours on a core.
+# fresh images at full strength. If it was stopped, the same command resumes. It takes about an hour on a core.
 #
 #     bash scripts/train_small_fakeshield.sh [FOLDER]
 #
