@@ -6,14 +6,15 @@
 #
 #     PHOTOS=folder bash scripts/train_demo.sh [FOLDER]
 #
-# FOLDER (default: demo_build) takes everything; the model is FOLDER/demo_model. PHOTOS is a folder of photographs;
-# without it the model learns from rendered scenes alone. IMAGES=28000 training images, EVAL=10 images of each class
-# and evaluation set, GRID=steps of eval.py --perturb (default: all), SEED=1, PYTHON=… as for demo.sh.
+# FOLDER (default: demo_build) takes everything; the model is FOLDER/demo_model. PHOTOS is a folder of photographs, such
+# as scripts/photographs.sh gathers; without it the model learns from rendered scenes alone. IMAGES=28000 training
+# images, EVAL=10 images of each class and evaluation set, GRID=steps of eval.py --perturb (default: all), SEED=1,
+# PYTHON=… as for demo.sh.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 if [ "${1:-}" = "--help" ]; then
-    sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 0
 fi
 photos=${PHOTOS:-}
