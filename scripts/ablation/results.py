@@ -146,7 +146,7 @@ class Difference:
         mean: Of the differences.
         low: 2.5 % of the draws of seeds and images.
         high: 97.5 %.
-        effect: The mean over the spread of the differences between seeds (Cohen's d of pairs); None for one seed.
+        effect: The mean over the spread of the differences between seeds (Cohen's d of pairs); None without spread.
         seeds: How many.
     """
 
@@ -172,7 +172,8 @@ def compare(points: Mapping[int, float], drawn: Mapping[int, Array]) -> Differen
     means = table[chosen, np.arange(table.shape[1])[:, None]].mean(axis=1)
     low, high = np.nanpercentile(means, (2.5, 97.5)) if np.isfinite(means).any() else (np.nan, np.nan)
     spread = values.std(ddof=1) if len(seeds) > 1 else 0.0
-    effect = float(values.mean() / spread) if spread > 0 else None
+    # Equal differences of shares have a spread of some 1e-17 by rounding.
+    effect = float(values.mean() / spread) if spread > 1e-12 else None
     return Difference(float(values.mean()), float(low), float(high), effect, len(seeds))
 
 
