@@ -4,11 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
+from forgery_eval.benchmarks import Sample
 from llava.errors import DataError, OptionError, UserError
 from scripts.ablation import __main__ as command
 from scripts.ablation import page, probe, results, runs
@@ -136,6 +139,30 @@ def test_the_table_marks_what_is_not_run_and_the_page_escapes(found, tmp_path, m
     monkeypatch.setattr(page, "pictures", lambda place, seeds: [])
     html = page.as_page(Workplace(tmp_path, tmp_path, tmp_path, Plan()), [1], found)
     assert "A &amp; B" in html and html.count("<svg") == 2
+    found["rows"]["clip"]["against"] = {"auroc": {"mean": -0.4, "low": -0.5, "high": -0.3, "effect": None, "seeds": 1}}
+    close = {"auroc": {"mean": 0.01, "low": -0.01, "high": 0.02, "effect": None, "seeds": 1}}
+    found["rows"]["dino"] = {**found["rows"]["clip"], "title": "close", "against": close}
+    beside = page.as_page(Workplace(tmp_path, tmp_path, tmp_path, Plan()), [1], found)
+    assert beside.count("<svg") == 3  # a row at chance does not squeeze those that are close
+
+
+def test_random_towers_choose_no_pictures(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    samples = [Sample(f"{index}", tmp_path / "a.png", 1, f"set {index}") for index in range(2)]
+
+    def run(*scores: float) -> dict[int, SimpleNamespace]:
+        return {1: SimpleNamespace(scores=np.array(scores))}
+
+    scored = {BASE: run(0.5, 0.9), "dino": run(0.5, 0.1), "random_towers": run(1.0, 0.5)}
+    monkeypatch.setattr(page, "collect", lambda place, seeds: (samples, scored))
+    shown = page.pictures(Workplace(tmp_path, tmp_path, tmp_path, Plan()), [1])
+    assert [one["set"] for one in shown] == ["set 1", "set 0"]
+    assert all("frozen random towers" not in one["said"] for one in shown)
+
+
+def test_equal_differences_have_no_effect_size():
+    drawn = {seed: np.zeros(results.DRAWS) for seed in (1, 2, 3)}
+    assert compare({1: 0.9 - 0.8, 2: 0.5 - 0.4, 3: 0.1}, drawn).effect is None
 
 
 def test_attributes_of_fake_images_are_read_from_the_manifest(tmp_path):

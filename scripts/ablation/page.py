@@ -17,6 +17,8 @@ from scripts.ablation.runs import VARIANTS, Workplace
 
 Rows = list[list[str]]
 _PICTURES = 6
+_NEAR = 0.1
+"""Differences in AUROC up to this have a picture of their own, beside rows that are at chance."""
 
 
 def tables(found: Mapping[str, Any]) -> dict[str, Rows]:
@@ -111,22 +113,32 @@ def as_text(found: Mapping[str, Any]) -> str:
 
 def as_page(place: Workplace, seeds: Sequence[int], found: Mapping[str, Any]) -> str:
     """Returns the page: tables, intervals as pictures, and the images on which variants differ most."""
-    charts = [figure(partial(draw_intervals, found=found), "differences")] if len(found["rows"]) > 1 else []
+    differences = {title: values for title, values in _differences(found) if values}
+    near = {title: values for title, values in differences.items() if abs(values["mean"]) <= _NEAR}
+    drawn = [differences, *([near] if 0 < len(near) < len(differences) else [])]
+    charts = [
+        figure(partial(draw_intervals, differences=values), f"differences_{index}")
+        for index, values in enumerate(drawn)
+        if values
+    ]
     charts += [figure(partial(draw_seeds, found=found), "seeds")] if found["rows"] else []
     return render(
         "ablation.html", note=note(found), tables=tables(found), charts=charts, pictures=pictures(place, seeds)
     )
 
 
-def draw_intervals(axes: Axes, *, found: Mapping[str, Any]) -> None:
+def _differences(found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any] | None]]:
+    return [(row["title"], row["against"].get("auroc")) for row in found["rows"].values()]
+
+
+def draw_intervals(axes: Axes, *, differences: Mapping[str, Mapping[str, Any]]) -> None:
     """Draws each variant's difference in AUROC to the base variant, with its interval."""
-    rows = [(row["title"], row["against"]["auroc"]) for row in found["rows"].values() if row["against"].get("auroc")]
-    for place, (_, values) in enumerate(rows):
+    for place, values in enumerate(differences.values()):
         axes.plot([values["low"], values["high"]], [place, place], color=COLOURS["real"])
         axes.plot(values["mean"], place, "o", color=COLOURS["fake"])
     axes.axvline(0, color="grey", linewidth=1)
-    axes.set_yticks(range(len(rows)), [title for title, _ in rows])
-    axes.set(xlabel="AUROC against forgery-aware fusion")
+    axes.set_yticks(range(len(differences)), [*differences])
+    axes.set(xlabel="difference in AUROC")
 
 
 def draw_seeds(axes: Axes, *, found: Mapping[str, Any]) -> None:
@@ -139,11 +151,18 @@ def draw_seeds(axes: Axes, *, found: Mapping[str, Any]) -> None:
 
 
 def pictures(place: Workplace, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Returns the images whose P(fake) differs most between variants, with what each says on average over seeds."""
+    """Returns the images whose P(fake) differs most between variants, with what each says on average over seeds.
+
+    Random towers know nothing of an image, so that they are left out.
+    """
     samples, found = collect(place, seeds)
-    if not found:
+    scores = {
+        name: np.mean([one.scores for one in by_seed.values()], axis=0)
+        for name, by_seed in found.items()
+        if VARIANTS[name].towers != "random"
+    }
+    if not scores:
         return []
-    scores = {name: np.mean([one.scores for one in by_seed.values()], axis=0) for name, by_seed in found.items()}
     spread = np.nan_to_num(np.ptp(np.stack(list(scores.values())), axis=0))
     result = []
     for index in np.argsort(-spread, kind="stable")[:_PICTURES]:
