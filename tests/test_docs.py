@@ -78,6 +78,7 @@ ELSEWHERE = {
     "--start": "llava.demo.towers",
     "--on": "scripts.ablation.__main__",
     "--probe": "scripts.ablation.__main__",
+    "--evaluated": "scripts.ablation.__main__",
 }
 """Flags of commands that are no verbs."""
 OLD_NAMES = {"--alike-lengths"}
