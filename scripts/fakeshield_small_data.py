@@ -104,6 +104,7 @@ def painted_region(kind: str, seed: int, index: int, size: int, strength: float 
         size: Its side in pixels.
         strength: Of the trace; by default drawn from 0.3 to 1.
     """
+    # Each kind has images of its own; a small one's do not hang on how many kinds there are.
     rng = np.random.default_rng([seed, index, size, int(strength is None), *([1] if kind == LARGE else [])])
     scene = draw_scene(SCENES[int(rng.integers(len(SCENES)))], int(rng.integers(1 << 62)), size)
     before_CHW = photograph(scene.linear_CHW, Camera.draw(rng), rng)

@@ -6,8 +6,8 @@
 #
 # FOLDER takes the photographs, named by package and file. scripts/photographs.txt lists them, a package and a path a
 # line: drawings and renders that these packages have too would be taken for photographs. What a package of another
-# version lacks is named and left out. Authors and licences stand in each package's copyright file, kept in
-# FOLDER/copyright.
+# version lacks is named and left out; with nothing at all the status is 1. Authors and licences stand in each package's
+# copyright file, kept in FOLDER/copyright.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -24,7 +24,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
 
-missing=0
+gathered=0 missing=0
 for package in $(cut -d ' ' -f 1 "$list" | sort -u); do
     echo "$package"
     if ! apt-get download --quiet --quiet --option APT::Sandbox::User="$(id -un)" "$package" >/dev/null; then
@@ -33,11 +33,12 @@ for package in $(cut -d ' ' -f 1 "$list" | sort -u); do
         continue
     fi
     dpkg -x "$package"_*.deb "$package"
-    cp "$package/usr/share/doc/$package/copyright" "$out/copyright/$package" 2>/dev/null || true
+    cp "$package/usr/share/doc/$package/copyright" "$out/copyright/$package" || echo "  has no copyright file" >&2
     while read -r path; do
         if [ -f "$package/$path" ]; then
             name=${path#usr/share/} # with its folders: some are called after their size alone
             cp "$package/$path" "$out/${package}_${name//\//_}"
+            gathered=$((gathered + 1))
         else
             echo "  $path is not in this version; left out" >&2
             missing=$((missing + 1))
@@ -45,4 +46,5 @@ for package in $(cut -d ' ' -f 1 "$list" | sort -u); do
     done < <(sed -n "s/^$package //p" "$list")
     rm -rf "$package" "$package"_*.deb
 done
-echo "$(find "$out" -maxdepth 1 -type f | wc -l) photographs in $out, $missing left out"
+[ "$gathered" -gt 0 ] || { echo "error: nothing could be had; is there a network, and was apt-get update run?" >&2; exit 1; }
+echo "$gathered photographs in $out, $missing left out"

@@ -56,6 +56,15 @@ def test_photographs_are_copied_and_what_is_missing_is_named(shop, tmp_path):
     assert f"{first[packages[0]]} is not in this version" in done.stderr and "cannot be had" in done.stderr
 
 
+def test_without_a_package_it_fails_and_says_why(shop, tmp_path):
+    (shop / "apt-get").write_text("#!/bin/bash\nexit 100\n")
+    environment = {**os.environ, "PATH": f"{shop}:{os.environ['PATH']}"}
+    command = ["bash", str(SCRIPT), str(tmp_path / "photographs")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "photographs in" not in done.stdout
+    assert "error: nothing could be had" in done.stderr
+
+
 def test_it_says_what_it_takes():
     for words, status in ((["--help"], 0), ([], 2)):
         done = subprocess.run(["bash", str(SCRIPT), *words], capture_output=True, text=True, check=False)

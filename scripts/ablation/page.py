@@ -113,22 +113,15 @@ def as_text(found: Mapping[str, Any]) -> str:
 
 def as_page(place: Workplace, seeds: Sequence[int], found: Mapping[str, Any]) -> str:
     """Returns the page: tables, intervals as pictures, and the images on which variants differ most."""
-    differences = {title: values for title, values in _differences(found) if values}
+    rows = found["rows"].values()
+    differences = {row["title"]: row["against"]["auroc"] for row in rows if row["against"].get("auroc")}
     near = {title: values for title, values in differences.items() if abs(values["mean"]) <= _NEAR}
-    drawn = [differences, *([near] if 0 < len(near) < len(differences) else [])]
-    charts = [
-        figure(partial(draw_intervals, differences=values), f"differences_{index}")
-        for index, values in enumerate(drawn)
-        if values
-    ]
+    drawn = {"differences": differences, "near": near if len(near) < len(differences) else {}}
+    charts = [figure(partial(draw_intervals, differences=values), name) for name, values in drawn.items() if values]
     charts += [figure(partial(draw_seeds, found=found), "seeds")] if found["rows"] else []
     return render(
         "ablation.html", note=note(found), tables=tables(found), charts=charts, pictures=pictures(place, seeds)
     )
-
-
-def _differences(found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any] | None]]:
-    return [(row["title"], row["against"].get("auroc")) for row in found["rows"].values()]
 
 
 def draw_intervals(axes: Axes, *, differences: Mapping[str, Mapping[str, Any]]) -> None:
@@ -138,7 +131,7 @@ def draw_intervals(axes: Axes, *, differences: Mapping[str, Mapping[str, Any]]) 
         axes.plot(values["mean"], place, "o", color=COLOURS["fake"])
     axes.axvline(0, color="grey", linewidth=1)
     axes.set_yticks(range(len(differences)), [*differences])
-    axes.set(xlabel="difference in AUROC")
+    axes.set(xlabel="AUROC against\nforgery-aware fusion")
 
 
 def draw_seeds(axes: Axes, *, found: Mapping[str, Any]) -> None:
