@@ -7,7 +7,7 @@
 #     PHOTOS=folder bash scripts/train_demo.sh [FOLDER]
 #
 # FOLDER (default: demo_build) takes everything; the model is FOLDER/demo_model. PHOTOS is a folder of photographs, such
-# as scripts/photographs.sh gathers; without it the model learns from rendered scenes alone. IMAGES=28000 training
+# as scripts/photographs.sh gathers; without it the model learns from rendered scenes alone. IMAGES=56000 training
 # images, EVAL=10 images of each class and evaluation set, GRID=steps of eval.py --perturb (default: all), SEED=1,
 # PYTHON=… as for demo.sh.
 set -euo pipefail
@@ -24,7 +24,7 @@ if [ -n "$photos" ]; then
 fi
 mkdir -p "${1:-demo_build}"
 out=$(cd "${1:-demo_build}" && pwd)
-images=${IMAGES:-28000} eval=${EVAL:-10} seed=${SEED:-1}
+images=${IMAGES:-56000} eval=${EVAL:-10} seed=${SEED:-1}
 calibration_seed=$((seed + 500)) # of the images that say when a verdict is given
 test_seed=$((seed + 1000))       # of the evaluation sets; no training and no calibration sees them
 sample_seed=4242                 # of the small sample that tests evaluate again
@@ -65,10 +65,10 @@ training_data() {
         render rendered_160 $((images / 3)) 1 160 $((seed + 11)) mixed
         folders="rendered_112 rendered_160"
     fi
-    # The language model learns from one half of the images, and last from the other, which it has not learnt by heart.
-    (cd "$out" && PYTHONPATH=$root "$python" -m llava.demo.join $folders --out records.json --seed "$seed") # words apart
-    (cd "$out" && PYTHONPATH=$root "$python" -m llava.demo.join $folders --out half.json --share 0.5 --rest rest.json \
-        --seed "$seed")
+    # The towers learn from most images; the language model from some of these, and last from some that no tower has
+    # seen, on which it learns how far the towers can be trusted.
+    (cd "$out" && PYTHONPATH=$root "$python" -m llava.demo.join $folders --out records.json --seed "$seed" \
+        --part towers.json=0.5 --part both.json=0.25 --part answers.json=0.25) # $folders: words apart
     echo "$folders" > "$out/folders"
 }
 
@@ -101,7 +101,7 @@ tokenizer() {
 }
 
 towers() {
-    "$python" -m llava.demo.towers --data "$out/records.json" --config scripts/demo_model.json \
+    "$python" -m llava.demo.towers --data "$out/towers.json" "$out/both.json" --config scripts/demo_model.json \
         --output_dir "$out/towers" --epochs 3 --batch_size 32 --learning_rate 1e-3 --bf16 --seed "$seed" \
         --dino_tower_loss verdict=2,attributes=1,reasoning=2 --vision_tower_loss caption=1
     rm -rf "$out/towers/inputs"
@@ -116,7 +116,7 @@ train() {
 }
 
 language_model() {
-    train run half --model_config scripts/demo_model.json --tokenizer "$out/tokenizer" \
+    train run both --model_config scripts/demo_model.json --tokenizer "$out/tokenizer" \
         --vision_tower "$out/towers/vision_tower" --dino_weights "$out/towers/dino_tower" --verdict_only_share 0.3 \
         --group_by_modality_length True --group_by_length True --learning_rate 1.5e-3 --num_train_epochs 2
 }
@@ -125,7 +125,7 @@ language_model() {
 random_order() {
     local notice
     notice=$("$python" -c 'import json; print(json.load(open("scripts/demo_model.json"))["notice"])')
-    train run_random rest --model_name_or_path "$out/run/final" --notice "$notice" --verdict_only_share 0.5 \
+    train run_random answers --model_name_or_path "$out/run/final" --notice "$notice" --verdict_only_share 0.5 \
         --learning_rate 5e-4 --num_train_epochs 1 --save_dtype float16
 }
 

@@ -1,4 +1,4 @@
-"""Joining data sets: every image is found from the joined file, and the share is of each set."""
+"""Joining data sets: every image is found from the joined file, and parts are of each set."""
 
 import json
 
@@ -34,21 +34,32 @@ def test_all_records_and_their_images_are_there(sets, tmp_path, capsys):
     assert {record["image"].split("/")[0] for record in records[:20]} == {"rendered", "photographs"}
 
 
-def test_a_share_is_taken_of_each_set_and_a_seed_repeats_it(sets, tmp_path):
-    first, again, other = (tmp_path / f"{name}.json" for name in ("first", "again", "other"))
-    for out, seed in ((first, 1), (again, 1), (other, 2)):
-        join.join(sets, out, 0.25, seed)
-    assert joined(first) == joined(again) != joined(other)
-    assert sorted(record["id"][:8] for record in joined(first)) == ["photogra"] * 5 + ["rendered"] * 10
+def test_parts_have_their_share_of_each_set_and_nothing_in_common(sets, tmp_path):
+    files = {name: tmp_path / f"{name}.json" for name in ("all", "half", "fifth")}
+    parts = ["--part", f"{files['half']}=0.5", "--part", f"{files['fifth']}=0.2"]
+    assert join.main([*map(str, sets), "--out", str(files["all"]), *parts]) == 0
+    ids = {name: [record["id"] for record in joined(file)] for name, file in files.items()}
+    assert sorted(i[:8] for i in ids["half"]) == ["photogra"] * 10 + ["rendered"] * 20
+    assert sorted(i[:8] for i in ids["fifth"]) == ["photogra"] * 4 + ["rendered"] * 8
+    assert len(set(ids["all"])) == 60 and len(set(ids["half"] + ids["fifth"])) == 42
+    assert all((tmp_path / record["image"]).is_file() for record in joined(files["fifth"]))
 
 
-def test_the_rest_is_what_was_not_taken(sets, tmp_path):
-    first, rest, whole = (tmp_path / f"{name}.json" for name in ("first", "rest", "whole"))
-    assert join.main([*map(str, sets), "--out", str(first), "--share", "0.25", "--rest", str(rest)]) == 0
-    join.join(sets, whole, 1.0, 0)
-    ids = [[record["id"] for record in joined(file)] for file in (first, rest, whole)]
-    assert len(ids[0]) == 15 and len(ids[1]) == 45 and sorted(ids[0] + ids[1]) == sorted(ids[2])
-    assert all((tmp_path / record["image"]).is_file() for record in joined(rest))
+def test_parts_that_are_a_whole_leave_nothing_out(sets, tmp_path):
+    shares = {tmp_path / f"{number}.json": share for number, share in enumerate((0.33, 0.33, 0.34))}
+    assert join.join(sets, tmp_path / "all.json", 0, shares) == 60
+    assert len({record["id"] for file in shares for record in joined(file)}) == 60
+
+
+def test_a_seed_repeats_parts_and_order(sets, tmp_path):
+    def records(seed):
+        part = tmp_path / f"part{seed}.json"
+        join.join(sets, tmp_path / "all.json", seed, {part: 0.25})
+        return joined(tmp_path / "all.json"), joined(part)
+
+    first = records(1)
+    assert first == records(1)
+    assert all(one != other for one, other in zip(first, records(2), strict=True))
 
 
 @pytest.mark.parametrize("content", ['{"a": 1}', "[", "[1]"])
@@ -58,6 +69,21 @@ def test_what_is_no_list_of_records_is_named(tmp_path, capsys, content):
     assert str(tmp_path / RECORDS_FILE) in capsys.readouterr().err
 
 
-def test_a_share_of_nothing_is_refused(sets, tmp_path, capsys):
-    assert join.main([*map(str, sets), "--out", str(tmp_path / "out.json"), "--share", "0"]) == 1
-    assert "--share must be above 0" in capsys.readouterr().err
+@pytest.mark.parametrize("part", ["p.json=0", "p.json=1.5", "p.json", "=0.5"])
+def test_a_part_that_is_no_share_of_a_file_is_refused(tmp_path, capsys, part):
+    with pytest.raises(SystemExit):
+        join.main(["sets", "--out", str(tmp_path / "out.json"), "--part", part])
+    assert f"'{part}' is not of the form FILE=SHARE, with a share above 0 and up to 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (["p.json=0.7", "q.json=0.7"], "1.4 of the records together"),
+        (["p.json=0.5", "p.json=0.2"], "a file of its own"),
+    ],
+)
+def test_parts_that_cannot_be_together_are_refused(sets, tmp_path, capsys, parts, message):
+    options = [text for part in parts for text in ("--part", f"{tmp_path}/{part}")]
+    assert join.main([*map(str, sets), "--out", str(tmp_path / "out.json"), *options]) == 1
+    assert message in capsys.readouterr().err and not (tmp_path / "out.json").exists()

@@ -1,12 +1,13 @@
 """Joins the training records of several data sets into one file, whose images are named from its own folder.
 
-python -m llava.demo.join rendered photographs --out forgery_reasoning_cot.json
+python -m llava.demo.join rendered photographs --out records.json --part towers.json=0.75 --part answers.json=0.25
 """
 
+import argparse
 import os
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,56 +16,79 @@ from llava.demo.tower_data import RECORDS_FILE
 from llava.errors import DataError, OptionError
 from llava.files import read_json, write_json
 
+_ROUNDING = 1e-9
+"""By which shares that make up a whole may exceed it."""
 
-def join(folders: Sequence[Path], out: Path, share: float, seed: int, rest: Path | None = None) -> int:
+
+def join(folders: Sequence[Path], out: Path, seed: int, parts: Mapping[Path, float] | None = None) -> int:
     """Writes the records of some data sets, shuffled; returns how many are in ``out``.
 
     Args:
         folders: Data sets; each holds ``RECORDS_FILE``.
-        out: The file; their images must lie below its folder or beside it.
-        share: Share of each data set's records that are taken.
-        seed: Decides which, and their order.
-        rest: File of the records that are not taken.
+        out: File of all of them; their images must lie below its folder or beside it.
+        seed: Decides their order, and which belong to which part.
+        parts: Further files, each with its share of every data set's records; no record is in two of them.
 
     Raises:
         DataError: A data set holds no list of records.
     """
     draw = random.Random(seed)
-    taken: list[tuple[Path, dict[str, Any]]] = []
-    left: list[tuple[Path, dict[str, Any]]] = []
+    files: dict[Path, list[tuple[Path, dict[str, Any]]]] = {out: [], **{file: [] for file in parts or {}}}
     for folder in folders:
         records = read_json(folder / RECORDS_FILE)
         if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
             raise DataError(f"{folder / RECORDS_FILE} holds no list of records")
-        chosen = set(draw.sample(range(len(records)), round(share * len(records))))
-        for index, record in enumerate(records):
-            (taken if index in chosen else left).append((folder, record))
-    for file, part in ((out, taken), (rest, left)):
-        if file is not None:
-            draw.shuffle(part)
-            write_json(file, [_moved(record, Path(os.path.relpath(folder, file.parent))) for folder, record in part])
-    return len(taken)
+        drawn = [(folder, record) for record in draw.sample(records, len(records))]
+        files[out] += drawn
+        before = 0.0
+        for file, share in (parts or {}).items():
+            begin, end = (round(border * len(drawn)) for border in (before, before + share))
+            files[file] += drawn[begin:end]
+            before += share
+    for file, found in files.items():
+        draw.shuffle(found)
+        write_json(file, [_moved(record, Path(os.path.relpath(folder, file.parent))) for folder, record in found])
+    return len(files[out])
 
 
 def _moved(record: dict[str, Any], below: Path) -> dict[str, Any]:
     return {**record, "image": (below / record["image"]).as_posix()} if "image" in record else record
 
 
+def _part(text: str) -> tuple[Path, float]:
+    file, _, share = text.rpartition("=")
+    try:
+        value = float(share)
+    except ValueError:
+        value = 0.0
+    if not file or not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form FILE=SHARE, with a share above 0 and up to 1")
+    return Path(file), value
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line."""
     parser = OptionParser(prog="python -m llava.demo.join", description=__doc__)
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help=f"data sets that hold {RECORDS_FILE}")
-    parser.add_argument("--out", type=Path, required=True, help="file to write")
-    parser.add_argument("--share", type=float, default=1.0, help="share of each set's records, 0..1 (default 1)")
-    parser.add_argument("--rest", type=Path, metavar="FILE", help="also write the records that are not taken")
-    parser.add_argument("--seed", type=int, default=0, help="decides which records, and their order (default 0)")
+    parser.add_argument("--out", type=Path, required=True, help="file of all records")
+    parser.add_argument(
+        "--part",
+        type=_part,
+        action="append",
+        default=[],
+        metavar="FILE=SHARE",
+        help="also write this share of each set's records; no record is in two parts",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="decides parts and order (default 0)")
     options = parser.parse_args(argv)
 
     def run() -> None:
-        if not 0 < options.share <= 1:
-            raise OptionError(f"--share must be above 0 and at most 1, not {options.share}")
-        count = join(options.folders, options.out, options.share, options.seed, options.rest)
-        print(f"{count:,} records in {options.out}")
+        parts = dict(options.part)
+        if len({options.out, *parts}) != 1 + len(options.part):
+            raise OptionError("each --part, and --out, needs a file of its own")
+        if sum(parts.values()) > 1 + _ROUNDING:
+            raise OptionError(f"the parts are {sum(parts.values()):g} of the records together, which is more than all")
+        print(f"{join(options.folders, options.out, options.seed, parts):,} records in {options.out}")
 
     return run_cli(run)
 
