@@ -24,6 +24,7 @@ RESIDUAL_CONFIG = {
     "mlp_ratio": 2,
     "tile_size": 24,
 }
+SUMMARY = {"hidden_size": 20, "dropout": 0.4}
 
 
 def levels(count: int = 3, size: int = 64, seed: int = 0) -> torch.Tensor:
@@ -145,8 +146,9 @@ def test_shapes_at_several_sizes(size, crop, per_side, tile):
     assert built(pixels).attention is None
 
 
-def test_an_image_is_seen_alike_in_any_batch():
-    built, pixels = tower(), shared(levels(4))
+@pytest.mark.parametrize("summary", [None, SUMMARY])
+def test_an_image_is_seen_alike_in_any_batch(summary):
+    built, pixels = tower(summary=summary), shared(levels(4))
     together = built(pixels, with_attention=True)
     for index in range(4):
         alone = built(pixels[index : index + 1], with_attention=True)
@@ -219,18 +221,46 @@ def test_its_operations_can_be_counted_without_pixels():
     assert seen.features.shape == (2, 16, 24) and seen.attention.shape == (2, 3, 21, 21)
 
 
-def test_gradients_reach_every_parameter():
-    built = tower().train()
+@pytest.mark.parametrize("summary", [None, SUMMARY])
+def test_gradients_reach_every_parameter(summary):
+    built = tower(summary=summary).train()
     (built(shared(levels(2))).features * torch.randn(16, 24)).sum().backward()
     without = [name for name, parameter in built.named_parameters() if not parameter.grad.abs().sum() > 0]
     assert without == []
 
 
-def test_a_saved_tower_opens_through_the_registry(tmp_path):
-    built = tower()
+def test_a_summary_sees_mean_and_spread_and_tells_every_tile():
+    built = tower(num_hidden_layers=1, summary=SUMMARY)
+    measures = built.measure(shared(levels(2)))
+    mean, spread = measures.crops.mean(1), measures.crops.std(1, correction=0)
+    layer = built.whole_layer
+    plain = torch.nn.functional.gelu(torch.cat((mean, spread), 1) @ layer.inner.weight.T + layer.inner.bias)
+    plain = plain @ layer.outer.weight.T + layer.outer.bias
+    assert torch.allclose(layer(measures.crops)[:, 0], plain, atol=1e-5)
+    with torch.no_grad():  # blocks that add nothing: what the summary says can only have gone past them
+        built.blocks[0].attention.out.weight.zero_()
+        built.blocks[0].mlp[2].weight.zero_()
+    before = built.encode_measures(measures).features
+    turned = measures._replace(crops=2 * mean[:, None] - measures.crops)
+    assert torch.allclose(built.encode_measures(turned).features, before, atol=1e-5)
+    wider = measures._replace(crops=mean[:, None] + 1.5 * (measures.crops - mean[:, None]))
+    assert (built.encode_measures(wider).features - before).abs().amax(-1).min() > 1e-3
+
+
+def test_a_summary_leaves_measures_out_in_training_alone():
+    built, measures = tower(summary=SUMMARY), tower().measure(shared(levels(2)))
+    seen = [built.encode_measures(measures).features for _ in range(2)]
+    built.train()
+    trained = [built.encode_measures(measures).features for _ in range(2)]
+    assert torch.equal(*seen) and not torch.allclose(*trained, atol=1e-3)
+
+
+@pytest.mark.parametrize("changes", [{}, {"summary": SUMMARY}])
+def test_a_saved_tower_opens_through_the_registry(tmp_path, changes):
+    built = tower(**changes)
     built.save_pretrained(tmp_path)
     source = read_vision_tower(str(tmp_path))
-    assert source.config == RESIDUAL_CONFIG
+    assert source.config == {**RESIDUAL_CONFIG, **changes}
     again = build_vision_tower(source.config, SHARED).eval()
     again.load_state_dict({name: tensor[...] for name, tensor in source.tensors.items()})
     pixels = shared(levels(2))
@@ -259,6 +289,8 @@ def test_the_forgery_aware_fusion_takes_its_attention(tmp_path):
         ({"num_attention_heads": 5}, "no multiple of 5 heads"),
         ({"tile_size": 20}, "crops of 48 pixels cannot be cut into tiles of 20"),
         ({"tile_size": 96}, "cannot be cut into tiles of 96"),
+        ({"summary": {"hidden_size": 20}}, "needs dropout and hidden_size: {'hidden_size': 20}"),
+        ({"summary": 20}, "needs dropout and hidden_size: 20"),
     ],
 )
 def test_sizes_that_do_not_fit_are_explained(changes, message):

@@ -62,6 +62,15 @@ def world(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def summary(world, tmp_path) -> list[str]:
+    """Options of a run whose second tower has a summary, which is first trained by itself."""
+    config = json.loads((world / "config.json").read_text())
+    config["dino_tower_config"]["summary"] = {"hidden_size": 16, "dropout": 0.2}
+    (tmp_path / "summary.json").write_text(json.dumps(config))
+    return ["--config", str(tmp_path / "summary.json"), "--summary_epochs", "40"]
+
+
 def arguments(world: Path, out: Path, *more: str) -> list[str]:
     given = ["--data", world, "--config", world / "config.json", "--output_dir", out]
     sizes = ["--batch_size", 8, "--epochs", 4, "--validation_share", 0.2, "--device", "cpu"]
@@ -118,6 +127,41 @@ def test_a_resumed_run_equals_an_uninterrupted_one(world, tmp_path, monkeypatch,
     assert train(world, tmp_path / "parts", *more)["steps"] == 16
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_a_summary_learns_by_itself_and_the_blocks_come_after(world, summary, tmp_path, monkeypatch):
+    losses = ["--vision_tower_loss", "none", "--dino_tower_loss", "verdict=1"]
+    metrics = train(world, tmp_path / "alone", *summary, *losses, "--max_steps", "1", "--learning_rate", "0.01")
+    assert metrics["towers"]["dino_tower"]["verdict"]["balanced_accuracy"] == 1.0
+    train(world, tmp_path / "whole", *summary, *losses)
+    with safe_open(tmp_path / "whole" / "dino_tower" / "model.safetensors", "pt") as file:
+        assert file.get_tensor("gate").abs().max() > 0
+    # A run that is stopped among the blocks' steps does not train the summary again.
+    step = towers.Training._train_step
+
+    def dies_at_nine(self, index):
+        if self.step == 9:
+            raise KeyboardInterrupt
+        return step(self, index)
+
+    monkeypatch.setattr(towers.Training, "_train_step", dies_at_nine)
+    with pytest.raises(KeyboardInterrupt):
+        train(world, tmp_path / "parts", *summary, *losses)
+    monkeypatch.setattr(towers.Training, "_train_step", step)
+    train(world, tmp_path / "parts", *summary, *losses)
+    whole, parts = (
+        safe_open(tmp_path / name / "dino_tower" / "model.safetensors", "pt") for name in ("whole", "parts")
+    )
+    assert all(torch.equal(whole.get_tensor(name), parts.get_tensor(name)) for name in whole.keys())  # noqa: SIM118
+
+
+def test_summary_epochs_need_a_summary(world, summary, tmp_path, capsys):
+    assert towers.main(arguments(world, tmp_path, "--summary_epochs", "2")) == 1
+    assert (
+        "--summary_epochs is for a second tower of type residual whose config has a summary" in capsys.readouterr().err
+    )
+    assert towers.main(arguments(world, tmp_path, *summary, "--dino_tower_loss", "none")) == 1
+    assert "--summary_epochs is for a second tower" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from llava.model.multimodal_encoder.base import PixelFormat, TowerOutput, TowerS
 from llava.native_crops import NativeCrops
 
 _FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "tile_size")
+_SUMMARY_FIELDS = {"hidden_size", "dropout"}
 _CALIBRATION_BATCH = 64
 _SPREAD_FLOOR = 0.05
 """Added to the spread of a measure, so that one that hardly varies is not blown up."""
@@ -72,6 +73,36 @@ class Block(nn.Module):
         return x_BNC + self.mlp(self.mlp_norm(x_BNC)), attention
 
 
+class CropSummary(nn.Module):
+    """A perceptron on the mean and the spread of an image's crops; K crops, F measures, C channels.
+
+    It sees thousands of measures, of which few show a trace: dropout keeps it from relying on single ones.
+
+    Args:
+        measures: Number of measures F.
+        hidden_size: Width of its one hidden layer.
+        width: Width of its output.
+        dropout: Share of the measures that are left out in training, and of the hidden layer.
+    """
+
+    def __init__(self, measures: int, hidden_size: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2 * measures, hidden_size)
+        self.outer = nn.Linear(hidden_size, width)
+        self.dropout = nn.Dropout(dropout)
+
+    @staticmethod
+    def moments(crops_BKF: Tensor) -> Tensor:
+        """Returns mean and spread over the crops ``[B, 2 F]``."""
+        mean_BF = crops_BKF.mean(1)
+        # Written out: torch's std over a middle dimension takes ten times as long on a CPU.
+        return torch.cat((mean_BF, (crops_BKF - mean_BF[:, None]).square().mean(1).sqrt()), dim=-1)
+
+    def forward(self, moments_BF: Tensor) -> Tensor:
+        """Returns what ``moments`` tell ``[B, C]``."""
+        return self.outer(self.dropout(F.gelu(self.inner(self.dropout(moments_BF)))))
+
+
 class ResidualVisionTower(VisionTower):
     """A tower that looks at crops of an image at its own resolution, and not at the whole image.
 
@@ -80,7 +111,9 @@ class ResidualVisionTower(VisionTower):
     standardise them. The measures need pixels exact to one level in 256: float32 or float16, whatever the weights have.
 
     Config: ``hidden_size``, ``num_hidden_layers``, ``num_attention_heads``, ``mlp_ratio``; and ``tile_size``, side of
-    the tiles that a crop is cut into.
+    the tiles that a crop is cut into. With ``summary``, a mapping of ``hidden_size`` and ``dropout``, a perceptron sees
+    mean and spread of the crops (``CropSummary``), and what it says goes past the blocks to every tile; a gate, which
+    is closed at first, then adds what the blocks find. Without it, a linear layer sees the mean alone.
 
     Suffixes: B images, K crops, T tiles of a crop, P = K T tiles of an image, F measures, C channels.
 
@@ -109,7 +142,13 @@ class ResidualVisionTower(VisionTower):
             self.register_buffer(f"{name}_spread", torch.ones(count))
         self.tile_layer = nn.Linear(blank.tiles.shape[-1], width)
         self.crop_layer = nn.Linear(blank.image.shape[-1], width)
-        self.whole_layer = nn.Linear(blank.image.shape[-1], width)
+        summary: Mapping[str, Any] | None = config.get("summary")
+        self.whole_layer: nn.Module
+        if summary is None:
+            self.whole_layer = nn.Linear(blank.image.shape[-1], width)
+        else:
+            self.whole_layer = CropSummary(blank.image.shape[-1], summary["hidden_size"], width, summary["dropout"])
+            self.gate = nn.Parameter(torch.zeros(width))
         self.position_embeddings = nn.Parameter(torch.randn(1, self.num_prefix_tokens + self.num_patches, width) * 0.02)
         inner = int(width * config["mlp_ratio"])
         self.blocks = nn.ModuleList(Block(width, heads, inner) for _ in range(config["num_hidden_layers"]))
@@ -189,13 +228,16 @@ class ResidualVisionTower(VisionTower):
         """Encodes what ``measure`` returns."""
         dtype = self.position_embeddings.dtype
         tiles_BPF, crops_BKF = measures.tiles.to(dtype), measures.crops.to(dtype)
-        whole_B1F = crops_BKF.mean(1, keepdim=True)
-        parts = (self.whole_layer(whole_B1F), self.crop_layer(crops_BKF), self.tile_layer(tiles_BPF))
+        summarised = isinstance(self.whole_layer, CropSummary)
+        whole_B1C = self.whole_layer(CropSummary.moments(crops_BKF) if summarised else crops_BKF.mean(1))[:, None]
+        parts = (whole_B1C, self.crop_layer(crops_BKF), self.tile_layer(tiles_BPF))
         hidden_BNC = torch.cat(parts, dim=1) + self.position_embeddings
         *blocks, last = self.blocks
         for block in blocks:
             hidden_BNC, _ = block(hidden_BNC)
         hidden_BNC, attention = last(hidden_BNC, with_attention=True)
+        if summarised:
+            hidden_BNC = whole_B1C + self.gate * hidden_BNC
         # Features were trained to forget all of an image but its traces; its measures were not.
         return TowerOutput(
             self.norm(hidden_BNC)[:, self.num_prefix_tokens :],
@@ -238,6 +280,9 @@ def _checked_crops(config: Mapping[str, Any], shared: PixelFormat) -> NativeCrop
     missing = [name for name in _FIELDS if name not in config]
     if missing:
         raise CheckpointError(f"the config of a residual tower lacks {', '.join(missing)}")
+    summary = config.get("summary")
+    if summary is not None and not (isinstance(summary, Mapping) and summary.keys() == _SUMMARY_FIELDS):
+        raise CheckpointError(f"summary of a residual tower needs {' and '.join(sorted(_SUMMARY_FIELDS))}: {summary!r}")
     if config["hidden_size"] % config["num_attention_heads"]:
         raise CheckpointError(
             f"the width {config['hidden_size']} is no multiple of {config['num_attention_heads']} heads"

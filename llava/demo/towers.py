@@ -25,7 +25,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 
 from llava.cli import OptionParser, run_cli
-from llava.demo.residual_encoder import ResidualVisionTower
+from llava.demo.residual_encoder import CropSummary, ResidualVisionTower
 from llava.demo.tower_contrast import FACL
 from llava.demo.tower_data import RECORDS_FILE, read_examples
 from llava.demo.tower_inputs import TowerInputs, read_pixels
@@ -112,6 +112,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--output_dir", type=Path, required=True, help="where towers, heads, metrics and the checkpoint are written")
     add("--epochs", type=float, default=4.0, help="passes over the images (default 4)")
+    add(
+        "--summary_epochs",
+        type=float,
+        default=0.0,
+        help="passes in which the summary of a second tower of type residual, if it has one, is first trained by "
+        "itself (default 0)",
+    )
     add("--max_steps", type=int, help="stop after so many steps, if that is less")
     add("--batch_size", type=int, default=32, help="images a step (default 32)")
     add("--learning_rate", type=float, default=1e-3, help="highest rate; warmup, then a cosine to 0 (default 1e-3)")
@@ -179,6 +186,9 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     can_have_outliers = second is not None and isinstance(second.tower, ResidualVisionTower)
     if options.outliers and not (can_have_outliers and wanted["dino_tower"].get("verdict")):
         raise OptionError("--outliers is for a second tower of type residual that has a verdict loss")
+    has_summary = second is not None and isinstance(getattr(second.tower, "whole_layer", None), CropSummary)
+    if options.summary_epochs and not has_summary:
+        raise OptionError("--summary_epochs is for a second tower of type residual whose config has a summary")
     for name, tower in towers.items():
         print(f"{name}: {sum(p.numel() for p in tower.tower.parameters()):,} parameters")
     make_folder(options.output_dir, "--output_dir")
@@ -207,6 +217,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     if options.resume == "auto" and checkpoint.is_file():
         training.resume(checkpoint)
         print(f"resumed from {checkpoint} at step {training.step} of {training.total_steps}")
+    elif options.summary_epochs:
+        training.train_summary(checkpoint)
     training.run(checkpoint)
     training.save(checkpoint)
     for tower in towers.values():
@@ -225,6 +237,8 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise OptionError(f"--{name} must be more than 0, not {value}")
+    if not 0 <= options.summary_epochs < math.inf:
+        raise OptionError(f"--summary_epochs must be 0 or more, not {options.summary_epochs}")
     if options.lora_r < 0 or (options.lora_r and not options.start):
         raise OptionError("--lora_r is the rank, 1 or more, of updates of a trained tower, which --start must name")
     for name in ("validation_share", "warmup_ratio", "min_word_share", "outliers"):
