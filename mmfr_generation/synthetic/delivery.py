@@ -134,7 +134,7 @@ def _kernel(rng: Generator) -> str:
 
 
 def _draw_resize(rng: Generator) -> dict[str, Any]:
-    return {"factor": round(2.0 ** float(rng.uniform(-1, 1)), 3), "kernel": _kernel(rng)}
+    return {"factor": round(2.0 ** float(rng.uniform(-1.2, 1)), 3), "kernel": _kernel(rng)}
 
 
 def _draw_crop(rng: Generator) -> dict[str, Any]:
@@ -182,7 +182,8 @@ def _draw_sharpen(rng: Generator) -> dict[str, Any]:
 
 
 def _draw_noise(rng: Generator) -> dict[str, Any]:
-    return {"sigma": _uniform(rng, 1, 6), "seed": int(rng.integers(1 << 31))}
+    # Up to strong noise: a detector that has seen no real image with it takes it for the grain of a generator.
+    return {"sigma": round(12 ** float(rng.random()), 3), "seed": int(rng.integers(1 << 31))}
 
 
 _DRAWS: dict[str, tuple[float, Any]] = {
