@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from forgery_eval.benchmarks import open_benchmark
+from forgery_eval.perturbations import GRID
 from llava.errors import OptionError
 from llava.image_operations import Step, apply_steps
 from llava.labels import FAKE, REAL
@@ -153,6 +154,16 @@ def test_only_compression_occurs_twice():
         double += names["jpeg"] > 1
     assert double > 20
     assert is_cut([Step("rotate")]) and not is_cut([Step("letterbox")])
+
+
+def test_what_erases_traces_is_drawn_beyond_what_evaluation_tries():
+    """A detector that saw no real image with so much noise takes it for a generator's grain."""
+    values = {"noise": "sigma", "resize": "factor", "jpeg": "quality", "webp": "quality"}
+    drawn = [step for seed in range(3000) for step in draw_chain(np.random.default_rng(seed))]
+    for name, value in values.items():
+        tried = [step.values[value] for cell in GRID if cell.step == name for step in cell.fixed]
+        found = [step.values[value] for step in drawn if step.name == name]
+        assert tried and min(found) < min(tried) and max(found) >= max(tried), name
 
 
 def test_evaluation_groups_by_what_happened(written):
