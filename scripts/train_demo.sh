@@ -102,7 +102,7 @@ tokenizer() {
 
 towers() {
     "$python" -m llava.demo.towers --data "$out/towers.json" "$out/both.json" --config scripts/demo_model.json \
-        --output_dir "$out/towers" --summary_epochs 20 --epochs 2 --batch_size 32 --learning_rate 1e-3 --bf16 \
+        --output_dir "$out/towers" --summary_epochs 20 --epochs 1 --batch_size 32 --learning_rate 1e-3 --bf16 \
         --seed "$seed" --dino_tower_loss verdict=2,attributes=1,reasoning=2 --vision_tower_loss caption=1
     rm -rf "$out/towers/inputs"
 }
