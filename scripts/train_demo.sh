@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the embedded model again from scratch: renders MMFR-Synthetic, forges photographs, builds a tokenizer, trains
 # the towers and then, with them frozen, fusion and language model, fits when it gives no verdict, evaluates on fresh
-# sets, and writes the model with its card. If it was stopped, the same command resumes. It takes up to three hours on
+# sets, and writes the model with its card. If it was stopped, the same command resumes. It takes one to two hours on
 # two cores, and about 12 GB.
 #
 #     PHOTOS=folder bash scripts/train_demo.sh [FOLDER]

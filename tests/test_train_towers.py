@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,21 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+@contextmanager
+def killed_at_step(number: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inside, a run is interrupted before its step of this number."""
+    step = towers.Training._train_step
+
+    def dies(self, index):
+        if self.step == number:
+            raise KeyboardInterrupt
+        return step(self, index)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(towers.Training, "_train_step", dies)
+        yield
+
+
 def test_the_towers_learn_and_open_through_the_registry(world, tmp_path):
     metrics = train(
         world, tmp_path, "--epochs", "20", "--learning_rate", "0.003", "--vision_tower_loss", "verdict=1,caption=1"
@@ -112,18 +129,9 @@ def test_the_towers_learn_and_open_through_the_registry(world, tmp_path):
 @pytest.mark.parametrize("more", [[], ["--strangers", "0.5"]])
 def test_a_resumed_run_equals_an_uninterrupted_one(world, tmp_path, monkeypatch, more):
     train(world, tmp_path / "whole", *more)
-    step = towers.Training._train_step
-
-    def dies_at_nine(self, index):
-        if self.step == 9:
-            raise KeyboardInterrupt
-        return step(self, index)
-
-    monkeypatch.setattr(towers.Training, "_train_step", dies_at_nine)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at_step(9, monkeypatch):
         train(world, tmp_path / "parts", "--save_minutes", "0", *more)
     assert not (tmp_path / "parts" / "dino_tower").exists()
-    monkeypatch.setattr(towers.Training, "_train_step", step)
     assert train(world, tmp_path / "parts", *more)["steps"] == 16
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
@@ -137,17 +145,8 @@ def test_a_summary_learns_by_itself_and_the_blocks_come_after(world, summary, tm
     with safe_open(tmp_path / "whole" / "dino_tower" / "model.safetensors", "pt") as file:
         assert file.get_tensor("gate").abs().max() > 0
     # A run that is stopped among the blocks' steps does not train the summary again.
-    step = towers.Training._train_step
-
-    def dies_at_nine(self, index):
-        if self.step == 9:
-            raise KeyboardInterrupt
-        return step(self, index)
-
-    monkeypatch.setattr(towers.Training, "_train_step", dies_at_nine)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at_step(9, monkeypatch):
         train(world, tmp_path / "parts", *summary, *losses)
-    monkeypatch.setattr(towers.Training, "_train_step", step)
     train(world, tmp_path / "parts", *summary, *losses)
     whole, parts = (
         safe_open(tmp_path / name / "dino_tower" / "model.safetensors", "pt") for name in ("whole", "parts")
