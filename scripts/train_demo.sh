@@ -41,32 +41,39 @@ export TOKENIZERS_PARALLELISM=false
 
 . scripts/steps.sh
 
-# render NAME TRAIN EVAL SIZE SEED DELIVERY and forge …: a data set of rendered scenes, and one of photographs. All sets
-# of photographs are split alike, since one seed splits them.
+# render NAME TRAIN EVAL SIZE SEED DELIVERY: a data set of rendered scenes.
 render() {
     "$python" -m mmfr_generation.synthetic --out "$out/$1" --train "$2" --eval "$3" --size "$4" --seed "$5" --delivery "$6"
 }
 
+# forge NAME TRAIN EVAL SIZE DELIVERY OPTION…: one of photographs.
 forge() {
     "$python" -m mmfr_generation.forge --images "$photos" --out "$out/$1" --train "$2" --eval "$3" --size "$4" \
-        --seed "$seed" --delivery "$5"
+        --seed "$seed" --delivery "$5" "${@:6}"
+}
+
+# forge_known NAME TRAIN EVAL SIZE: of photographs that are not for the last evaluation, to train on and to calibrate
+# on. All such sets are split alike, since one seed splits them.
+forge_known() {
+    forge "$@" mixed --without "$out/test_photographs" --eval-share 0.17
 }
 
 training_data() {
     if [ -n "$photos" ]; then
         render rendered_112 $((images * 12 / 28)) 1 112 $((seed + 10)) mixed
         render rendered_160 $((images * 6 / 28)) 1 160 $((seed + 11)) mixed
-        forge photographs_256 $((images * 4 / 28)) $((eval * 3)) 256 mixed
-        forge photographs_144 $((images * 4 / 28)) $((eval * 2)) 144 mixed
-        forge photographs_512 $((images * 2 / 28)) 1 512 mixed
+        forge test_photographs 0 "$eval" 200 none --eval-share 0.1
+        forge_known photographs_256 $((images * 4 / 28)) $((eval * 3)) 256
+        forge_known photographs_144 $((images * 4 / 28)) $((eval * 2)) 144
+        forge_known photographs_512 $((images * 2 / 28)) 1 512
         folders="rendered_112 rendered_160 photographs_256 photographs_144 photographs_512"
     else
         render rendered_112 $((images * 2 / 3)) 1 112 $((seed + 10)) mixed
         render rendered_160 $((images / 3)) 1 160 $((seed + 11)) mixed
         folders="rendered_112 rendered_160"
     fi
-    # The towers learn from most images; the language model from some of these, and last from some that no tower has
-    # seen, on which it learns how far the towers can be trusted.
+    # The towers learn from most images; the language model from some of these, and last from some, of photographs too,
+    # that no tower has seen, on which it learns how far the towers can be trusted.
     (cd "$out" && PYTHONPATH=$root "$python" -m llava.demo.join $folders --out records.json --seed "$seed" \
         --part towers.json=0.5 --part both.json=0.25 --part answers.json=0.25) # $folders: words apart
     echo "$folders" > "$out/folders"
@@ -92,7 +99,6 @@ evaluation_data() {
     render test 0 "$eval" 112 "$test_seed" none
     render sample 0 2 112 "$sample_seed" none
     gather calibration calibration_112 calibration_160 ${photos:+photographs_256 photographs_144}
-    [ -z "$photos" ] || forge test_photographs 0 "$eval" 200 none
 }
 
 tokenizer() {

@@ -1,21 +1,26 @@
 """Joins the training records of several data sets into one file, whose images are named from its own folder.
 
 python -m llava.demo.join rendered photographs --out records.json --part towers.json=0.75 --part answers.json=0.25
+
+Parts have no image in common, and no photograph where a data set's manifest names the photograph of each image: what
+learns from one part can be tried on another as on what it has never seen.
 """
 
 import argparse
 import os
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llava.cli import OptionParser, run_cli
 from llava.demo.tower_data import RECORDS_FILE
 from llava.errors import DataError, OptionError
-from llava.files import read_json, write_json
+from llava.files import read_json, read_jsonl, write_json
 
+_T = TypeVar("_T")
+_MANIFEST = "manifest.jsonl"
 _ROUNDING = 1e-9
 """By which shares that make up a whole may exceed it."""
 
@@ -27,28 +32,57 @@ def join(folders: Sequence[Path], out: Path, seed: int, parts: Mapping[Path, flo
         folders: Data sets; each holds ``RECORDS_FILE``.
         out: File of all of them; their images must lie below its folder or beside it.
         seed: Decides their order, and which belong to which part.
-        parts: Further files, each with its share of every data set's records; no record is in two of them.
+        parts: Further files, each with its share of every data set's records, or of its photographs, the same ones in
+            all data sets; no record is in two of them.
 
     Raises:
         DataError: A data set holds no list of records.
     """
     draw = random.Random(seed)
-    files: dict[Path, list[tuple[Path, dict[str, Any]]]] = {out: [], **{file: [] for file in parts or {}}}
+    parts = parts or {}
+    files: dict[Path, list[tuple[Path, dict[str, Any]]]] = {out: [], **{file: [] for file in parts}}
+    records = {folder: _read(folder) for folder in folders}
+    photographs = {folder: _photographs(folder) for folder in folders}
+    names = sorted({name for named in photographs.values() for name in named.values()})
+    part_of = dict(_deal(draw.sample(names, len(names)), parts))
     for folder in folders:
-        records = read_json(folder / RECORDS_FILE)
-        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-            raise DataError(f"{folder / RECORDS_FILE} holds no list of records")
-        drawn = [(folder, record) for record in draw.sample(records, len(records))]
+        drawn = [(folder, record) for record in draw.sample(records[folder], len(records[folder]))]
         files[out] += drawn
-        before = 0.0
-        for file, share in (parts or {}).items():
-            begin, end = (round(border * len(drawn)) for border in (before, before + share))
-            files[file] += drawn[begin:end]
-            before += share
+        named = photographs[folder]
+        for item, file in _deal([item for item in drawn if item[1].get("image") not in named], parts):
+            files[file].append(item)
+        for item in drawn:
+            photograph = named.get(item[1].get("image", ""))
+            if photograph in part_of:
+                files[part_of[photograph]].append(item)
     for file, found in files.items():
         draw.shuffle(found)
         write_json(file, [_moved(record, Path(os.path.relpath(folder, file.parent))) for folder, record in found])
     return len(files[out])
+
+
+def _read(folder: Path) -> list[dict[str, Any]]:
+    records = read_json(folder / RECORDS_FILE)
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise DataError(f"{folder / RECORDS_FILE} holds no list of records")
+    return records
+
+
+def _photographs(folder: Path) -> dict[str, str]:
+    """Returns the photograph of each image of which the data set's manifest, if it has one, names it."""
+    if not (folder / _MANIFEST).is_file():
+        return {}
+    lines = [record for _, record in read_jsonl(folder / _MANIFEST)]
+    return {record["image"]: record["photograph"] for record in lines if record.get("photograph")}
+
+
+def _deal(items: Sequence[_T], parts: Mapping[Path, float]) -> Iterator[tuple[_T, Path]]:
+    """Yields the items that belong to a part, in their order, each with its part's file."""
+    before = 0.0
+    for file, share in parts.items():
+        begin, end = (round(border * len(items)) for border in (before, before + share))
+        yield from ((item, file) for item in items[begin:end])
+        before += share
 
 
 def _moved(record: dict[str, Any], below: Path) -> dict[str, Any]:
@@ -77,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="FILE=SHARE",
-        help="also write this share of each set's records; no record is in two parts",
+        help="also write this share of each set's records, or of its photographs; no record is in two parts",
     )
     parser.add_argument("--seed", type=int, default=0, help="decides parts and order (default 0)")
     options = parser.parse_args(argv)

@@ -12,7 +12,7 @@ from llava.files import file_errors
 
 try:
     from mmfr_generation.forge.job import ForgeJob
-    from mmfr_generation.forge.photographs import find_photographs, split_photographs
+    from mmfr_generation.forge.photographs import find_photographs, leave_out, split_photographs
     from mmfr_generation.forge.sample import METHODS, MIN_SIDE
     from mmfr_generation.synthetic.delivery import DELIVERIES
     from mmfr_generation.synthetic.sample import MAX_SIZE
@@ -39,6 +39,12 @@ def build_parser() -> OptionParser:
     )
     parser.add_argument(
         "--eval-share", type=share, default=0.25, help="share of the photographs that are for evaluation"
+    )
+    parser.add_argument(
+        "--without",
+        type=Path,
+        metavar="DATASET",
+        help="forged from the same photographs: leave out those that it evaluates on",
     )
     parser.add_argument(
         "--size", type=int, default=256, help=f"longest side of a crop in pixels, {MIN_SIDE} to {MAX_SIZE}"
@@ -70,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with file_errors(arguments.credits, "read"):
             credits = arguments.credits.read_text("utf-8", errors="replace")
     photographs = find_photographs(arguments.images, MIN_SIDE)
+    if arguments.without is not None:
+        photographs = leave_out(photographs, arguments.without)
     seed = max(0, arguments.seed)
     training, evaluation = split_photographs(photographs, arguments.eval_share, seed)
     inform(f"{len(training)} photographs to train on, {len(evaluation)} to evaluate on")

@@ -10,8 +10,9 @@ from PIL import Image
 
 from llava.cli import format_list, inform, log
 from llava.errors import DataError, ImageReadError
-from llava.files import digest_files
+from llava.files import digest_files, read_jsonl
 from llava.images import describe_passed_over, list_images, load_image
+from mmfr_generation.synthetic.layout import MANIFEST
 from mmfr_generation.synthetic.numerics import Array, Generator, luma
 
 _SIGNATURE = 16
@@ -109,6 +110,31 @@ def _groups(signatures_ND: Array) -> list[int]:
             low, high = sorted((root(start + int(row)), root(int(other))))
             parent[high] = low
     return [root(index) for index in range(len(parent))]
+
+
+def leave_out(photographs: Sequence[Photograph], dataset: Path) -> list[Photograph]:
+    """Leaves out what the evaluation sets of a forged data set show, and every other file of it.
+
+    Args:
+        photographs: From ``find_photographs``.
+        dataset: A forged data set from the same folder of photographs.
+
+    Raises:
+        DataError: It names a photograph that is not among these, or fewer than two would be left.
+        MissingFileError: It has no manifest.
+    """
+    lines = (record for _, record in read_jsonl(dataset / MANIFEST))
+    names = {record.get("photograph") for record in lines if record.get("split") == "evaluation"}
+    groups = {photograph.group for photograph in photographs if photograph.name in names}
+    if unknown := names - {photograph.name for photograph in photographs}:
+        raise DataError(
+            f"{dataset} evaluates on {min(map(str, unknown))}, which is not among these photographs; a data set whose "
+            "photographs are to be left out must be made from the same folder"
+        )
+    kept = [photograph for photograph in photographs if photograph.group not in groups]
+    if len({photograph.group for photograph in kept}) < 2:
+        raise DataError(f"fewer than 2 photographs are left without those of {dataset}; give more photographs")
+    return kept
 
 
 def split_photographs(
