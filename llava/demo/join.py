@@ -42,17 +42,16 @@ def join(folders: Sequence[Path], out: Path, seed: int, parts: Mapping[Path, flo
     parts = parts or {}
     files: dict[Path, list[tuple[Path, dict[str, Any]]]] = {out: [], **{file: [] for file in parts}}
     records = {folder: _read(folder) for folder in folders}
-    photographs = {folder: _photographs(folder) for folder in folders}
-    names = sorted({name for named in photographs.values() for name in named.values()})
+    photograph_of = {folder: _photographs(folder, records[folder]) for folder in folders}
+    names = sorted({name for of_images in photograph_of.values() for name in of_images.values()})
     part_of = dict(_deal(draw.sample(names, len(names)), parts))
     for folder in folders:
         drawn = [(folder, record) for record in draw.sample(records[folder], len(records[folder]))]
         files[out] += drawn
-        named = photographs[folder]
-        for item, file in _deal([item for item in drawn if item[1].get("image") not in named], parts):
+        known = [(item, photograph_of[folder].get(item[1].get("image", ""))) for item in drawn]
+        for item, file in _deal([item for item, photograph in known if photograph is None], parts):
             files[file].append(item)
-        for item in drawn:
-            photograph = named.get(item[1].get("image", ""))
+        for item, photograph in known:
             if photograph in part_of:
                 files[part_of[photograph]].append(item)
     for file, found in files.items():
@@ -68,12 +67,13 @@ def _read(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _photographs(folder: Path) -> dict[str, str]:
-    """Returns the photograph of each image of which the data set's manifest, if it has one, names it."""
+def _photographs(folder: Path, records: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Returns the photograph of each of the records' images of which the data set's manifest, if any, names one."""
     if not (folder / _MANIFEST).is_file():
         return {}
-    lines = [record for _, record in read_jsonl(folder / _MANIFEST)]
-    return {record["image"]: record["photograph"] for record in lines if record.get("photograph")}
+    images = {record.get("image") for record in records}
+    lines = [line for _, line in read_jsonl(folder / _MANIFEST)]
+    return {line["image"]: line["photograph"] for line in lines if line.get("photograph") and line["image"] in images}
 
 
 def _deal(items: Sequence[_T], parts: Mapping[Path, float]) -> Iterator[tuple[_T, Path]]:
