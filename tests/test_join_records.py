@@ -1,6 +1,7 @@
 """Joining data sets: every image is found from the joined file, and parts are of each set."""
 
 import json
+import re
 
 import pytest
 
@@ -43,6 +44,26 @@ def test_parts_have_their_share_of_each_set_and_nothing_in_common(sets, tmp_path
     assert sorted(i[:8] for i in ids["fifth"]) == ["photogra"] * 4 + ["rendered"] * 8
     assert len(set(ids["all"])) == 60 and len(set(ids["half"] + ids["fifth"])) == 42
     assert all((tmp_path / record["image"]).is_file() for record in joined(files["fifth"]))
+
+
+def test_parts_have_no_photograph_in_common_across_sets(sets, tmp_path):
+    for folder in sets:
+        records = json.loads((folder / RECORDS_FILE).read_text())
+        lines = [{"image": r["image"], "photograph": f"{k % 10}.jpg"} for k, r in enumerate(records[:20])]
+        # Photographs that only evaluation shows are not dealt, or they would take the place of others.
+        lines += [{"image": f"evaluation/{k}.png", "photograph": f"held_{k}.jpg"} for k in range(30)]
+        (folder / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    parts = {tmp_path / "half.json": 0.5, tmp_path / "rest.json": 0.5}
+    assert join.join(sets, tmp_path / "all.json", 3, parts) == 60
+    found = [joined(file) for file in parts]
+    assert sorted(record["id"] for part in found for record in part) == sorted(
+        record["id"] for record in joined(tmp_path / "all.json")
+    )
+    numbers = [{int(re.sub(r"\D", "", record["id"])) for record in part} for part in found]
+    photographs = [{number % 10 for number in part if number < 20} for part in numbers]
+    assert len(photographs[0]) == len(photographs[1]) == 5 and not photographs[0] & photographs[1]
+    # Of the first set, twenty images are of no photograph; they are dealt one by one.
+    assert [sum(r["id"].startswith("rendered") for r in part) for part in found] == [20, 20]
 
 
 def test_parts_that_are_a_whole_leave_nothing_out(sets, tmp_path):

@@ -26,6 +26,14 @@ def make(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def photographs_of(dataset: Path) -> dict[str, set[str]]:
+    """Returns what each split of a forged data set shows."""
+    lines = [json.loads(line) for line in (dataset / "manifest.jsonl").read_text("utf-8").splitlines()]
+    return {
+        split: {line["photograph"] for line in lines if line["split"] == split} for split in ("train", "evaluation")
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / ".venv" / "installed-test").exists(), reason="scripts/test.sh makes the environment")
 def test_a_small_model_is_made_from_nothing_and_not_twice(tmp_path):
@@ -42,6 +50,11 @@ def test_a_small_model_is_made_from_nothing_and_not_twice(tmp_path):
     assert "@" not in (model / "card.md").read_text("utf-8")
     report = ForgeryDetector.from_pretrained(model).analyze(SAMPLES / "02_real_people.jpg", max_new_tokens=4)
     assert report.score_source == "prompt" and not report.off_distribution
+    shown = {name: photographs_of(folder / name) for name in ("test_photographs", "photographs_256")}
+    known = shown["photographs_256"]
+    assert known == photographs_of(folder / "photographs_144")
+    assert known["train"] and known["evaluation"] and not known["train"] & known["evaluation"]
+    assert not shown["test_photographs"]["evaluation"] & (known["train"] | known["evaluation"])
     again = make(folder, PHOTOS=str(photographs))
     assert again.returncode == 0 and "==" not in again.stdout
 

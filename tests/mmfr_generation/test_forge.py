@@ -196,6 +196,48 @@ def test_without_grouping_the_split_leaks(tmp_path, monkeypatch):
     assert any(leaks)
 
 
+def test_what_another_set_evaluates_on_is_left_out_with_its_other_files(tmp_path):
+    source, small = tmp_path / "photographs", ("--train", "0", "--eval", "1", "--size", "64", "--workers", "1")
+    source.mkdir()
+    for number in range(6):
+        picture(number).save(source / f"{number}.png")
+        picture(number).resize((170, 130)).save(source / f"{number}_small.jpg", quality=80)
+    test, rest = tmp_path / "test", tmp_path / "rest"
+    assert main(["--images", str(source), "--out", str(test), *small, "--eval-share", "0.3"]) == 0
+    assert main(["--images", str(source), "--out", str(rest), *small, "--train", "40", "--without", str(test)]) == 0
+    shown = {
+        folder: {json.loads(line)["photograph"][0] for line in (folder / "manifest.jsonl").read_text().splitlines()}
+        for folder in (test, rest)
+    }
+    assert shown[test] and len(shown[rest]) >= 4 and not shown[test] & shown[rest]
+
+
+def test_a_set_of_other_photographs_cannot_be_left_out(folder, written, tmp_path):
+    given = ["--images", str(folder), "--out", str(tmp_path / "o"), *COUNTS]
+    with pytest.raises(MissingFileError):
+        main([*given, "--without", str(tmp_path / "nowhere")])
+    other = tmp_path / "other"
+    other.mkdir()
+    for number in range(3):
+        picture(70 + number).save(other / f"other_{number}.png")
+    with pytest.raises(DataError, match="made from the same folder"):
+        main(["--images", str(other), "--out", str(tmp_path / "o"), *COUNTS, "--without", str(written)])
+    lone = tmp_path / "lone"
+    lone.mkdir()
+    evaluated = {
+        line["photograph"]
+        for line in map(json.loads, (written / "manifest.jsonl").read_text("utf-8").splitlines())
+        if line["split"] == "evaluation"
+    }
+    for name in evaluated:
+        (lone / name).parent.mkdir(exist_ok=True)
+        (lone / name).write_bytes((folder / name).read_bytes())
+    picture(99).save(lone / "one.png")
+    with pytest.raises(DataError, match="fewer than 2 photographs are left"):
+        main(["--images", str(lone), "--out", str(tmp_path / "o"), *COUNTS, "--without", str(written)])
+    assert not (tmp_path / "o").exists()
+
+
 def test_one_photograph_is_too_few(tmp_path):
     picture(0).save(tmp_path / "one.png")
     with pytest.raises(DataError, match="holds 1 usable photographs; at least 2"):
