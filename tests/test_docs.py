@@ -45,7 +45,7 @@ PAGES_OF_FLAGS = {
     "docs/training.md": [["train"], ["train", "--recipe", "fakereasoning"], NETWORK, ["detect"]],
     "docs/checkpoints.md": [["merge"], ["detect"]],
     "docs/data.md": [["data", name] for name in front.DATA],
-    "docs/synthetic.md": [["data", "synthetic"]],
+    "docs/synthetic.md": [["data", "synthetic"], ["data", "forge"]],
     "docs/fakevlm.md": [
         ["detect", "--system", "fakevlm"],
         ["eval", "--system", "fakevlm"],
