@@ -71,9 +71,11 @@ def _photographs(folder: Path, records: Sequence[dict[str, Any]]) -> dict[str, s
     """Returns the photograph of each of the records' images of which the data set's manifest, if any, names one."""
     if not (folder / _MANIFEST).is_file():
         return {}
-    images = {record.get("image") for record in records}
-    lines = [line for _, line in read_jsonl(folder / _MANIFEST)]
-    return {line["image"]: line["photograph"] for line in lines if line.get("photograph") and line["image"] in images}
+    images = {record["image"] for record in records if "image" in record}
+    lines = (line for _, line in read_jsonl(folder / _MANIFEST))
+    return {
+        line["image"]: line["photograph"] for line in lines if line.get("photograph") and line.get("image") in images
+    }
 
 
 def _deal(items: Sequence[_T], parts: Mapping[Path, float]) -> Iterator[tuple[_T, Path]]:
