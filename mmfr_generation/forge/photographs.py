@@ -120,11 +120,13 @@ def leave_out(photographs: Sequence[Photograph], dataset: Path) -> list[Photogra
         dataset: A forged data set from the same folder of photographs.
 
     Raises:
-        DataError: It names a photograph that is not among these, or fewer than two would be left.
+        DataError: It evaluates on no photograph, or on one that is not among these, or fewer than two would be left.
         MissingFileError: It has no manifest.
     """
     lines = (record for _, record in read_jsonl(dataset / MANIFEST))
-    names = {record.get("photograph") for record in lines if record.get("split") == "evaluation"}
+    names = {record.get("photograph") for record in lines if record.get("split") == "evaluation"} - {None}
+    if not names:
+        raise DataError(f"{dataset} evaluates on no photograph, so there is none to leave out; name a forged data set")
     groups = {photograph.group for photograph in photographs if photograph.name in names}
     if unknown := names - {photograph.name for photograph in photographs}:
         raise DataError(

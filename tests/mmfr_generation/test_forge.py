@@ -222,6 +222,9 @@ def test_a_set_of_other_photographs_cannot_be_left_out(folder, written, tmp_path
         picture(70 + number).save(other / f"other_{number}.png")
     with pytest.raises(DataError, match="made from the same folder"):
         main(["--images", str(other), "--out", str(tmp_path / "o"), *COUNTS, "--without", str(written)])
+    (tmp_path / "manifest.jsonl").write_text('{"split": "evaluation", "photograph": null}\n')
+    with pytest.raises(DataError, match="evaluates on no photograph"):
+        main([*given, "--without", str(tmp_path)])
     lone = tmp_path / "lone"
     lone.mkdir()
     evaluated = {
