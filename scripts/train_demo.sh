@@ -6,10 +6,10 @@
 #
 #     PHOTOS=folder bash scripts/train_demo.sh [FOLDER]
 #
-# FOLDER (default: demo_build) takes everything; the model is FOLDER/demo_model. PHOTOS is a folder of photographs,
-# three or more, such as scripts/photographs.sh gathers; without it the model learns from rendered scenes alone. IMAGES=56000 training
-# images, EVAL=10 images of each class and evaluation set, GRID=steps of eval.py --perturb (default: all), SEED=1,
-# PYTHON=… as for demo.sh.
+# FOLDER (default: demo_build) takes everything; the model is FOLDER/demo_model. PHOTOS is a folder of photographs, three
+# or more, such as scripts/photographs.sh gathers; without it the model learns from rendered scenes alone. IMAGES=56000
+# training images, EVAL=10 images of each class and evaluation set, GRID=steps of eval.py --perturb (default: all),
+# SEED=1, PYTHON=… as for demo.sh.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
