@@ -1,6 +1,7 @@
 """What tests share: no network, one thread a worker, and the reference folder."""
 
 import os
+import threading
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -8,12 +9,16 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # small models lose more by waiting for a second thread than they gain
 
 import pytest
+from tqdm import tqdm
 
 from llava import assets, cli
 from tests.reference import Reference
 from tests.trained import NOTICE, change_config, trained_folder
 
 GOLDENS = Path(__file__).parent / "data" / "goldens"
+
+# tqdm's own lock is shared with forked copies: one that a test kills while it draws would keep it from this process.
+tqdm.set_lock(threading.RLock())
 
 
 @pytest.fixture(autouse=True)

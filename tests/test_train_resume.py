@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from llava.errors import OptionError
 from llava.train import checkpointing
@@ -150,6 +151,12 @@ def test_a_run_killed_at_random_moments_ends_like_one_that_was_not(trained, data
     assert kills >= 3
     train_here(tmp_path / "run", trained, data, **RUN)
     assert largest_gap(adapter_weights(tmp_path / "run" / "final"), adapter_weights(whole)) <= 1e-5
+
+
+def test_a_copy_that_dies_while_it_draws_progress_keeps_no_lock_of_this_process():
+    assert was_killed(start_copy([], lambda: (tqdm.get_lock().acquire(), die())))
+    assert tqdm.get_lock().acquire(blocking=False)
+    tqdm.get_lock().release()
 
 
 @pytest.mark.parametrize("lost", [COMPLETE_FILE, "optimizer.pt", "trainable.safetensors", "trainer_state.json"])
