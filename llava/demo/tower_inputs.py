@@ -81,10 +81,13 @@ class TowerInputs:
 
     def of(self, index: Tensor, device: torch.device) -> dict[str, Tensor]:
         """Returns the inputs of some rows, in single precision."""
-        rows = index.numpy()
-        picked = {name: torch.from_numpy(array[rows]).to(device).float() for name, array in self.arrays.items()}
+        picked = {name: self.kept(name, index, device) for name in self.arrays}
         picked[LEVELS] = normalized(picked[LEVELS], self.shared)
         return picked
+
+    def kept(self, name: str, index: Tensor, device: torch.device) -> Tensor:
+        """Returns one kind of them, ``LEVELS``, ``TILES`` or ``CROPS``, as it is kept, in single precision."""
+        return torch.from_numpy(self.arrays[name][index.numpy()]).to(device).float()
 
     def _make(self, done: int, identity: str) -> None:
         bar = progress(total=len(self.images), initial=done, desc="reading", unit="image")

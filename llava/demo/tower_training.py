@@ -16,7 +16,7 @@ from llava.cli import progress
 from llava.demo.outliers import choose_outliers, make_outliers
 from llava.demo.residual_encoder import CropSummary, ResidualVisionTower
 from llava.demo.tower_contrast import FACL, TowerContrast
-from llava.demo.tower_inputs import LEVELS, TowerInputs, measures_of
+from llava.demo.tower_inputs import CROPS, LEVELS, TowerInputs, measures_of
 from llava.demo.tower_targets import GROUPS, TargetNames
 from llava.errors import CheckpointError, DataError, OptionError
 from llava.files import atomic_file
@@ -196,12 +196,10 @@ class Training:
         tower = self.towers["dino_tower"]
         assert isinstance(tower.tower, ResidualVisionTower) and isinstance(tower.tower.whole_layer, CropSummary)
         summary, size = tower.tower.whole_layer, _SUMMARY_BATCH
-        everything = torch.arange(len(self.data))
-        parts = (self.data.batch(index, self.device) for index in everything.split(size))
-        moments_NF, targets_NK = (
-            torch.cat(found)
-            for found in zip(*((summary.moments(measures_of(x).crops).half(), y) for x, y in parts), strict=True)
-        )
+        inputs, rows = self.data.inputs, self.data.rows
+        crops = (inputs.kept(CROPS, part, self.device) for part in rows.split(size))
+        moments_NF = torch.cat([summary.moments(part).half() for part in crops])
+        targets_NK = self.data.targets[rows].to(self.device)
         parameters = [*summary.parameters(), *tower.tower.norm.parameters(), *tower.head.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=self.options.learning_rate, weight_decay=_SUMMARY_DECAY)
         steps = max(1, round(self.options.summary_epochs * len(self.data) / size))
