@@ -3,8 +3,8 @@
 python -m llava.demo.join rendered photographs --out records.json --part towers.json=0.75 --part answers.json=0.25
 
 Parts have no image in common, and no photograph where a data set's manifest names the photograph of each image: what
-learns from one part can be tried on another as on what it has never seen. Only what was pasted into an image may be of a
-photograph of another part.
+learns from one part can be tried on another as on what it has never seen. Only what was pasted into an image may be of
+a photograph of another part.
 """
 
 import argparse
